@@ -1,0 +1,401 @@
+"""Batches of uint8 crops and their random parameters, prepared by worker processes in the order of the run.
+
+A webdataset pipeline (planned samples -> decoded samples -> batches) inside a torch DataLoader. The plan, not
+the workers, decides what is in a batch: worker w of W prepares this rank's share of steps start + w, start +
+w + W, ..., whole batches at a time, and the DataLoader hands them out in turn. So a run's batches are the
+same with any number of workers, also none, and the global batches the same at any number of ranks.
+
+Workers come from a fork server that has imported this module and nothing of the trainer: no CUDA, no fork of a
+process with threads. Signals for the process group (Ctrl-C, a scheduler's SIGTERM and SIGUSR1) do not reach them,
+because the trainer still wants batches while it saves its last checkpoint; but they die with it, however it dies.
+
+Shapes: B this rank's batch, h = w a view's crop side.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import sys
+import threading
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, get_worker_info
+from webdataset import DataPipeline
+
+from caco_scale.data.order import Order, key64, rank_share, sample_keys
+from caco_scale.data.shards import read_sample
+from caco_scale.data.views import (
+    CorruptSample,
+    ViewSpec,
+    centre_crop,
+    crop_resize,
+    decode_image,
+    draw_colour,
+    draw_crop,
+)
+from caco_scale.errors import UserError, one_line
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2")
+SUBSTITUTE_STREAM = 0x5B57
+SUBSTITUTE_TRIES = 16
+# Images that a worker holds decoded at once while it draws their crops together.
+CHUNK_IMAGES, CHUNK_BYTES = 64, 64 << 20
+HASH_BYTES = 16 << 20
+GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass
+class Batch:
+    """This rank's share of one global batch.
+
+    keys: planned samples as "shard/key", in batch order. crops: one (B, h, w, 3) uint8 per view. params: one
+    dict per view of CPU tensors with first axis B, for ``augment``. corrupt: samples that did not decode, as
+    {"key", "error", "substitute"}; their rows hold the substitute's pixels under the planned sample's random
+    numbers.
+    """
+
+    step: int
+    epoch: int
+    keys: list[str]
+    crops: list[torch.Tensor]
+    params: list[dict[str, torch.Tensor]]
+    corrupt: list[dict]
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What a worker must know to prepare any training batch of its rank."""
+
+    store: object
+    order: Order
+    views: tuple[ViewSpec, ...]
+    rank: int
+    world_size: int
+    steps: range
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What a worker must know to read its rank's part of a whole shard set."""
+
+    store: object
+    size: int
+    batches: tuple[range, ...]  # sample ids
+
+
+def train_batches(store, order, views, *, rank, world_size, start_step, num_steps, seed, workers):
+    """This rank's training batches of steps ``start_step`` to ``num_steps`` - 1, counted over the whole run.
+
+    store: where shards are; order: :class:`Order` of its samples; views: list of ViewSpec, one crop tensor
+    for each. Nothing crosses ranks. With ``workers`` 0 everything runs in this process, else they start at
+    the call, not at the first batch. Returns an iterator of :class:`Batch`; closing it ends the workers.
+
+    A sample that does not decode is replaced by a random one that depends only on (seed, epoch, sample).
+    Raises UserError at the call when the ranks do not divide the global batch, and while iterating when a
+    shard is not as its manifest says or a worker dies.
+    """
+    rank_share(order.batch(start_step), rank, world_size)  # not divisible: an error now and in this process
+    steps = range(start_step, num_steps)
+    job = _Training(store, order, tuple(views), rank, world_size, steps, seed)
+    stages = (_planned_samples, _decoded_samples, _training_batches)
+    return _training_stream(_stream([functools.partial(stage, job) for stage in stages], workers), start_step)
+
+
+def evaluation_batches(store, size, *, rank, world_size, batch_size, workers):
+    """This rank's part of a shard set for evaluation: every sample exactly once over the ranks, centre-cropped.
+
+    Returns an iterator of (indices (b,) int64 in the set, crops (b, size, size, 3) uint8, labels (b,) int64,
+    -1 where there is none), in index order; ranks take contiguous parts that differ by at most one sample. A
+    sample that does not decode is left out with a warning that names it. Raises as :func:`train_batches`.
+    """
+    total = store.manifest.num_samples
+    start, stop = (total * r // world_size for r in (rank, rank + 1))
+    batches = tuple(range(b, min(b + batch_size, stop)) for b in range(start, stop, batch_size))
+    job = _Evaluation(store, size, batches)
+    return _evaluation_stream(_stream([functools.partial(_evaluation_reader, job)], workers))
+
+
+def _training_stream(payloads, start_step):
+    with contextlib.closing(payloads):
+        for step, payload in enumerate(payloads, start_step):
+            assert payload["step"] == step, "the workers' batches are out of order"
+            params = [{k: torch.from_numpy(v) for k, v in p.items()} for p in payload.pop("params")]
+            yield Batch(params=params, **payload)
+
+
+def _evaluation_stream(payloads):
+    with contextlib.closing(payloads):
+        for payload in payloads:
+            for line in payload["corrupt"]:
+                warnings.warn(f"left out of the evaluation: {line}", stacklevel=3)
+            yield payload["indices"], payload["crops"], payload["labels"]
+
+
+# ----------------------------------------------------------------------------------------------------
+# The pipeline: runs in the workers
+
+
+def _mine(items):
+    """The batches that this worker prepares: the DataLoader takes from the workers in turn."""
+    worker = get_worker_info()
+    return items if worker is None else items[worker.id :: worker.num_workers]
+
+
+def _planned_samples(job):
+    """webdataset's sample dicts in training order, with ``__step__`` and the sample's number in ``__id__``."""
+    for step in _mine(job.steps):
+        ids = rank_share(job.order.batch(step), job.rank, job.world_size)
+        shards, positions = job.order.locate(ids)
+        for sample_id, shard, position in zip(ids.tolist(), shards.tolist(), positions.tolist(), strict=True):
+            sample = _read(job.store, shard, position)
+            sample.update(__step__=step, __id__=sample_id)
+            yield sample
+
+
+def _decoded_samples(job, samples):
+    """Add the decoded ``image``, the substitute's if need be; ``__corrupt__`` is None or the report."""
+    for sample in samples:
+        sample["__corrupt__"] = None
+        try:
+            sample["image"] = _decode(job.store, sample)
+        except CorruptSample as error:
+            epoch = sample["__step__"] // job.order.steps_per_epoch
+            sample["image"], substitute = _substitute(job, epoch, sample["__id__"], error)
+            report = {"key": _name(sample), "error": str(error), "substitute": substitute}
+            sample["__corrupt__"] = report
+        yield sample
+
+
+def _training_batches(job, samples):
+    """Join the samples of each step into one batch: crops, parameters, keys."""
+    for step, group in itertools.groupby(samples, lambda sample: sample["__step__"]):
+        epoch = step // job.order.steps_per_epoch
+        size = job.order.global_batch_size // job.world_size
+        crops = [torch.empty(size, spec.size, spec.size, 3, dtype=torch.uint8) for spec in job.views]
+        ids, keys, corrupt = [], [], []
+        for chunk in _chunks(group):
+            rows = range(len(ids), len(ids) + len(chunk))
+            ids += [sample["__id__"] for sample in chunk]
+            keys += [_name(sample) for sample in chunk]
+            corrupt += [sample["__corrupt__"] for sample in chunk if sample["__corrupt__"]]
+            images = [sample["image"] for sample in chunk]
+            heights, widths = np.array([image.shape[:2] for image in images]).T
+            for view, spec in enumerate(job.views):
+                random = sample_keys(job.seed, epoch, ids[rows.start :], view)
+                pixels = crops[view].numpy()
+                for row, image, box in zip(
+                    rows, images, draw_crop(spec, random, heights, widths), strict=True
+                ):
+                    pixels[row] = crop_resize(image, box, spec.size)
+        # As numpy, which travels in the message: every tensor costs the receiver a file descriptor.
+        params = [draw_colour(s, sample_keys(job.seed, epoch, ids, v)) for v, s in enumerate(job.views)]
+        yield {
+            "step": step,
+            "epoch": epoch,
+            "keys": keys,
+            "crops": crops,
+            "params": params,
+            "corrupt": corrupt,
+        }
+
+
+def _evaluation_reader(job):
+    first = np.concatenate([[0], np.cumsum([info.num_samples for info in job.store.manifest.shards])])
+    for batch in _mine(job.batches):
+        indices, images, labels, corrupt = [], [], [], []
+        for index in batch:
+            shard = int(np.searchsorted(first, index, side="right") - 1)
+            sample = _read(job.store, shard, index - int(first[shard]))
+            try:
+                images.append(centre_crop(_decode(job.store, sample), job.size))
+            except CorruptSample as error:
+                corrupt.append(f"{_name(sample)}: {error}")
+                continue
+            indices.append(index)
+            labels.append(sample["__label__"])
+        crops = np.stack(images) if images else np.empty((0, job.size, job.size, 3), np.uint8)
+        tensors = {"indices": torch.tensor(indices, dtype=torch.int64), "crops": torch.from_numpy(crops)}
+        yield {**tensors, "labels": torch.tensor(labels, dtype=torch.int64), "corrupt": corrupt}
+
+
+def _read(store, shard, position):
+    """One webdataset sample dict, with where it is from in ``__shard__`` and ``__url__``."""
+    index = store.index(shard)
+    sample = read_sample(index, position, store.read(shard, *index.span(position)))
+    url = store.manifest.shards[shard].name
+    sample.update(__shard__=shard, __url__=url, __label__=int(index.labels[position]))
+    return sample
+
+
+def _name(sample):
+    return f"{sample['__url__']}/{sample['__key__']}"
+
+
+def _decode(store, sample):
+    """The sample's image. CorruptSample only if the shard's bytes are the recorded ones, else UserError."""
+    try:
+        for extension in IMAGE_EXTENSIONS:
+            if extension in sample:
+                return decode_image(sample[extension])
+        found = ", ".join(key for key in sample if not key.startswith("__")) or "nothing"
+        raise CorruptSample(f"no image file (one of {', '.join(IMAGE_EXTENSIONS)}) but {found}")
+    except CorruptSample:
+        _check_bytes(store, sample["__shard__"])
+        raise
+
+
+@functools.cache
+def _check_bytes(store, shard):
+    """UserError if a whole shard's sha256 differs from the manifest's; once per shard and process."""
+    info, digest = store.manifest.shards[shard], hashlib.sha256()
+    for start in range(0, info.num_bytes, HASH_BYTES):
+        digest.update(store.read(shard, start, min(HASH_BYTES, info.num_bytes - start)))
+    if digest.hexdigest() != info.sha256:
+        raise UserError(
+            f"shard {info.name} of {store.url} is damaged: its {info.num_bytes:,} bytes have another "
+            f"sha256 than the manifest's {info.sha256[:12]}: delete it and run the same `python -m data_prep build` again"
+        )
+
+
+def _substitute(job, epoch, sample_id, error):
+    """The image that stands in for a corrupt sample, and its name: the first candidate of a fixed row to decode."""
+    for attempt in range(SUBSTITUTE_TRIES):
+        key = key64(job.seed, epoch, sample_id, attempt, SUBSTITUTE_STREAM)
+        shard, position = job.order.locate([int(key % np.uint64(job.order.num_samples))])
+        sample = _read(job.store, int(shard[0]), int(position[0]))
+        try:
+            return _decode(job.store, sample), _name(sample)
+        except CorruptSample:
+            continue
+    raise UserError(
+        f"sample {sample_id} of {job.store.url} does not decode ({error}), nor do {SUBSTITUTE_TRIES} others "
+        "drawn in its place: check the set with `python -m data_prep verify --full`"
+    )
+
+
+def _chunks(samples):
+    """Lists of decoded samples, bounded by number and bytes."""
+    chunk, num_bytes = [], 0
+    for sample in samples:
+        chunk.append(sample)
+        num_bytes += sample["image"].nbytes
+        if len(chunk) == CHUNK_IMAGES or num_bytes >= CHUNK_BYTES:
+            yield chunk
+            chunk, num_bytes = [], 0
+    if chunk:
+        yield chunk
+
+
+def _errors_as_data(payloads):
+    """A user's mistake crosses to the trainer as data: torch would wrap it in a worker's traceback."""
+    try:
+        yield from payloads
+    except UserError as error:
+        yield {"user_error": str(error)}
+
+
+# ----------------------------------------------------------------------------------------------------
+# The workers' processes
+
+
+def _stream(stages, workers):
+    """An iterator over what the pipeline yields. Workers start now; they end when the iterator is closed."""
+    loader = DataLoader(
+        DataPipeline(*stages, _errors_as_data),
+        batch_size=None,
+        collate_fn=_as_is,
+        num_workers=workers,
+        multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=_start_worker,
+        pin_memory=torch.cuda.is_initialized(),  # pages locked for copies to the GPU that the trainer uses
+        generator=torch.Generator(),  # else it would draw from the global one, whose state is the trainer's
+    )
+    if workers:
+        start_fork_server()
+        with _signals_blocked(), _main_module_hidden():
+            return _unwrap(iter(loader))
+    return _unwrap(iter(loader))
+
+
+def _as_is(payload):
+    return payload  # torch would turn the arrays into tensors
+
+
+def _unwrap(payloads):
+    while True:
+        try:
+            payload = next(payloads, None)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(
+                f"a data worker died ({one_line(error)}): the machine may be short of memory or /dev/shm, "
+                "lower data.workers"
+            ) from None
+        if payload is None:
+            return
+        if "user_error" in payload:
+            raise UserError(payload["user_error"])
+        yield payload
+
+
+def start_fork_server():
+    """Start the process that workers are forked from, if it does not run. Returns while it still imports.
+
+    Worth calling early: its imports then overlap with building the model. It starts with the group's signals
+    blocked, and so do the workers: torch's workers take a dead server for a dead trainer.
+    """
+    multiprocessing.set_forkserver_preload([__name__])
+    with _signals_blocked(), _main_module_hidden():
+        multiprocessing.forkserver.ensure_running()
+
+
+def _start_worker(worker_id):
+    """In a new worker: keep the group's signals out, die with the trainer."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    threading.Thread(target=_die_with_trainer, daemon=True).start()
+
+
+def _die_with_trainer():
+    # torch's watchdog sees the fork server, not the trainer, and the server lives as long as its workers:
+    # without this a trainer killed by SIGKILL would leave both for ever.
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _signals_blocked():
+    """Children inherit a blocked signal, also through exec; to the trainer it is delivered afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _main_module_hidden():
+    """Keep new workers from importing the trainer's main module, as multiprocessing would have each do.
+
+    It costs seconds and hundreds of megabytes a worker (DeepSpeed is behind it), and nothing of it is used
+    there.
+    """
+    main = sys.modules["__main__"]
+    hidden = {name: getattr(main, name) for name in ("__spec__", "__file__") if hasattr(main, name)}
+    try:
+        main.__spec__ = None
+        if "__file__" in hidden:
+            del main.__file__
+        yield
+    finally:
+        for name, value in hidden.items():
+            setattr(main, name, value)

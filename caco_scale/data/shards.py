@@ -1,0 +1,306 @@
+"""The format of a shard set: ``manifest.json``, tar shards, and a small binary index beside each shard.
+
+A shard is a plain WebDataset tar. Its index says where every sample lies: one contiguous span of bytes per
+sample, tar headers included, so that a sample is one read (or one ranged request) and no tar is ever scanned
+in training. The manifest names the shards with counts, sizes and hashes, and is written last: a directory
+with one is complete.
+"""
+
+import json
+import re
+import tarfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+from webdataset.tariterators import base_plus_ext
+
+from caco_scale.errors import UserError, one_line
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "caco_scale shard set"
+VERSION = 1
+INDEX_MAGIC = b"CACOIDX1"
+BLOCK = 512  # bytes of a tar block
+META_FILES = r"__[^/]*__($|/)"  # webdataset passes over these
+
+
+def plain_name(name):
+    """``name`` if it is a plain file name: no folder, no ``..``, no shell, nothing hidden; else UserError."""
+    bad = not isinstance(name, str) or not name or name.startswith((".", "-"))
+    if bad or any(c in '/\\|:{}*?<>"`$&;' or ord(c) < 32 for c in name):
+        raise UserError(f"unsafe shard name {str(name)!r} in the manifest: build the shard set again")
+    return name
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard: its tar and its index, with sizes in bytes and sha256 in hex."""
+
+    name: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+    index_name: str
+    index_num_bytes: int
+    index_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A shard set: classes in label order, counts, shards, and which images were fixed or rejected, why."""
+
+    classes: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    num_samples: int
+    num_bytes: int
+    shards: tuple[ShardInfo, ...]
+    fixed: list[dict]
+    rejected: list[dict]
+    build: dict
+
+    def to_json(self):
+        """The text of ``manifest.json``; equal manifests give equal text."""
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text):
+        """Parse and check a manifest. UserError: not JSON, unknown version, unsafe names, wrong sums."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise UserError(
+                f"{MANIFEST_NAME} is not JSON ({one_line(error)}): build the shard set again"
+            ) from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise UserError(
+                f"{MANIFEST_NAME} is not that of a {FORMAT}: build it with `python -m data_prep build`"
+            )
+        if data.get("version") != VERSION:
+            raise UserError(
+                f"{MANIFEST_NAME} has version {data.get('version')}, this program reads version {VERSION}: "
+                "update the program or build the shard set again"
+            )
+        try:
+            values = {field.name: data[field.name] for field in fields(cls)}
+            values["shards"] = tuple(ShardInfo(**shard) for shard in values["shards"])
+            values["classes"], values["class_counts"] = (
+                tuple(values["classes"]),
+                tuple(values["class_counts"]),
+            )
+            manifest = cls(**values)
+            consistent = manifest._consistent()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{MANIFEST_NAME} is damaged ({error!r}): build the shard set again") from None
+        if not consistent:
+            raise UserError(f"{MANIFEST_NAME} is damaged (its sums disagree): build the shard set again")
+        return manifest
+
+    def _consistent(self):
+        for shard in self.shards:
+            plain_name(shard.name), plain_name(shard.index_name)
+        return (
+            sum(shard.num_samples for shard in self.shards) == self.num_samples
+            and sum(shard.num_bytes for shard in self.shards) == self.num_bytes
+            and len(self.classes) == len(self.class_counts)
+        )
+
+
+def _smallest(values):
+    """An array in the narrowest little-endian integer type that holds it."""
+    values = np.asarray(values, np.int64)
+    for dtype in ("|i1", "<i2", "<i4"):
+        limits = np.iinfo(dtype)
+        if not values.size or (limits.min <= values.min() and values.max() <= limits.max):
+            return values.astype(dtype)
+    return values.astype("<i8")
+
+
+class _Keys(Sequence):
+    """Sample keys kept as one string and offsets: a list of str at a tenth of the memory."""
+
+    def __init__(self, joined, ends):
+        self.joined, self.ends = joined, ends
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, position):
+        if isinstance(position, slice):
+            return [self[i] for i in range(*position.indices(len(self)))]
+        position = range(len(self))[position]
+        start = int(self.ends[position - 1]) if position else 0
+        return self.joined[start : int(self.ends[position])]
+
+    def __eq__(self, other):
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+
+class ShardIndex:
+    """Where the samples of one shard lie.
+
+    keys: sequence of str (n); starts, sizes: int64 (n,), one span of bytes of the tar per sample, headers
+    included; labels: int64 (n,), the integer in the sample's ``.cls``, -1 if it has none; ``members(i)``: the
+    files of sample i as (extension, offset in the span, size in bytes).
+    """
+
+    # Arrays in file order; the member arrays are flat, member_ends[i] ends the members of sample i.
+    _ARRAYS = ("starts", "sizes", "labels", "key_ends", "member_ends", "extension", "offset", "size")
+
+    def __init__(self, keys, extensions, arrays):
+        self._joined, self._extensions, self._arrays = keys, tuple(extensions), arrays
+        self.keys = _Keys(keys, arrays["key_ends"])
+
+    @classmethod
+    def from_samples(cls, samples):
+        """Build from a list of (key, start, size, label, [(extension, offset in the span, size)])."""
+        members = [m for sample in samples for m in sample[4]]
+        extensions = sorted({m[0] for m in members})
+        values = {
+            "starts": [s[1] for s in samples],
+            "sizes": [s[2] for s in samples],
+            "labels": [s[3] for s in samples],
+            "key_ends": np.cumsum([len(s[0]) for s in samples]),
+            "member_ends": np.cumsum([len(s[4]) for s in samples]),
+            "extension": [extensions.index(m[0]) for m in members],
+            "offset": [m[1] for m in members],
+            "size": [m[2] for m in members],
+        }
+        arrays = {name: _smallest(values[name]) for name in cls._ARRAYS}
+        return cls("".join(s[0] for s in samples), extensions, arrays)
+
+    def __len__(self):
+        return len(self.keys)
+
+    @property
+    def starts(self):
+        return self._arrays["starts"].astype(np.int64)
+
+    @property
+    def sizes(self):
+        return self._arrays["sizes"].astype(np.int64)
+
+    @property
+    def labels(self):
+        return self._arrays["labels"].astype(np.int64)
+
+    def span(self, position):
+        """(start, size in bytes) of one sample, plain ints."""
+        return int(self._arrays["starts"][position]), int(self._arrays["sizes"][position])
+
+    def members(self, position):
+        """The files of one sample: list of (extension, offset in the span, size in bytes)."""
+        ends = self._arrays["member_ends"]
+        start = int(ends[position - 1]) if position else 0
+        extension, offset, size = (self._arrays[name] for name in ("extension", "offset", "size"))
+        rows = range(start, int(ends[position]))
+        return [(self._extensions[extension[m]], int(offset[m]), int(size[m])) for m in rows]
+
+    def to_bytes(self):
+        """Magic, length of a JSON header, header, keys, arrays: the same bytes on every machine."""
+        keys = self._joined.encode()
+        arrays = [[name, self._arrays[name].dtype.str, len(self._arrays[name])] for name in self._ARRAYS]
+        header = json.dumps(
+            {"keys": len(keys), "extensions": list(self._extensions), "arrays": arrays}
+        ).encode()
+        body = b"".join(self._arrays[name].tobytes() for name in self._ARRAYS)
+        return INDEX_MAGIC + len(header).to_bytes(8, "little") + header + keys + body
+
+    @classmethod
+    def from_bytes(cls, data):
+        """Inverse of ``to_bytes``; UserError for anything else."""
+        try:
+            if data[:8] != INDEX_MAGIC:
+                raise ValueError("it does not begin as one")
+            at = 16 + int.from_bytes(data[8:16], "little")
+            header = json.loads(data[16:at])
+            keys = data[at : at + header["keys"]].decode()
+            at += header["keys"]
+            arrays = {}
+            for name, dtype, length in header["arrays"]:
+                dtype = np.dtype(dtype)
+                if name not in cls._ARRAYS or dtype.kind != "i":
+                    raise ValueError(f"unknown array {name} {dtype}")
+                arrays[name] = np.frombuffer(data, dtype, length, at)
+                at += dtype.itemsize * length
+            if at != len(data) or len(arrays) != len(cls._ARRAYS):
+                raise ValueError(f"{len(data)} bytes, {at} expected")
+            return cls(keys, header["extensions"], arrays)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"not a shard index ({one_line(error)}): build the shard set again") from None
+
+
+def index_tar(path_or_fileobj):
+    """Index a tar by the conventions of webdataset: files in a row that share a key are one sample.
+
+    Takes a path or a seekable binary file. A tar that is cut short or damaged is a UserError (tarfile alone
+    would silently lose its last samples), and so is a file name that occurs twice in one sample.
+    """
+    if hasattr(path_or_fileobj, "read"):
+        return _index_file(path_or_fileobj, getattr(path_or_fileobj, "name", "the tar"))
+    with open(path_or_fileobj, "rb") as file:
+        return _index_file(file, path_or_fileobj)
+
+
+def whole_tar_members(file, name):
+    """Yield the members of an uncompressed tar; UserError (after the last) when it is cut short or damaged.
+
+    tarfile alone takes a tar that is cut at a header for a shorter one.
+    """
+    end = count = 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                yield member
+                tar.members.clear()  # tarfile keeps every member it met
+                end = tar.offset
+                count += 1
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{name} is not a whole tar ({one_line(error)}, after {count:,} files)") from None
+    file.seek(end)
+    if file.read(BLOCK) != bytes(BLOCK):
+        raise UserError(
+            f"{name} is not a whole tar (cut short or damaged after {end:,} bytes, {count:,} files)"
+        )
+
+
+def _padded(size):
+    return -(-size // BLOCK) * BLOCK
+
+
+def _index_file(file, name):
+    samples = []
+    for member in whole_tar_members(file, name):
+        key, extension = base_plus_ext(member.name)
+        if not member.isreg() or key is None or re.match(META_FILES, member.name):
+            continue
+        if member.issparse():
+            raise UserError(f"{name}: {member.name} is stored as a sparse file: write the tar without -S")
+        extension = extension.lower()
+        if not samples or samples[-1][0] != key:
+            samples.append([key, member.offset, 0, -1, []])
+        sample = samples[-1]
+        if any(extension == other for other, _, _ in sample[4]):
+            raise UserError(f"{name}: two files {member.name} in one sample")
+        sample[2] = member.offset_data + _padded(member.size) - sample[1]
+        sample[4].append((extension, member.offset_data - sample[1], member.size))
+        if extension == "cls":
+            file.seek(member.offset_data)
+            sample[3] = _label(file.read(min(member.size, 32)))
+    return ShardIndex.from_samples(samples)
+
+
+def _label(data):
+    try:
+        return max(int(data), -1)
+    except ValueError:
+        return -1
+
+
+def read_sample(index, position, span):
+    """A sample as webdataset's dict, ``{"__key__": str, "jpg": bytes, ...}``, from its span of bytes."""
+    sample = {"__key__": index.keys[position]}
+    for extension, offset, size in index.members(position):
+        assert offset + size <= len(span), "the span is shorter than the index says"
+        sample[extension] = bytes(span[offset : offset + size])
+    return sample

@@ -1,0 +1,149 @@
+"""The few collectives the project uses, with one-process behaviour built in.
+
+Without a process group (``group=None`` and torch.distributed not initialised) the world size is 1 and every
+function is the identity. Tensors travel on the group's own backend (NCCL on GPUs, gloo on CPUs); small facts
+about the run travel between hosts on a gloo group, so that agreeing on them never waits for a GPU.
+
+Shapes: R ranks; B rows a rank, equal on all; K rows sharded over the ranks, S of them on this rank.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from caco_scale.errors import UserError
+
+
+def world_size(group=None):
+    """Number of ranks of ``group``; 1 without a process group."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def rank(group=None):
+    """This process's rank in ``group``; 0 without a process group."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def shard_range(size, world_size, rank):
+    """Rows ``start <= row < stop`` of ``rank`` when ``size`` rows are split as DTensor's ``Shard(0)`` does.
+
+    Blocks of ceil(size / world_size) rows: the last ones may be shorter or empty.
+    """
+    block = -(-size // world_size)
+    start = min(rank * block, size)
+    return start, min(start + block, size)
+
+
+def all_gather_rows(x, group=None):
+    """Every rank's ``x`` (B, ...) one below the other in rank order: (R·B, ...), the same on every rank."""
+    if world_size(group) == 1:
+        return x
+    gathered = x.new_empty((world_size(group) * x.shape[0], *x.shape[1:]))
+    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    return gathered
+
+
+def all_gather_shards(x, size, group=None):
+    """The whole (K, ...), on every rank, of which each rank holds the rows of ``shard_range(size, ...)``."""
+    if world_size(group) == 1:
+        return x
+    block = -(-size // world_size(group))
+    padded = x.new_zeros((block, *x.shape[1:]))
+    padded[: x.shape[0]] = x
+    return all_gather_rows(padded, group)[:size]  # only the blocks at the end are padded
+
+
+def all_reduce_(x, op=dist.ReduceOp.SUM, group=None):
+    """Reduce ``x`` over the ranks in place and return it: the same on every rank."""
+    if world_size(group) > 1:
+        dist.all_reduce(x, op=op, group=group)
+    return x
+
+
+def reduce_scatter_rows(x, group=None):
+    """Sum over ranks of ``x`` (R·B, ...), of which this rank gets its own rows: (B, ...)."""
+    ranks = world_size(group)
+    if ranks == 1:
+        return x
+    x = x.contiguous()
+    received = x.new_empty((x.shape[0] // ranks, *x.shape[1:]))
+    if dist.get_backend(group) == "nccl":
+        dist.reduce_scatter_tensor(received, x, group=group)
+        return received
+    blocks = torch.empty_like(x)  # gloo lacks it in some versions: the same bytes, summed in rank order
+    dist.all_to_all_single(blocks, x, group=group)
+    return blocks.view(ranks, *received.shape).sum(0)
+
+
+def exchange_row_blocks(x, size, group=None):
+    """Turn column shards of all rows into whole rows of one's own: (R·B, S) -> (B, K), by one all-to-all.
+
+    Rank r brings the columns of ``shard_range(size, R, r)`` for the rows of all ranks, and gets its own B rows
+    with all K = ``size`` columns. Blocks may be uneven or empty.
+    """
+    ranks = world_size(group)
+    if ranks == 1:
+        return x
+    num_rows = x.shape[0] // ranks
+    widths = [stop - start for start, stop in (shard_range(size, ranks, r) for r in range(ranks))]
+    received = x.new_empty(num_rows * size)
+    dist.all_to_all_single(
+        received,
+        x.reshape(-1),
+        output_split_sizes=[num_rows * width for width in widths],
+        input_split_sizes=[num_rows * x.shape[1]] * ranks,
+        group=group,
+    )
+    blocks = received.split([num_rows * width for width in widths])
+    return torch.cat([block.view(num_rows, -1) for block in blocks if len(block)], dim=1)
+
+
+def gather_objects(value, group=None):
+    """Every rank's ``value`` (anything that pickles) in rank order, on every rank. Between hosts only."""
+    if world_size(group) == 1:
+        return [value]
+    values = [None] * world_size(group)
+    dist.all_gather_object(values, value, group=_host_group(_resolve(group)))
+    return values
+
+
+def all_max(value, group=None):
+    """The largest of the ranks' ``value`` (a Python number), on every rank. Between hosts only."""
+    return max(gather_objects(value, group))
+
+
+def assert_equal_on_all_ranks(values: Mapping, what, group=None, error=None):
+    """Raise the same kind of error on EVERY rank when the ranks disagree: a clear line instead of a hang.
+
+    Args:
+        values: name -> anything that pickles and compares; the names speak in the message ("batch size").
+        what: what is checked, the beginning of the message ("contrast").
+        error: this rank's own complaint, if it has one: it is then raised on all ranks, not only here.
+
+    Raises:
+        UserError: on every rank, if ``error`` is set on any or a value differs, with each rank's value.
+    """
+    gathered = gather_objects((error, dict(values)), group)
+    for r, (complaint, _) in enumerate(gathered):
+        if complaint is not None:
+            raise UserError(complaint if len(gathered) == 1 else f"{complaint} (rank {r})")
+    for name in dict.fromkeys(name for _, facts in gathered for name in facts):
+        seen = [facts.get(name) for _, facts in gathered]
+        if any(value != seen[0] for value in seen):
+            listed = ", ".join(f"{value} on rank {r}" for r, value in enumerate(seen))
+            raise UserError(f"{what}: the {name} must be the same on every rank, but is {listed}")
+
+
+def _resolve(group):
+    return dist.group.WORLD if group is None else group
+
+
+@functools.lru_cache(maxsize=8)
+def _host_group(group):
+    """A gloo group of the ranks of ``group``: itself where it is one. The first call is a collective."""
+    if dist.get_backend(group) == "gloo":
+        return group
+    ranks = dist.get_process_group_ranks(group)
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)

@@ -1,0 +1,41 @@
+"""The one error a user sees: a single line with the numbers in it and the fix, exit code 2, no traceback."""
+
+import functools
+import os
+import signal
+import sys
+import time
+
+# Seconds that ranks above 0 wait before they repeat an error: rank 0 usually has the same, and says it.
+RANK_PATIENCE_SECONDS = 3
+
+
+class UserError(ValueError):
+    """A user's mistake. The message is one line: what is wrong, the numbers in it, and what to do."""
+
+
+def one_line(error):
+    """The message of an exception with every run of white space folded into one blank."""
+    return " ".join(str(error).split())
+
+
+def exit_on_user_error(main):
+    """Decorate a command's ``main``: a :class:`UserError` becomes ``error: <line>`` on stderr and exit code 2.
+
+    Of several ranks that make the same mistake only the first speaks: the launcher ends the others meanwhile.
+    """
+
+    @functools.wraps(main)
+    def run(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            rank = int(os.environ.get("RANK", 0))
+            if rank:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(RANK_PATIENCE_SECONDS)
+            speaker = f"rank {rank}: " if rank else ""
+            print(f"error: {speaker}{one_line(error)}", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    return run

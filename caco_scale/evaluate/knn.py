@@ -1,0 +1,306 @@
+"""Weighted k-nearest-neighbour accuracy, exact and equal to the last digit on any number of ranks.
+
+The protocol of Wu et al. (arXiv:1805.01978, section 3.4), which InstDisc, MoCo's demo, DINO and lightly use:
+the k training images with the greatest cosine similarity s vote for their class with weight exp(s / T).
+
+How it gets exact: the elements of unit-norm features are rounded to multiples of 2^-25 (an error of 1.5e-8 at
+most). Their products are multiples of 2^-50, and every partial sum of a cosine, below 2, fits the 53 bits of
+fp64: nothing is rounded, whatever the order of summation, the blocking, the device or the number of ranks.
+Equal similarities are then really equal, and the lowest sample id wins.
+
+Shapes: N training and M validation images of all ranks, n and m this rank's, F features, C classes, b a block.
+"""
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from caco_scale.data.loader import evaluation_batches
+from caco_scale.distributed import collectives
+from caco_scale.errors import UserError
+from caco_scale.evaluate.features import extract_features
+
+GRID = 2.0**25
+QUERY_ROWS = 1024  # validation images compared at once
+NO_ID = torch.iinfo(torch.int64).max  # the id of a place in a candidate list that no training image fills
+
+
+@dataclass
+class Candidates:
+    """The nearest training images so far, best first: (b, k) each; -inf and NO_ID where there are fewer."""
+
+    similarities: torch.Tensor
+    ids: torch.Tensor
+    labels: torch.Tensor
+
+    @classmethod
+    def none(cls, rows, k, device):
+        return cls(
+            torch.full((rows, k), -torch.inf, dtype=torch.float64, device=device),
+            torch.full((rows, k), NO_ID, device=device),
+            torch.zeros((rows, k), dtype=torch.int64, device=device),
+        )
+
+    def merged(self, other, k):
+        """The k best of two lists: by similarity, the lowest id first among equals."""
+        both = [torch.cat(pair, dim=1) for pair in zip(self.packed(), other.packed(), strict=True)]
+        by_id = both[1].argsort(dim=1)
+        both = [part.gather(1, by_id) for part in both]
+        order = both[0].argsort(dim=1, descending=True, stable=True)[:, :k]
+        return Candidates(*(part.gather(1, order) for part in both))
+
+    def packed(self):
+        return self.similarities, self.ids, self.labels
+
+
+def on_grid(features):
+    """Unit-norm rows in fp64, rounded to the grid on which cosine similarities are exact."""
+    return (F.normalize(features.double(), dim=1) * GRID).round_().div_(GRID)
+
+
+def best_columns(similarities, k):
+    """Columns of each row's k greatest similarities (b, columns), the lowest columns where equals compete."""
+    values, columns = similarities.topk(k, dim=1)
+    # topk takes any of several equal values: where some of those at the k-th place stay out, a stable sort decides.
+    ambiguous = (similarities >= values[:, -1:]).sum(1) > k
+    if ambiguous.any():
+        order = similarities[ambiguous].argsort(dim=1, descending=True, stable=True)
+        columns[ambiguous] = order[:, :k]
+    return columns
+
+
+def nearest(queries, train_features, train_labels, train_ids, k, chunk):
+    """Candidates (b, k) for fp32 queries (b, F) among this rank's training images, whose ids ascend.
+
+    The training features may lie on another device than the queries: a chunk of them travels at a time, once.
+    """
+    device = queries.device
+    blocks = [Candidates.none(len(block), k, device) for block in queries.split(QUERY_ROWS)]
+    for start in range(0, train_features.shape[0], chunk):
+        part = slice(start, start + chunk)
+        chunk_features = on_grid(train_features[part].to(device)).T
+        chunk_labels, chunk_ids = train_labels[part].to(device), train_ids[part].to(device)
+        for number, block in enumerate(queries.split(QUERY_ROWS)):
+            similarities = on_grid(block) @ chunk_features
+            columns = best_columns(similarities, min(k, similarities.shape[1]))
+            found = Candidates(similarities.gather(1, columns), chunk_ids[columns], chunk_labels[columns])
+            blocks[number] = blocks[number].merged(found, k)
+    columns = zip(*(block.packed() for block in blocks), strict=True)
+    return Candidates(*(torch.cat(column) for column in columns))
+
+
+def gather_candidates(candidates, k, owner, group):
+    """The best k over all ranks' candidates, on rank ``owner``; None on the others."""
+    if collectives.world_size(group) == 1:
+        return candidates
+    # One message: fp64 similarities travel as the int64 of the same bits.
+    packed = torch.stack([candidates.similarities.view(torch.int64), candidates.ids, candidates.labels])
+    is_owner = collectives.rank(group) == owner
+    received = [torch.empty_like(packed) for _ in range(collectives.world_size(group))] if is_owner else None
+    dist.gather(packed, received, group=group, group_dst=owner)
+    if not is_owner:
+        return None
+    lists = [Candidates(part[0].view(torch.float64), part[1], part[2]) for part in received]
+    return functools.reduce(lambda best, more: best.merged(more, k), lists)
+
+
+def correct_votes(candidates, labels, ks, temperature, num_classes):
+    """How many of the images (b,) the first k candidates classify rightly: (len(ks),) int64.
+
+    Votes are added neighbour by neighbour, best first, so that their sums do not depend on the device's
+    scheduling; of equal votes the lowest class wins.
+    """
+    correct = torch.zeros(len(ks), dtype=torch.int64, device=labels.device)
+    parts = (candidates.similarities, candidates.labels, labels)
+    for similarities, neighbours, truth in zip(*(part.split(QUERY_ROWS) for part in parts), strict=True):
+        # Relative to the best one's vote, which leaves the winner and cannot overflow.
+        weights = ((similarities - similarities[:, :1]) / temperature).exp()
+        votes = weights.new_zeros(len(truth), num_classes)
+        for voter in range(max(ks)):
+            votes.scatter_add_(1, neighbours[:, voter : voter + 1], weights[:, voter : voter + 1])
+            if voter + 1 in ks:
+                correct[ks.index(voter + 1)] += (votes.argmax(1) == truth).sum()
+    return correct
+
+
+def _unique(values):
+    """A number or a list of them as a list without repetitions."""
+    return list(dict.fromkeys(values)) if isinstance(values, (list, tuple)) else [values]
+
+
+def _check(sizes, ks, temperatures):
+    """Refuse what cannot be evaluated; ``sizes``: of all ranks, so that every rank raises the same line."""
+    total = {name: sum(part[name] for part in sizes) for name in sizes[0]}
+    widths = {part["train_width"] for part in sizes if part["train"]}
+    widths |= {part["val_width"] for part in sizes if part["val"]}
+    if min(ks) < 1 or min(temperatures) <= 0:
+        raise UserError(
+            f"kNN needs k >= 1 and a temperature above 0, but got k = {ks}, temperature = {temperatures}"
+        )
+    if total["val"] == 0:
+        raise UserError("kNN has no validation images: give a validation shard set with at least one")
+    if max(ks) > total["train"]:
+        raise UserError(
+            f"kNN with k = {max(ks)} needs as many training images, but there are {total['train']}"
+        )
+    if len(widths) > 1:
+        raise UserError(
+            f"kNN compares features of one width, but got {' and '.join(map(str, sorted(widths)))}"
+        )
+    if total["unlabelled"]:
+        raise UserError(
+            f"kNN needs a class label from 0 to C - 1 on every image, but {total['unlabelled']} of "
+            f"{total['train'] + total['val']} have none or another: give shard sets built from class folders"
+        )
+    if total["not_finite"]:
+        raise UserError(
+            f"kNN: the features of {total['not_finite']} of {total['train'] + total['val']} images are not "
+            "finite, so the encoder's weights or buffers are not either: evaluate an earlier checkpoint"
+        )
+
+
+def _sizes(train_features, train_labels, features, labels, num_classes):
+    return {
+        "train": len(train_features),
+        "val": len(features),
+        "train_width": train_features.shape[1],
+        "val_width": features.shape[1],
+        "unlabelled": sum(int(((y < 0) | (y >= num_classes)).sum()) for y in (train_labels, labels)),
+        "not_finite": sum(int((~torch.isfinite(x).all(1)).sum()) for x in (train_features, features)),
+    }
+
+
+@torch.no_grad()
+def knn_accuracy(
+    train_features,
+    train_labels,
+    features,
+    labels,
+    *,
+    k=20,
+    temperature=0.2,
+    num_classes,
+    train_ids=None,
+    group=None,
+    chunk=8192,
+    device=None,
+):
+    """Top-1 accuracy in percent of a weighted kNN classifier over all ranks' images, the same on every rank.
+
+    Args:
+        train_features, train_labels: this rank's part, (n, F) and (n,); parts may be uneven or empty. Rows are
+            normalised here; a row of zeros has similarity 0 to everything.
+        features, labels: this rank's part of the images to classify, (m, F) and (m,).
+        k, temperature: numbers, or lists of them: then the result is a dict (k, temperature) -> percent.
+        train_ids: (n,) ids over all ranks, which settle ties; None: positions in rank order.
+        chunk: training images compared at once (memory: 1,024 x ``chunk`` fp64 similarities).
+        device: where similarities are computed (with NCCL a GPU); None: where ``features`` lie.
+
+    Crosses ranks: every rank's validation features go to all (one rank's at a time), k candidates an image
+    come back; never training features, never N x M similarities.
+
+    Raises:
+        UserError: on every rank, for k above N, no validation images, missing labels, features not finite.
+    """
+    ks, temperatures = _unique(k), _unique(temperature)
+    device = features.device if device is None else torch.device(device)
+    sizes = collectives.gather_objects(
+        _sizes(train_features, train_labels, features, labels, num_classes), group
+    )
+    _check(sizes, ks, temperatures)
+    if train_ids is None:
+        first = sum(part["train"] for part in sizes[: collectives.rank(group)])
+        train_ids = torch.arange(first, first + len(train_features))
+    train = _ascending(train_features, train_labels, train_ids)
+    correct = torch.zeros(len(temperatures), len(ks), dtype=torch.int64, device=device)
+    for owner, part in enumerate(sizes):
+        if part["val"] == 0:
+            continue
+        queries = _broadcast_features(features, (part["val"], part["val_width"]), owner, device, group)
+        found = gather_candidates(nearest(queries, *train, max(ks), chunk), max(ks), owner, group)
+        if owner == collectives.rank(group):
+            for row, t in enumerate(temperatures):
+                correct[row] = correct_votes(found, labels.to(device), ks, t, num_classes)
+    collectives.all_reduce_(correct, group=group)
+    percent = 100 * correct.double() / sum(part["val"] for part in sizes)
+    accuracy = dict(zip(itertools.product(temperatures, ks), percent.flatten().tolist(), strict=True))
+    if isinstance(k, (list, tuple)) or isinstance(temperature, (list, tuple)):
+        return {(k, t): accuracy[t, k] for k in ks for t in temperatures}
+    return accuracy[temperature, k]
+
+
+def _ascending(features, labels, ids):
+    """The training images in the order of their ids, which :func:`nearest` relies on."""
+    if (ids.diff() > 0).all():
+        return features, labels, ids
+    order = ids.argsort()
+    return tuple(part[order.to(part.device)] for part in (features, labels, ids))
+
+
+def _broadcast_features(features, shape, owner, device, group):
+    """Rank ``owner``'s validation features on every rank, fp32 on ``device``."""
+    if owner == collectives.rank(group):
+        features = features.to(device, torch.float32).contiguous()
+    else:
+        features = torch.empty(shape, device=device)
+    if collectives.world_size(group) > 1:
+        dist.broadcast(features, group=group, group_src=owner)
+    return features
+
+
+def evaluate_knn(
+    encode,
+    train_store,
+    val_store,
+    *,
+    size,
+    k=20,
+    temperature=0.2,
+    device="cpu",
+    rank=0,
+    world_size=1,
+    workers=0,
+    batch_size=256,
+    group=None,
+    **how,
+):
+    """kNN top-1 accuracy in percent of ``encode``'s features: training against validation shard set.
+
+    Images are centre crops of ``size`` pixels without augmentation; ``encode=pixels`` gives the raw images'
+    figure. Every rank calls it with its ``rank`` and gets the same number; training state is left alone.
+
+    Args:
+        k, temperature: as in :func:`knn_accuracy`.
+        how: ``mean``, ``std`` and the other settings of :func:`extract_features`.
+
+    Raises:
+        UserError: class lists that differ between the two sets, and as :func:`knn_accuracy`.
+    """
+    classes = val_store.manifest.classes
+    if train_store.manifest.classes != classes:
+        raise UserError(
+            f"kNN needs the same classes in both shard sets, but those of {train_store.url} "
+            f"({len(train_store.manifest.classes)}) and {val_store.url} ({len(classes)}) differ: "
+            "build both from trees with the same class folders"
+        )
+    reading = {"rank": rank, "world_size": world_size, "batch_size": batch_size, "workers": workers}
+
+    def extract(store):
+        return extract_features(encode, evaluation_batches(store, size, **reading), device=device, **how)
+
+    train_features, train_labels, train_ids = extract(train_store)
+    return knn_accuracy(
+        train_features,
+        train_labels,
+        *extract(val_store)[:2],
+        k=k,
+        temperature=temperature,
+        num_classes=len(classes),
+        train_ids=train_ids,
+        group=group,
+        device=device,
+    )

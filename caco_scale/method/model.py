@@ -1,0 +1,84 @@
+"""The query and the key encoder as one module, so that one engine wraps, shards and saves both.
+
+Shapes: B this rank's batch, F features, D embedding, H and W a view's height and width.
+"""
+
+import copy
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from caco_scale.method.ema import ema_update
+
+NUM_GLOBAL_VIEWS = 2
+
+
+class Encoder(nn.Module):
+    """Backbone and projector: images (B, 3, H, W) -> unit-norm embeddings (B, D), fp32 or fp64."""
+
+    def __init__(self, backbone, projector):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector
+
+    def features(self, images):
+        """Backbone features (B, F), what evaluation and export look at."""
+        return self.backbone(images)
+
+    def forward(self, images):
+        return unit_norm(self.projector(self.backbone(images)))
+
+
+def unit_norm(embeddings):
+    """Rows (B, D) divided by their norms; in fp32 at least, whatever autocast region the caller is in."""
+    with torch.autocast(embeddings.device.type, enabled=False):
+        if embeddings.dtype != torch.float64:
+            embeddings = embeddings.float()
+        return F.normalize(embeddings, dim=1)
+
+
+class QueryKeyModel(nn.Module):
+    """The trained query encoder and its moving average, the key encoder, which takes no gradient.
+
+    The key encoder starts as a copy; :func:`caco_scale.method.ema.ema_update` and :func:`synchronise_key`
+    alone move its parameters. Both run in train mode, each with BatchNorm statistics of its own; convert them
+    to synchronised BatchNorm after construction (a process group cannot be copied).
+
+    ``autocast_dtype``: compute in this type inside ``forward``, parameters and outputs stay as they are;
+    None: in the parameters' type. ``channels_last``: lays the views out so; never the weights, which
+    DeepSpeed and FSDP2 cannot flatten then.
+    """
+
+    def __init__(self, encoder, *, autocast_dtype=None, channels_last=False):
+        super().__init__()
+        self.query = encoder
+        self.key = copy.deepcopy(encoder).requires_grad_(False)
+        self.autocast_dtype = autocast_dtype
+        self.channels_last = channels_last
+
+    def forward(self, views):
+        """Queries of every view and keys of the two global views, all unit norm.
+
+        ``views``: list of (B, 3, H, W), the two global views first. Returns (list of (B, D) queries, one per
+        view; list of two (B, D) keys without gradient). Every view is a forward of its own: views in one
+        batch would share BatchNorm statistics. Crosses ranks: synchronised BatchNorm's statistics only.
+        """
+        if self.channels_last:
+            views = [view.contiguous(memory_format=torch.channels_last) for view in views]
+        with self._autocast(views[0].device.type):
+            queries = [self.query(view) for view in views]
+            with torch.no_grad():
+                keys = [self.key(view) for view in views[:NUM_GLOBAL_VIEWS]]
+        return queries, keys
+
+    def _autocast(self, device_type):
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(device_type, dtype=self.autocast_dtype)
+
+
+def synchronise_key(model):
+    """Key parameters <- query parameters, buffers stay: the switch from bank warm-up to the main schedule."""
+    ema_update(model.query, model.key, momentum=0.0)

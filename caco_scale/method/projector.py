@@ -1,0 +1,19 @@
+"""The projector: from backbone features (F) to the embedding space (D) in which the bank lives."""
+
+from torch import nn
+
+
+def build_projector(num_features, hidden, embedding_dim):
+    """Three linear layers without biases, BatchNorm and ReLU after the first two: (B, F) -> (B, D).
+
+    The output is not yet of unit norm. arXiv:2203.14370, section 4 (F -> 2048 -> 2048 -> 256 there).
+    """
+    return nn.Sequential(
+        nn.Linear(num_features, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, embedding_dim, bias=False),
+    )

@@ -1,0 +1,85 @@
+"""Parameter groups, the choice of an optimizer, and its state by parameter name (what a checkpoint holds)."""
+
+import difflib
+
+import torch
+
+from caco_scale.errors import UserError
+from caco_scale.optim.lars import LARS
+
+OPTIMIZERS = ("lars", "sgd", "adamw")
+
+
+def parameter_groups(module):
+    """Two groups of the parameters that train: more than one dimension, and the rest without weight decay.
+
+    Either may be empty. ``scaled`` tells LARS which is which even after an engine has flattened the tensors.
+    """
+    params = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in params if p.ndim > 1], "scaled": True},
+        {"params": [p for p in params if p.ndim <= 1], "scaled": False, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(name, module, weight_decay):
+    """LARS, SGD (momentum 0.9) or AdamW (betas 0.9, 0.95) over ``module``'s two parameter groups.
+
+    The learning rate starts at 0: the schedule writes it into ``param_groups`` before every step.
+    Raises UserError on a name that is not known.
+    """
+    groups = parameter_groups(module)
+    if name == "lars":
+        return LARS(groups, lr=0.0, weight_decay=weight_decay)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=weight_decay)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay)
+    nearest = difflib.get_close_matches(name, OPTIMIZERS, n=1, cutoff=0.0)[0]
+    raise UserError(
+        f"optim.name: no optimizer {name!r}; the nearest is {nearest!r} (known: {', '.join(OPTIMIZERS)})"
+    )
+
+
+def init_optimizer_state(optimizer):
+    """Create the state that the first step would create; parameters and existing state stay as they are.
+
+    Afterwards a checkpoint can be loaded into it in place, and training goes on bit for bit as without this
+    call: a zero momentum buffer plus the first gradient is the buffer that SGD starts with.
+    """
+    if isinstance(optimizer, LARS):
+        optimizer.init_state()
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state[p]:
+                optimizer.state[p].update(_initial_state(optimizer, group, p))
+
+
+def _initial_state(optimizer, group, p):
+    if isinstance(optimizer, torch.optim.SGD):
+        return {"momentum_buffer": torch.zeros_like(p)}
+    assert isinstance(optimizer, torch.optim.AdamW), optimizer
+    # torch keeps AdamW's step count on the host unless a kernel reads it.
+    step_device = p.device if group["capturable"] or group["fused"] else "cpu"
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=step_device),
+        "exp_avg": torch.zeros_like(p),
+        "exp_avg_sq": torch.zeros_like(p),
+    }
+
+
+def named_state(optimizer, module):
+    """``{"<parameter name>/<state key>": tensor}`` of what trains, AdamW's ``step`` scalars included.
+
+    The tensors are the optimizer's own: loading into them is loading the optimizer. Call
+    :func:`init_optimizer_state` first. Names come from ``module``, which is not the engine's wrapper of it.
+    """
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    named = {}
+    for name, p in module.named_parameters():
+        if id(p) not in trained:
+            continue
+        assert optimizer.state[p], f"{name} has no optimizer state; call init_optimizer_state first"
+        named.update({f"{name}/{key}": value for key, value in optimizer.state[p].items()})
+    return named

@@ -1,0 +1,30 @@
+"""Command: ``accelerate launch -m caco_scale.pretrain [RECIPE] [--section.field value ...]``.
+
+Only what must happen before torch is imported stands here: the signal handlers, and the flags (so that a typo is
+answered at once). Loader workers import this module too, so it imports nothing heavy at its top.
+"""
+
+import sys
+
+from caco_scale.errors import exit_on_user_error
+
+
+@exit_on_user_error
+def main(arguments=None):
+    """Train by recipe and flags; exit code 0 when finished or stopped by a signal, 2 on a user's mistake."""
+    from caco_scale.signals import Signals
+
+    signals = Signals()
+    signals.install()
+
+    from caco_scale.config import parse
+
+    config = parse(sys.argv[1:] if arguments is None else arguments)
+
+    from caco_scale.training import run
+
+    run(config, signals)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Signals that ask a run to stop: they set a flag, and all ranks act on it together at a step boundary.
+
+SIGUSR1, SIGTERM and the first SIGINT (Ctrl-C) mean: write a checkpoint at the next step and end well. The
+second SIGINT kills at once. torch is imported by :func:`agree` only, so that the handlers stand before a
+slow import.
+
+Who is sent a signal is not always who should be. A cluster signals every process of a job step;
+``accelerate launch`` passes a SIGTERM or SIGINT on to the whole process group of each trainer (and kills
+what still runs after 30 seconds), dies of a SIGUSR1 that it was not told to handle, and, where it started
+one process only, dies of any of them without a word to that process. So the trainer follows its launcher
+(:func:`follow_launcher`) and shields its loader processes (:func:`shielded`, :func:`end_with_trainer`),
+without which no checkpoint could be reached.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+from multiprocessing import connection, resource_tracker
+
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+LAUNCHER = re.compile(
+    r"(.*/)?(accelerate|accelerate-launch|torchrun|deepspeed)"  # the commands
+    r"|accelerate\.commands\.\w+|torch\.distributed\.(run|launch)|deepspeed\.launcher\.\w+"  # python -m ...
+)
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+class Signals:
+    """``requested`` is the name of the last stop signal that arrived (``"SIGTERM"``), or None."""
+
+    def __init__(self):
+        self.requested = None
+
+    def install(self):
+        """Take over SIGUSR1, SIGTERM and SIGINT of this process (main thread only) -> self."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
+        follow_launcher()
+        return self
+
+    def _handle(self, number, frame):
+        name = signal.Signals(number).name
+        if name == self.requested == "SIGINT":
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        self.requested = name
+
+
+def agree(flags, group=None):
+    """Flags that any rank has raised, the same on every rank -> list of int (the maximum over ranks of each).
+
+    One all-reduce of a few bytes. ``group``: a gloo group, so that no GPU is synchronised; without a
+    process group the flags come back as they are. Every rank must call it at the same step.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return list(flags)
+    agreed = torch.tensor(flags)
+    dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
+    return agreed.tolist()
+
+
+def follow_launcher():
+    """Have the kernel send this process SIGTERM when the launcher that started it dies (Linux; else nothing).
+
+    Only a launcher: a trainer that a shell started outlives the shell under ``nohup``.
+    """
+    parent = os.getppid()
+    if not sys.platform.startswith("linux") or not _is_launcher(parent):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != parent:  # it died in between
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_launcher(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as stream:
+            words = stream.read().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    return any(
+        LAUNCHER.fullmatch(word) for word in words[:4]
+    )  # its own first words, not the script's arguments
+
+
+@contextlib.contextmanager
+def shielded():
+    """Processes started inside (loader workers, their fork server) never see the stop signals.
+
+    They would die of a signal that was meant for the trainer, and take the last checkpoint with them.
+    Signals that arrive meanwhile are delivered afterwards. What blocks SIGTERM can only be killed: that is
+    done when the trainer exits.
+    """
+    atexit.unregister(_kill_children)
+    atexit.register(_kill_children)  # before multiprocessing's own, which would wait for them for ever
+    resource_tracker.ensure_running()  # its start unblocks SIGTERM and SIGINT whatever they were before
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _kill_children():
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def end_with_trainer(worker_id=None):
+    """In a loader worker (as its ``worker_init_fn``): exit when the trainer is gone, however it was killed.
+
+    Under a fork server the worker's parent is the server, which lives as long as any worker does; torch's own
+    watchdog, which watches the parent, then never fires.
+    """
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None, "end_with_trainer is for processes that multiprocessing started"
+
+    def watch():
+        connection.wait([trainer.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="trainer-watch", daemon=True).start()

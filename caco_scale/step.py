@@ -1,0 +1,74 @@
+"""One update of CaCo (arXiv:2203.14370), the algorithm on one screen.
+
+Shapes: B this rank's micro-batch, V views (the two global ones first), D embedding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class StepResult:
+    """What one step did.
+
+    ``loss``: 0-dim tensor, global, equal on all ranks. ``moved``: False if the step was not finite and changed
+    nothing. ``positive_probability``: 0-dim tensor, global mean probability of the positives. ``queries``: (B, D)
+    of view 1, last micro-batch, for diagnosis.
+    """
+
+    loss: torch.Tensor
+    moved: bool
+    positive_probability: torch.Tensor
+    queries: torch.Tensor
+
+
+def train_step(strategy, bank, micro_batches, hp):
+    """One optimizer step on this rank's share of the global batch.
+
+    Args:
+        strategy: wraps the query and key encoders (``distributed/strategy.py``).
+        bank: the :class:`~caco_scale.method.bank.ShardedBank`.
+        micro_batches: for each micro-step the list of V views, (B, 3, H, W) each.
+        hp: :class:`~caco_scale.optim.schedule.HyperParameters` of this step.
+
+    Crosses ranks: queries, keys and per-row statistics (the bank), gradients (the strategy), BatchNorm statistics.
+    """
+    buffers = BufferSnapshot(strategy.module)
+    contrasts = []
+    for micro_step, views in enumerate(micro_batches, start=1):
+        with strategy.micro_step(is_last=micro_step == len(micro_batches)):
+            queries, keys = strategy(views)  # unit norm; keys carry no gradient
+            contrast = bank.contrast(
+                queries,
+                keys,
+                temperature=hp.temperature,
+                bank_temperature=hp.bank_temperature,
+                rule=hp.rule,
+                weight=1 / len(micro_batches),
+            )
+            strategy.backward(contrast.loss)
+            contrasts.append(contrast)
+    loss = torch.stack([contrast.loss.detach() for contrast in contrasts]).sum()
+    # 1. the encoder minimises the loss; a step that is not finite moves nothing, on every rank alike
+    moved = strategy.step(loss, lr=hp.lr)
+    if moved:
+        bank.step(contrasts, lr=hp.bank_lr)  # 2. the bank follows the queries
+        strategy.update_key(hp.key_momentum)  # 3. the key encoder follows the query encoder
+    else:
+        buffers.restore()
+    probability = torch.stack([contrast.positive_probability for contrast in contrasts]).mean()
+    return StepResult(loss, moved, probability, queries[0].detach())
+
+
+class BufferSnapshot:
+    """BatchNorm buffers before a step: its forward has moved them by the time its gradients are known."""
+
+    def __init__(self, module):
+        self._buffers = list(module.buffers())
+        self._before = [buffer.clone() for buffer in self._buffers]
+
+    @torch.no_grad()
+    def restore(self):
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(before)

@@ -1,0 +1,543 @@
+"""Build the parts of a run from its config; the loop that trains, evaluates, saves, stops and resumes.
+
+Data and method meet only here. Shapes: N global batch, B this rank's share of it, b a micro-batch, H pixels.
+Checkpoints and metrics count finished steps: ``step_00000100`` and the metrics line of step 100 stand after 100
+updates. The audit names a step by its place in the order, 0 for the first, as ``Order.batch`` does.
+"""
+
+import dataclasses
+import socket
+import time
+from pathlib import Path
+
+import torch
+
+from caco_scale import checkpoint
+from caco_scale import config as configuration
+from caco_scale.audit import AuditLog
+from caco_scale.data.augment import augment
+from caco_scale.data.loader import start_fork_server, train_batches
+from caco_scale.data.order import Order
+from caco_scale.data.store import open_store
+from caco_scale.data.views import ViewSpec
+from caco_scale.diagnostics import CollapseAlarm, embedding_std, rankme
+from caco_scale.distributed.collectives import all_max, gather_objects
+from caco_scale.distributed.strategy import DataParallel, start_processes
+from caco_scale.errors import UserError
+from caco_scale.evaluate.features import pixels
+from caco_scale.evaluate.knn import evaluate_knn
+from caco_scale.method.bank import ShardedBank
+from caco_scale.method.encoders import build_backbone
+from caco_scale.method.model import Encoder, QueryKeyModel, synchronise_key
+from caco_scale.method.projector import build_projector
+from caco_scale.optim.schedule import Schedule, hyper_parameters
+from caco_scale.run_directory import JsonLines, RunDirectory, describe_environment
+from caco_scale.step import train_step
+from caco_scale.telemetry import Telemetry
+
+MAX_RANKME_ROWS = 512  # of the global batch: a singular value decomposition of more takes longer than a step
+
+
+def run(config, signals):
+    """Train as ``config`` says until the schedule's end, ``run.max_steps`` or a signal.
+
+    Args:
+        config: :class:`~caco_scale.config.Config`.
+        signals: :class:`~caco_scale.signals.Signals`, already installed.
+    Raises:
+        UserError: what the user can mend, before training where it can be known by then.
+    """
+    accelerator = start_processes(config.run.world_size)
+    if accelerator.is_main_process:
+        print(f"training sees {accelerator.num_processes} process(es), {accelerator.device}", flush=True)
+    config = resolve(config, accelerator)
+    if config.data.workers:
+        start_fork_server()  # its imports overlap with building the model
+    data = TrainingData(config, accelerator.process_index, accelerator.num_processes)
+    schedule = build_schedule(config, data.order)
+    directory = RunDirectory(config.run.dir, accelerator.is_main_process)
+    end = min(schedule.total_steps, config.run.max_steps or schedule.total_steps)
+    checkpointer = checkpoint.Checkpointer(directory.checkpoints, keep=config.run.keep_checkpoints)
+    resumed = find_checkpoint(config, directory, checkpointer.latest(), data)
+    if resumed and checkpoint.read_values(resumed)["step"] >= end:
+        accelerator.print(
+            f"{config.run.dir} has finished its {end:,} steps: a larger --optim.epochs or --run.max_steps continues it"
+        )
+        return
+    with Trainer(config, signals, accelerator, data, schedule, directory, checkpointer, end, resumed) as trainer:
+        trainer.train()
+
+
+def resolve(config, accelerator):
+    """Settle what depends on the machine, and make the demo's data."""
+    if config.precision.compute == "auto":
+        compute = "bf16" if accelerator.device.type == "cuda" else "fp32"
+        config = configuration.replace(config, precision__compute=compute)
+    if config.recipe == "demo" and config.data.shards == configuration.load_recipe("demo").data.shards:
+        if accelerator.is_main_process:
+            from data_prep.demo import build_demo
+
+            build_demo(Path(config.data.shards).parent)
+        accelerator.wait_for_everyone()
+    return config
+
+
+class TrainingData:
+    """The shard set, its order, and this rank's part of it.
+
+    Raises:
+        UserError: no or damaged shards, a batch that the processes or micro-batches do not divide.
+    """
+
+    def __init__(self, config, rank, world_size):
+        self.config, self.rank, self.world_size = config, rank, world_size
+        data = config.data
+        self.store = open_store(data.shards)
+        self.store.check()
+        shards = self.store.manifest.shards
+        self.order = Order(
+            [shard.num_samples for shard in shards],
+            seed=config.run.seed,
+            global_batch_size=data.global_batch_size,
+            lanes=data.lanes,
+            window=data.window,
+        )
+        self.fingerprint = self.order.fingerprint([shard.sha256 for shard in shards])
+        self.val_store = open_store(data.val_shards) if data.val_shards else None
+        if self.val_store:
+            self.val_store.check()
+        elif config.eval.knn_every:
+            raise UserError("eval.knn_every is set but data.val_shards is empty: give both or neither")
+        self.batch_size = share_of(data.global_batch_size, world_size)
+        micro = data.micro_batch_size or self.batch_size
+        if self.batch_size % micro:
+            raise UserError(
+                f"data.micro_batch_size {micro} does not divide the {self.batch_size} images that each of "
+                f"{world_size} process(es) has of a global batch of {data.global_batch_size}"
+            )
+        self.micro_batch_size = micro
+
+    def batches(self, start, end):
+        """This rank's :class:`~caco_scale.data.loader.Batch` of every step from ``start`` up to ``end``."""
+        return train_batches(
+            self.store,
+            self.order,
+            view_specs(self.config.views),
+            rank=self.rank,
+            world_size=self.world_size,
+            start_step=start,
+            num_steps=end,
+            seed=self.config.run.seed,
+            workers=self.config.data.workers,
+        )
+
+
+def share_of(global_batch_size, world_size):
+    """Images of a global batch that each process has."""
+    if global_batch_size % world_size:
+        lower = global_batch_size // world_size * world_size
+        raise UserError(
+            f"data.global_batch_size {global_batch_size} cannot be divided by {world_size} processes: "
+            f"give {lower or world_size} or {lower + world_size}, or another number of processes"
+        )
+    return global_batch_size // world_size
+
+
+def view_specs(views):
+    """The global views and the local crops, in the order of a step, as the loader takes them."""
+    shared = {"jitter": views.jitter, "jitter_p": views.jitter_p, "grayscale_p": views.grayscale_p}
+    global_views = [
+        ViewSpec(size=views.size, scale=views.scale, blur_p=blur, solarize_p=solarize, **shared)
+        for blur, solarize in zip(views.blur_p, views.solarize_p, strict=True)
+    ]
+    local = ViewSpec(size=views.local_size, scale=views.local_scale, blur_p=views.local_blur_p, **shared)
+    return global_views + [local] * views.num_local_crops
+
+
+class MicroBatches:
+    """A batch's augmented views on the training device, one micro-batch at a time: lists of (b, 3, H, H)."""
+
+    def __init__(self, batch, size, device, dtype, views):
+        self._batch, self._size, self._device, self._dtype, self._views = batch, size, device, dtype, views
+
+    def __len__(self):
+        return len(self._batch.keys) // self._size
+
+    def __iter__(self):
+        for start in range(0, len(self._batch.keys), self._size):
+            rows = slice(start, start + self._size)
+            yield [
+                augment(
+                    crops[rows].to(self._device, non_blocking=True),
+                    {name: p[rows] for name, p in params.items()},
+                    self._views.mean,
+                    self._views.std,
+                    dtype=self._dtype,
+                )
+                for crops, params in zip(self._batch.crops, self._batch.params, strict=True)
+            ]
+
+
+def build_schedule(config, order):
+    return Schedule(
+        num_samples=order.num_samples,
+        global_batch_size=config.data.global_batch_size,
+        steps_per_epoch=order.steps_per_epoch,
+        epochs=config.optim.epochs,
+        base_lr=config.optim.lr,
+        lr_warmup_epochs=config.optim.warmup_epochs,
+        bank_size=config.bank.size,
+        bank_rule=config.bank.rule,
+        bank_lr=config.bank.lr,
+        bank_warmup_epochs=config.bank.warmup_epochs,
+        bank_warmup_ramp_steps=config.bank.warmup_ramp_steps,
+        temperature=config.loss.temperature,
+        bank_temperature=config.bank.temperature,
+        key_momentum=config.ema.momentum,
+        warmup_temperature=config.bank.warmup_temperature,
+    )
+
+
+def build_model(config):
+    """Query and key encoder with seeded weights, the same on every rank and at every world size."""
+    torch.manual_seed(config.run.seed)
+    backbone, num_features = build_backbone(config.model.arch, config.model.stem)
+    projector = build_projector(num_features, config.model.projector_hidden, config.model.embedding_dim)
+    encoder = Encoder(backbone, projector)
+    if config.precision.compile:
+        encoder.compile()
+    model = QueryKeyModel(
+        encoder,
+        autocast_dtype=torch.bfloat16 if config.precision.compute == "bf16" else None,
+        channels_last=config.precision.channels_last and torch.cuda.is_available(),
+    )
+    return model.to(parameter_dtype(config))
+
+
+def parameter_dtype(config):
+    """Of parameters, bank and images; bf16 is the forward's alone."""
+    return torch.float64 if config.precision.compute == "fp64" else torch.float32
+
+
+def find_checkpoint(config, directory, newest, data):
+    """The checkpoint to resume from, or None for a fresh start; refuses one that this config cannot continue.
+
+    ``newest``: the newest complete checkpoint of the run directory, or None.
+    """
+    if config.run.resume == "never":
+        if newest:
+            raise UserError(
+                f"run.resume is never but {config.run.dir} holds {newest.name}: give another run.dir or remove it"
+            )
+        return None
+    if config.run.resume == "auto":
+        path = newest
+    else:
+        path = Path(config.run.resume)
+    if path is None:
+        return None
+    values = checkpoint.read_values(path)
+    saved = configuration.from_yaml(values["config"], f"{path} config")
+    changed = configuration.differences(saved, config)
+    done = directory.done_step()
+    if done is not None and done == values["step"] and config.optim.epochs > saved.optim.epochs:
+        changed = [change for change in changed if not change.startswith("optim.epochs:")]
+    if changed:
+        raise UserError(
+            f"{path} was trained with other values ({'; '.join(changed)}): give these, or another run.dir"
+        )
+    if values["fingerprint"] != data.fingerprint:
+        raise UserError(
+            f"{path} was trained on another data set ({values['num_samples']:,} images, order "
+            f"{values['fingerprint'][:12]}; {config.data.shards} has {data.order.num_samples:,}, "
+            f"{data.fingerprint[:12]}): give its shards, or another run.dir"
+        )
+    return path
+
+
+class Trainer:
+    """The state of a run and its loop. Use as a context: leaving it ends loaders, writers and pending saves."""
+
+    def __init__(self, config, signals, accelerator, data, schedule, directory, checkpointer, end, resumed):
+        self.config, self.signals, self.data, self.schedule = config, signals, data, schedule
+        self.directory, self.checkpointer, self.end = directory, checkpointer, end
+        self.dtype = parameter_dtype(config)
+        self.strategy = DataParallel(
+            accelerator, build_model(config), config.optim.name, config.optim.weight_decay
+        )
+        self.device = self.strategy.device
+        self.bank = ShardedBank(
+            config.bank.size,
+            config.model.embedding_dim,
+            momentum=config.bank.momentum,
+            device=self.device,
+            dtype=self.dtype,
+            seed=config.run.seed,
+            exchange=config.bank.exchange,
+        )
+        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.corrupt = {}  # key -> why it did not decode
+        self.last_epoch_bank = None  # bank diagnostics of the last whole epoch
+        self.knn = {}  # step -> percent
+        self.alarm = CollapseAlarm(config.model.embedding_dim)
+        self.features = None  # of the backbone's latest forward, kept by a hook for RankMe
+        self.strategy.module.query.backbone.register_forward_hook(self._keep_features)
+        if resumed:
+            self._restore(resumed)
+        self._open_records(resumed, accelerator)
+
+    def _keep_features(self, module, inputs, features):
+        self.features = features.detach()
+
+    def _open_records(self, resumed, accelerator):
+        """Run directory, telemetry and audit of this attempt."""
+        config = self.config
+        self.directory.write_config(configuration.to_yaml(config))
+        places = gather_objects((str(self.device), socket.gethostname()))
+        self.directory.write_environment(
+            describe_environment(
+                world_size=accelerator.num_processes,
+                devices=[device for device, _ in places],
+                hosts=[host for _, host in places],
+            )
+        )
+        attempt = self.directory.start_attempt(
+            world_size=accelerator.num_processes, resumed_step=self.step if resumed else None
+        )
+        attempt = all_max(attempt or 0)
+        self.telemetry = Telemetry(
+            self.directory,
+            total_steps=self.end,
+            steps_per_epoch=self.data.order.steps_per_epoch,
+            images_per_step=config.data.global_batch_size,
+            start_step=self.step,
+        )
+        self.audit = None
+        if config.data.audit:
+            self.audit = AuditLog(
+                config.data.audit,
+                rank=self.strategy.rank,
+                world_size=self.strategy.world_size,
+                attempt=attempt,
+            )
+        self.telemetry.note(f"resumed from {resumed} at step {self.step:,}" if resumed else "fresh start")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error_type, *_):
+        self.telemetry.close()
+        if self.audit:
+            self.audit.close()
+        if error_type is None:
+            self.checkpointer.close()
+
+    # The loop
+
+    def train(self):
+        """Steps until the end or a signal; then a checkpoint, a marker and a summary."""
+        started = time.monotonic()
+        if self.step == 0 and self.config.eval.baselines:
+            self._evaluate_baselines()
+        batches = iter(self.data.batches(self.step, self.end))
+        stop = None
+        while self.step < self.end and not stop:
+            with self.telemetry.meter.waiting():
+                batch = next(batches)
+            self._train_on(batch)
+            stop = self._agree_on_stop(batch)
+            self._evaluate_if_due()
+            every = self.config.run.save_every
+            if self.step == self.end or stop or (every and self.step % every == 0):
+                self._save()
+        self.checkpointer.wait()
+        if stop and self.step < self.end:
+            self.directory.mark_interrupted(self.step, stop)
+            self.telemetry.note(f"stopped by {stop} after step {self.step:,}: the same command resumes here")
+        else:
+            self.directory.mark_done(self.step)
+            self._summarise(time.monotonic() - started)
+
+    def _train_on(self, batch):
+        """One step: hyper-parameters, switch, update, records."""
+        assert batch.step == self.step, (batch.step, self.step)
+        hp = hyper_parameters(self.schedule, self.step)
+        if self.step % self.data.order.steps_per_epoch == 0:
+            self.bank.reset_assignments()
+        if hp.is_switch:
+            synchronise_key(self.strategy.module)
+            self.bank.reset_velocity()
+        micro_batches = MicroBatches(
+            batch, self.data.micro_batch_size, self.device, self.dtype, self.config.views
+        )
+        result = train_step(self.strategy, self.bank, micro_batches, hp)
+        self.step += 1
+        if self.audit:
+            self.audit.append(batch.step, batch.epoch, batch.keys)
+        self.telemetry.progress(self.step)
+        self._count_skipped(result)
+        if self.step % self.data.order.steps_per_epoch == 0:
+            self.last_epoch_bank = self.bank.diagnostics()
+        every = self.config.run.log_every
+        if every and (self.step % every == 0 or self.step == self.end):
+            self._log(hp, result)
+
+    def _count_skipped(self, result):
+        """A step that was not finite moved nothing; several in a row end the run."""
+        if result.moved:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.telemetry.log_event(self.step, {"skipped_step": self.step, "skipped": self.skipped})
+        self.telemetry.warn(f"step {self.step:,} was not finite and changed nothing")
+        if self.skipped_in_a_row >= self.config.run.max_skipped:
+            raise UserError(
+                f"step {self.step}: {self.skipped_in_a_row} steps in a row were not finite (run.max_skipped "
+                f"{self.config.run.max_skipped}): resume from an earlier checkpoint with a lower optim.lr, "
+                "or with precision.compute fp32"
+            )
+
+    def _log(self, hp, result):
+        std = embedding_std(result.queries)
+        rank_of_features = rankme(self.features, max_rows=MAX_RANKME_ROWS)
+        # Rows used and their entropy are counted over an epoch: the last whole one, or what there is of the first.
+        bank = self.last_epoch_bank or self.bank.diagnostics()
+        self.telemetry.log(
+            self.step,
+            {
+                "phase": "bank warm-up" if hp.in_warmup else hp.rule,
+                "loss": result.loss,
+                "lr": hp.lr,
+                "bank_lr": hp.bank_lr,
+                "key_momentum": hp.key_momentum,
+                "positive_probability": result.positive_probability,
+                "bank_rows_used": bank["rows_used"],
+                "bank_assignment_entropy": bank["assignment_entropy"],
+                "bank_row_norm": bank["row_norm"],
+                "embedding_std": std,
+                "rankme": rank_of_features,
+                "skipped": self.skipped,
+                "corrupt": len(self.corrupt),
+            },
+        )
+        warning = self.alarm.check(std, rank_of_features)
+        if warning:
+            self.telemetry.warn(warning)
+
+    def _agree_on_stop(self, batch):
+        """What any rank has seen, every rank knows: a stop signal, images that do not decode, a save that failed."""
+        seen = gather_objects((self.signals.requested, batch.corrupt, self.checkpointer.failed))
+        if any(failed for _, _, failed in seen):
+            self.checkpointer.wait()
+        for _, corrupt, _ in seen:
+            for entry in corrupt:
+                self._record_corrupt(entry)
+        limit = self.config.data.max_corrupt * self.data.order.num_samples
+        if len(self.corrupt) > limit:
+            shown = ", ".join(list(self.corrupt)[:10])
+            raise UserError(
+                f"{len(self.corrupt)} of {self.data.order.num_samples:,} images do not decode, more than "
+                f"data.max_corrupt {self.config.data.max_corrupt:g}: {shown}{' ...' if len(self.corrupt) > 10 else ''}"
+                f" (all in {self.directory.path / 'corrupt.jsonl'}): build the shards again, or raise the limit"
+            )
+        return next((signal for signal, _, _ in seen if signal), None)
+
+    def _record_corrupt(self, entry):
+        if entry["key"] in self.corrupt:
+            return
+        self.corrupt[entry["key"]] = entry["error"]
+        if self.directory.is_main:
+            lines = JsonLines(self.directory.path / "corrupt.jsonl")
+            lines.append({"step": self.step, **entry})
+            lines.close()
+        self.telemetry.warn(f"{entry['key']} does not decode ({entry['error']}); trained on {entry['substitute']}")
+
+    # Evaluation
+
+    def _evaluate_if_due(self):
+        every, steps_per_epoch = self.config.eval.knn_every, self.data.order.steps_per_epoch
+        epoch, position = divmod(self.step, steps_per_epoch)
+        if every and (self.step == self.end or (position == 0 and epoch % every == 0)):
+            self.knn[self.step] = self._knn(self.strategy.module.query.features)
+            self.telemetry.log_event(
+                self.step, {"epoch": self.step / steps_per_epoch, "knn_top1": self.knn[self.step]}
+            )
+            self.telemetry.note(f"step {self.step:,}: kNN top-1 {self.knn[self.step]:.2f}%")
+
+    def _evaluate_baselines(self):
+        """kNN of raw pixels and of the untrained encoder: what any later figure is to be compared with."""
+        raw, untrained = self._knn(pixels), self._knn(self.strategy.module.query.features)
+        self.telemetry.log_event(0, {"knn_top1": untrained, "knn_top1_raw_pixels": raw})
+        self.telemetry.note(f"kNN top-1 before training: raw pixels {raw:.2f}%, encoder {untrained:.2f}%")
+        self.knn |= {"pixels": raw, 0: untrained}
+
+    def _knn(self, encode):
+        config = self.config
+        with self.telemetry.meter.paused():
+            return evaluate_knn(
+                encode,
+                self.data.store,
+                self.data.val_store,
+                module=self.strategy.module,
+                autocast_dtype=self.strategy.module.autocast_dtype,
+                rank=self.strategy.rank,
+                world_size=self.strategy.world_size,
+                size=config.views.size,
+                mean=config.views.mean,
+                std=config.views.std,
+                k=config.eval.knn_k,
+                temperature=config.eval.knn_temperature,
+                device=self.device,
+                dtype=self.dtype,
+                workers=config.data.workers,
+            )
+
+    # Checkpoints
+
+    def _save(self):
+        """Stage the whole state and write it in the background; records up to here are on disk before it is complete."""
+        self.telemetry.flush()
+        if self.audit:
+            self.audit.flush()
+        values = {
+            "step": self.step,
+            "epoch": self.step / self.data.order.steps_per_epoch,
+            "config": configuration.to_yaml(self.config),
+            "fingerprint": self.data.fingerprint,
+            "num_samples": self.data.order.num_samples,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "corrupt": self.corrupt,
+            "last_epoch_bank": self.last_epoch_bank,
+            "knn": [[step, value] for step, value in self.knn.items()],
+        }
+        module, optimizer = self.strategy.module, self.strategy.optimizer
+        self.checkpointer.save(self.step, checkpoint.training_state(module, optimizer, self.bank, values))
+
+    def _restore(self, path):
+        values = checkpoint.restore(path, self.strategy.module, self.strategy.optimizer, self.bank)
+        self.step = values["step"]
+        self.skipped, self.skipped_in_a_row = values["skipped"], values["skipped_in_a_row"]
+        self.corrupt, self.last_epoch_bank = values["corrupt"], values["last_epoch_bank"]
+        self.knn = {step: value for step, value in values["knn"]}
+
+    def _summarise(self, seconds):
+        rows = [("steps", f"{self.step:,}"), ("minutes of this start", f"{seconds / 60:.1f}")]
+        if self.config.eval.knn_every:
+            names = {"pixels": "kNN of raw pixels", 0: "kNN of the random encoder"}
+            rows += [(name, f"{self.knn[step]:.2f}%") for step, name in names.items() if step in self.knn]
+            rows.append(("kNN of the trained encoder", f"{self.knn[self.step]:.2f}%"))
+        folder = self.config.run.dir
+        rows += [
+            ("checkpoint", str(checkpoint.latest(self.directory.checkpoints))),
+            ("curves", f"tensorboard --logdir {folder}/tensorboard"),
+            ("export", f"python -m caco_scale.export {folder} --to backbone.safetensors --format safetensors"),
+            ("train on", f"accelerate launch -m caco_scale.pretrain {folder}/config.yaml --optim.epochs "
+                         f"{2 * self.config.optim.epochs}"),
+        ]
+        if self.config.recipe == "demo" and self.config.bank.rule == "caco":
+            rows.append(
+                ("compare with MoCo", "accelerate launch -m caco_scale.pretrain demo --bank.rule moco --run.dir runs/moco")
+            )
+        self.telemetry.summary(f"{self.config.recipe}: done", rows)

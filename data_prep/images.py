@@ -1,0 +1,40 @@
+"""What happens to the bytes of one image: kept, made an RGB JPEG, or refused; judged by their content."""
+
+import io
+
+import simplejpeg
+from PIL import Image
+
+from caco_scale.data.views import FALLBACK_FORMATS, CorruptSample, decode_image
+
+JPEG_MAGIC = b"\xff\xd8"
+JPEG_QUALITY = 95
+
+
+def prepare_image(data):
+    """The bytes to store and what was changed: (JPEG bytes, None or a reason). Raises CorruptSample.
+
+    The judge is the strict decoder of training. A JPEG that it reads passes byte for byte; CMYK JPEGs and
+    other formats become RGB JPEGs of quality 95 with full colour resolution (4:4:4).
+    """
+    if not data:
+        raise CorruptSample("empty file")
+    try:
+        pixels = decode_image(data)
+    except CorruptSample as error:
+        # PIL names the object in memory that it could not read, another one in each run.
+        reason = "not an image" if "cannot identify image file" in str(error) else str(error)
+        raise CorruptSample(reason) from None
+    if not data.startswith(JPEG_MAGIC):
+        with Image.open(io.BytesIO(data), formats=FALLBACK_FORMATS) as image:
+            return encode_jpeg(pixels), f"{image.format} re-encoded as JPEG"
+    if simplejpeg.decode_jpeg_header(data)[2] in ("CMYK", "YCCK"):
+        return encode_jpeg(pixels), "CMYK JPEG re-encoded as RGB"
+    return data, None
+
+
+def encode_jpeg(pixels):
+    """Pixels (H, W, 3) uint8 as an RGB JPEG of quality 95, 4:4:4."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return out.getvalue()

@@ -1,0 +1,62 @@
+"""Run a function on several gloo processes and collect what each rank returns."""
+
+import os
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _rank_main(rank, world_size, store_path, function, args, results):
+    torch.set_num_threads(1)
+    store = dist.FileStore(store_path, world_size)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+    )
+    try:
+        results.put((rank, function(rank, world_size, *args), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+    finally:
+        dist.destroy_process_group()
+
+
+def run_ranks(function, world_size, *args):
+    """Call ``function(rank, world_size, *args)`` on ``world_size`` spawned gloo ranks; results in rank order.
+
+    ``function`` is a module-level function; what it returns is pickled (numpy arrays, plain Python; a tensor is
+    sent by value only if the caller detaches and clones it). A rank that raises fails the caller with its traceback.
+    """
+    import tempfile
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        results = context.SimpleQueue()
+        processes = [
+            context.Process(
+                target=_rank_main, args=(rank, world_size, f"{folder}/store", function, args, results)
+            )
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        collected = {}
+        while len(collected) < world_size:
+            if results.empty() and not any(p.is_alive() for p in processes):
+                break
+            if results.empty():
+                processes[0].join(0.02)
+                continue
+            rank, value, error = results.get()
+            if error is not None:
+                for process in processes:
+                    process.terminate()
+                raise AssertionError(f"rank {rank} of {world_size} raised:\n{error}")
+            collected[rank] = value
+        for process in processes:
+            process.join()
+    assert len(collected) == world_size, f"ranks {sorted(collected)} of {world_size} reported; the others died"
+    return [collected[rank] for rank in range(world_size)]

@@ -1,0 +1,175 @@
+"""Query and key encoder as one module: what trains, what does not, number formats, and several ranks."""
+
+import pytest
+import torch
+from gloo import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from caco_scale.distributed.syncbn import convert_sync_batchnorm
+from caco_scale.method.encoders import build_backbone
+from caco_scale.method.model import Encoder, QueryKeyModel, synchronise_key
+from caco_scale.method.projector import build_projector
+
+
+def make_model(dtype=torch.float32, arch="tiny", **options):
+    torch.manual_seed(0)
+    backbone, num_features = build_backbone(arch, "cifar")
+    return QueryKeyModel(Encoder(backbone, build_projector(num_features, 24, 16)), **options).to(dtype)
+
+
+def make_views(sizes=(16, 16), batch=6, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(batch, 3, size, size, dtype=dtype, generator=generator) for size in sizes]
+
+
+def test_queries_of_every_view_and_keys_of_the_global_ones():
+    model = make_model()
+    queries, keys = model(make_views((16, 16, 8, 8)))
+    assert [tuple(q.shape) for q in queries] == [(6, 16)] * 4
+    assert [tuple(k.shape) for k in keys] == [(6, 16)] * 2
+    for embeddings in queries + keys:
+        torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(6))
+    assert all(q.requires_grad for q in queries)
+    assert not any(k.requires_grad for k in keys)
+
+
+def test_encoder_is_backbone_then_projector():
+    model = make_model().eval()
+    (view,) = make_views((16,))
+    features = model.query.features(view)
+    assert features.shape == (6, 128)
+    embeddings = model.query.projector(features)
+    torch.testing.assert_close(model.query(view), embeddings / embeddings.norm(dim=1, keepdim=True))
+
+
+def test_key_starts_as_a_copy_and_never_takes_gradients():
+    model = make_model()
+    pairs = list(zip(model.query.named_parameters(), model.key.named_parameters(), strict=True))
+    for (query_name, q), (key_name, k) in pairs:
+        assert query_name == key_name
+        assert torch.equal(q, k)
+        assert q.data_ptr() != k.data_ptr()
+        assert (q.requires_grad, k.requires_grad) == (True, False)
+    queries, keys = model(make_views())
+    sum(((q - k) ** 2 * torch.arange(16)).sum() for q, k in zip(queries, keys[::-1], strict=True)).backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == name.startswith("key."), name
+        if p.grad is not None:
+            assert p.grad.abs().sum() > 0, name
+
+
+def test_key_runs_in_train_mode_with_statistics_of_its_own():
+    model = make_model()
+    views = make_views((16, 16, 16))
+    queries, keys = model(views)
+    # Same parameters and batches, so the same embeddings; the query's BatchNorm has seen a third view.
+    assert torch.equal(queries[0], keys[0])
+    assert torch.equal(queries[1], keys[1])
+    query, key = model.query.backbone.bn1, model.key.backbone.bn1
+    assert (query.num_batches_tracked, key.num_batches_tracked) == (3, 2)
+    assert not torch.equal(query.running_mean, key.running_mean)
+
+
+def test_every_view_is_a_forward_of_its_own():
+    model, alone = make_model(), make_model()
+    small, large = make_views((16, 16))
+    large = 5 * large + 3
+    queries, _ = model([small, large])
+    assert torch.equal(queries[0], alone([small, small])[0][0])
+    assert not torch.allclose(queries[0], alone.query(torch.cat([small, large]))[:6])
+
+
+def test_synchronise_key_copies_parameters_and_no_buffers():
+    model = make_model()
+    model(make_views((16, 16, 16)))
+    with torch.no_grad():
+        for p in model.query.parameters():
+            p.add_(torch.randn_like(p))
+    buffers = [b.clone() for b in model.key.buffers()]
+    synchronise_key(model)
+    assert all(
+        torch.equal(q, k) for q, k in zip(model.query.parameters(), model.key.parameters(), strict=True)
+    )
+    assert all(torch.equal(b, a) for b, a in zip(model.key.buffers(), buffers, strict=True))
+
+
+def test_bf16_autocast_computes_in_bf16_and_returns_fp32_unit_norm():
+    model, exact = make_model(autocast_dtype=torch.bfloat16), make_model()
+    seen = []
+    for layer in (model.query.projector, model.key.projector):
+        layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    views = make_views()
+    queries, keys = model(views)
+    assert seen == [(torch.bfloat16, torch.bfloat16)] * 4
+    for embeddings in queries + keys:
+        assert embeddings.dtype == torch.float32
+        torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(6))
+    assert not torch.is_autocast_enabled("cpu")
+    queries[0][:, 0].sum().backward()
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert all(p.grad.dtype == torch.float32 for p in model.query.parameters())
+    reference = exact(views)[0][0]
+    assert torch.nn.functional.cosine_similarity(queries[0], reference).min() > 0.99
+    assert not torch.equal(queries[0], reference)
+
+
+def test_fp64_stays_fp64():
+    queries, keys = make_model(torch.float64)(make_views(dtype=torch.float64))
+    for embeddings in queries + keys:
+        assert embeddings.dtype == torch.float64
+        torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(6).double(), rtol=1e-14, atol=0)
+
+
+def test_channels_last_lays_out_inputs_and_never_weights():
+    model, plain = make_model(torch.float64, channels_last=True), make_model(torch.float64)
+    seen = []
+    model.query.backbone.conv1.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    views = make_views(dtype=torch.float64)
+    queries, _ = model(views)
+    assert seen == [True, True]
+    assert all(p.is_contiguous() for p in model.parameters())
+    torch.testing.assert_close(queries[0], plain(views)[0][0], rtol=1e-10, atol=1e-12)
+
+
+def multi_crop_loss(queries, keys):
+    """A mean over samples that ties every query to both keys."""
+    weights = torch.linspace(-1, 1, 16, dtype=torch.float64)
+    return sum((i + 1) * ((q - k) ** 2 * weights).sum(1).mean() for i, q in enumerate(queries) for k in keys)
+
+
+def gradients_and_buffers(model):
+    gradients = {name: p.grad.clone().numpy() for name, p in model.query.named_parameters()}
+    return gradients, {name: b.clone().numpy() for name, b in model.named_buffers()}
+
+
+def train_forward_backward(rank, world_size):
+    model = convert_sync_batchnorm(make_model(torch.float64), "cpu")
+    engine = DistributedDataParallel(model, broadcast_buffers=False)
+    views = [view.chunk(world_size)[rank] for view in make_views((16, 16, 8), dtype=torch.float64)]
+    for _ in range(2):  # the second pass sees the reducer's rebuilt buckets
+        engine.zero_grad()
+        queries, keys = engine(views)
+        multi_crop_loss(queries, keys).backward()
+    return gradients_and_buffers(model)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_ranks_compute_the_gradients_and_buffers_of_one_process(world_size):
+    model = make_model(torch.float64)
+    for _ in range(2):
+        model.zero_grad()
+        multi_crop_loss(*model(make_views((16, 16, 8), dtype=torch.float64))).backward()
+    expected = gradients_and_buffers(model)
+    for result in run_ranks(train_forward_backward, world_size):
+        for tensors, reference in zip(result, expected, strict=True):
+            assert tensors.keys() == reference.keys()
+            for name, tensor in tensors.items():
+                error = abs(tensor - reference[name]).max()
+                assert error <= 1e-11 * max(abs(reference[name]).max(), 1), (name, error)
+
+
+def test_single_process_keeps_plain_batchnorm():
+    assert any(type(m) is nn.BatchNorm2d for m in convert_sync_batchnorm(make_model(), "cpu").modules())

@@ -1,0 +1,155 @@
+"""Synchronised BatchNorm on gloo ranks against one process with the whole batch."""
+
+import numpy as np
+import pytest
+import torch
+from gloo import run_ranks
+from torch import nn
+
+from caco_scale.distributed.syncbn import (
+    PortableSyncBatchNorm,
+    combine_statistics,
+    convert_sync_batchnorm,
+)
+
+# Name -> (layer, shape behind the batch dimension). Three steps each, so that running statistics accumulate.
+LAYERS = {
+    "images": (lambda: nn.BatchNorm2d(4), (4, 3, 2)),
+    "vectors": (lambda: nn.BatchNorm1d(4), (4,)),
+    "cumulative average": (lambda: nn.BatchNorm1d(4, momentum=None), (4, 5)),
+    "without affine": (lambda: nn.BatchNorm2d(4, affine=False, eps=1e-3), (4, 2, 2)),
+    "without running statistics": (lambda: nn.BatchNorm1d(4, track_running_stats=False), (4,)),
+}
+NUM_SAMPLES, NUM_STEPS = 9, 3
+SHARES = {1: [[9]], 2: [[4, 5], [1, 8], [9, 0]], 3: [[3, 3, 3], [6, 1, 2], [0, 7, 2]]}
+
+
+def make_layer(name):
+    torch.manual_seed(0)
+    layer = LAYERS[name][0]().double()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_()
+    return layer
+
+
+def make_batch(name, step):
+    generator = torch.Generator().manual_seed(10 + step)
+    shape = (NUM_SAMPLES, *LAYERS[name][1])
+    x = torch.randn(shape, dtype=torch.float64, generator=generator) * 2 + 3 + step
+    return x, torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def train(layer, name, rows):
+    """Outputs, input gradients, parameter gradients and buffers of three steps on these rows of the batch."""
+    results = []
+    for step in range(NUM_STEPS):
+        x, output_weights = (tensor[rows[step]] for tensor in make_batch(name, step))
+        x.requires_grad_(True)
+        layer.zero_grad()
+        output = layer(x)
+        (output.sin() * output_weights).sum().backward()
+        arrays = {"output": output, "input gradient": x.grad}
+        arrays |= {f"gradient of {n}": p.grad for n, p in layer.named_parameters()}
+        arrays |= {f"buffer {n}": b for n, b in layer.named_buffers()}
+        results.append({key: value.detach().clone().numpy() for key, value in arrays.items()})
+    layer.eval()
+    results[-1]["output in eval mode"] = layer(make_batch(name, 0)[0]).detach().numpy()
+    return results
+
+
+def rank_train(rank, world_size, shares):
+    offsets = [sum(share[:rank]) for share in shares]
+    rows = [slice(start, start + share[rank]) for start, share in zip(offsets, shares, strict=True)]
+    results = {}
+    for name in LAYERS:
+        layer = convert_sync_batchnorm(make_layer(name), "cpu")
+        assert isinstance(layer, PortableSyncBatchNorm) == (world_size > 1)
+        results[name] = train(layer, name, rows)
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_equals_batchnorm_of_the_whole_batch(world_size):
+    shares = (SHARES[world_size] * NUM_STEPS)[:NUM_STEPS]
+    ranks = run_ranks(rank_train, world_size, shares)
+    for name in LAYERS:
+        expected = train(make_layer(name), name, [slice(None)] * NUM_STEPS)
+        for step in range(NUM_STEPS):
+            for key, reference in expected[step].items():
+                parts = [result[name][step][key] for result in ranks]
+                if key in ("output", "input gradient"):
+                    value = np.concatenate(parts)
+                elif key.startswith("gradient"):
+                    value = sum(parts)  # a rank holds its part; the engine reduces it like any gradient
+                else:
+                    value = parts[0]
+                    assert all(np.array_equal(value, part) for part in parts), (name, key)
+                np.testing.assert_allclose(value, reference, rtol=1e-12, atol=1e-12, err_msg=f"{name}: {key}")
+
+
+def rank_number_formats(rank, world_size):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 3, generator=generator, dtype=torch.float64) + torch.tensor([1e3, 0.0, -1e3])
+    x = x.float().chunk(world_size)[rank]
+    layer = convert_sync_batchnorm(nn.BatchNorm1d(3, momentum=1.0), "cpu")
+    shifted = layer(x)
+    statistics = layer.running_mean.clone().numpy(), layer.running_var.clone().numpy()
+    half = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            half_input = x.to(dtype).requires_grad_(True)
+            output = layer(half_input)
+        output.square().sum().backward()
+        assert (layer.weight.grad.dtype, half_input.grad.dtype) == (torch.float32, dtype)
+        half[str(dtype)] = output.dtype == dtype, layer.running_mean.clone().numpy()
+    return shifted.detach().numpy(), statistics, half, x.numpy()
+
+
+def test_large_means_do_not_cancel_and_half_formats_are_normalised_in_fp32():
+    ranks = run_ranks(rank_number_formats, 2)
+    x = np.concatenate([result[-1] for result in ranks]).astype(np.float64)
+    mean, variance = x.mean(0), x.var(0)
+    output = np.concatenate([result[0] for result in ranks])
+    np.testing.assert_allclose(output, (x - mean) / np.sqrt(variance + 1e-5), atol=2e-4)
+    for _, (running_mean, running_var), half, _ in ranks:
+        np.testing.assert_allclose(running_mean, mean, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(running_var, x.var(0, ddof=1), rtol=1e-5)
+        for dtype, (same_dtype, half_mean) in half.items():
+            rounded = torch.from_numpy(x).float().to(getattr(torch, dtype.removeprefix("torch."))).double()
+            assert same_dtype
+            np.testing.assert_allclose(half_mean, rounded.numpy().mean(0), rtol=1e-6, atol=1e-6)
+
+
+def test_combination_of_parts_is_exact_where_squares_would_cancel():
+    parts = [torch.tensor(part, dtype=torch.float64) for part in ([1e8, 1e8 + 1], [1e8 + 2], [])]
+    counts = torch.tensor([[float(len(part))] for part in parts]).double()
+    means = torch.stack([part.sum() / max(len(part), 1) for part in parts])[:, None]
+    moments = torch.stack([(part - m).square().sum() for part, m in zip(parts, means, strict=True)])[:, None]
+    count, mean, moment = combine_statistics(counts, means, moments)
+    assert (count.item(), mean.item()) == (3, 1e8 + 1)
+    assert moment.item() == pytest.approx(2.0, rel=1e-7)
+
+
+def rank_convert(rank, world_size):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())).eval()
+    before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {}
+    for device_type, expected in (("cpu", PortableSyncBatchNorm), ("cuda", nn.SyncBatchNorm)):
+        model = convert_sync_batchnorm(model, device_type)
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        assert (type(model[1][0]), model[1][0].training) == (expected, False)
+        assert before.keys() == tensors.keys()
+        assert all(before[name] is tensors[name] for name in before)
+    return sorted(tensors)
+
+
+def test_conversion_keeps_names_and_tensors():
+    assert "1.0.num_batches_tracked" in run_ranks(rank_convert, 2)[0]
+
+
+def test_one_process_is_left_alone():
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    layer = model[1]
+    assert convert_sync_batchnorm(model, "cpu") is model
+    assert model[1] is layer
