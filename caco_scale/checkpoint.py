@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``checkpoints/step_XXXXXXXX``:
 
-    values.json         step, config, fingerprint, bank pointer, ...; shapes of the tensors, sizes of the files
+    values.json         step, config, fingerprint, bank pointer, ...; shapes of the tensors, file sizes
     .metadata           torch.distributed.checkpoint's table of contents: which block lies where
     __<rank>_0.distcp   the blocks that one rank wrote
 
@@ -12,7 +12,7 @@ renames it last: ``step_XXXXXXXX`` is complete or absent, whatever is killed whe
 **The layout knows no strategy.** A tensor is stored under a stable name as a global array of which any rank
 may give any contiguous blocks, so what R ranks wrote R' ranks can read:
 
-    query.<parameter>  key.<parameter>              flat (1-D, numel), as are the four below
+    query.<parameter>  key.<parameter>              flat: (number of elements,), these five alike
     query_buffer.<buffer>  key_buffer.<buffer>
     optimizer.<parameter>/<slot>
     bank.rows  bank.velocity  (K, D)                bank.assignments  (K,)
@@ -133,7 +133,7 @@ def step_path(directory, step):
 
 
 def latest(directory):
-    """The newest complete checkpoint in ``directory`` -> Path or None (all ranks alike: Checkpointer.latest)."""
+    """The newest complete checkpoint in ``directory`` -> Path or None (on all ranks: see Checkpointer)."""
     found = steps(directory)
     return step_path(directory, found[-1]) if found else None
 
@@ -198,7 +198,7 @@ def _sync(path):
 
 @dataclass(frozen=True)
 class _Stored:
-    """One tensor as stored: the global array's ``size``, the tensor's own ``shape``, local pieces by offset."""
+    """One tensor as stored: the global array's ``size``, the tensor's own ``shape``, pieces by offset."""
 
     size: tuple[int, ...]
     shape: tuple[int, ...]
@@ -333,8 +333,12 @@ class _Writer(dcp.FileSystemWriter):
 # Errors that all ranks share
 
 
+class _ProcessGone(UserError):
+    """A rank died or was killed: no rank can complete what they do together."""
+
+
 def _root(error):
-    """The OSError below an exception (torch says ``unexpected pos`` for a full disk), or the exception itself."""
+    """The OSError below an exception (torch says ``unexpected pos`` for a full disk), or itself."""
     cause = error
     while cause is not None:
         if isinstance(cause, OSError):
@@ -347,15 +351,16 @@ def _reason(error):
     """One line for an exception."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, UserError):
+        return one_line(error)
     error = _root(error)
     if isinstance(error, OSError):
         return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-    text = one_line(error)[:500]
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {one_line(error)[:500]}"
 
 
 def _together(function, group):
-    """Run ``function`` on every rank; an error anywhere is a UserError everywhere -> results in rank order."""
+    """Run ``function`` on every rank; an error anywhere is a UserError everywhere -> results by rank."""
     cause = None
     try:
         outcome = (function(), None)
@@ -364,7 +369,10 @@ def _together(function, group):
     outcomes = [outcome]
     if group is not None:
         outcomes = [None] * dist.get_world_size(group)
-        dist.all_gather_object(outcomes, outcome, group=group)
+        try:
+            dist.all_gather_object(outcomes, outcome, group=group)
+        except RuntimeError as error:  # gloo's word for a closed connection
+            raise _ProcessGone("another process of the run has ended") from error
     for _, reason in outcomes:
         if reason is not None:
             raise UserError(reason) from cause
@@ -488,17 +496,19 @@ class Checkpointer:
         return _together(function if self._rank == 0 else lambda: None, group)[0]
 
     def _failure(self, step, final, error):
+        what = f"the checkpoint of step {step} could not be written to {final}: {_reason(error).rstrip('. ')}"
+        if isinstance(error, _ProcessGone):
+            return UserError(f"{what}; older checkpoints are untouched: resume from them")
         free = "unknown"
         with contextlib.suppress(OSError):
             free = f"{shutil.disk_usage(self.directory).free / 1e9:.2f} GB"
-        reason = _reason(error).rstrip(". ")
         return UserError(
-            f"the checkpoint of step {step} could not be written to {final}: {reason} (free there: {free}); "
-            f"older checkpoints are untouched: make room, or move run.dir to a larger disk, and resume"
+            f"{what} (free there: {free}); older checkpoints are untouched: make room, or move run.dir to a "
+            "larger disk, and resume"
         )
 
     def _clean(self):
-        """Remove what killed saves left; a checkpoint that was being replaced by its repetition comes back."""
+        """Remove what killed saves left; a checkpoint that was being replaced by a repetition returns."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:

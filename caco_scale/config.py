@@ -197,7 +197,14 @@ class Config:
 # Fields that a resumed run may change: none of them changes what is computed (data.micro_batch_size changes only
 # the micro-batches of BatchNorm; bank.exchange is exact either way; the data's content is held by its fingerprint).
 FREE_ON_RESUME = {
-    *("recipe", "data.shards", "data.val_shards", "data.workers", "data.micro_batch_size", "data.max_corrupt"),
+    *(
+        "recipe",
+        "data.shards",
+        "data.val_shards",
+        "data.workers",
+        "data.micro_batch_size",
+        "data.max_corrupt",
+    ),
     *("data.audit", "bank.exchange", "precision.compile", "precision.channels_last"),
     *(f"run.{f.name}" for f in dataclasses.fields(Run) if f.name != "seed"),
     *(f"eval.{f.name}" for f in dataclasses.fields(Eval)),
@@ -315,7 +322,9 @@ def _apply_flags(config, arguments, prog):
     import tyro
 
     if any(a in ("-h", "--help") for a in arguments):
-        return tyro.cli(Config, args=["--help"], default=config, prog=prog, config=(tyro.conf.FlagConversionOff,))
+        return tyro.cli(
+            Config, args=["--help"], default=config, prog=prog, config=(tyro.conf.FlagConversionOff,)
+        )
     known = flatten(config)
     for i, argument in enumerate(arguments):
         if not argument.startswith("--"):
@@ -323,7 +332,9 @@ def _apply_flags(config, arguments, prog):
             continue
         flag = argument[2:].split("=")[0].replace("-", "_")
         if flag not in known or flag == "recipe":
-            raise UserError(f"unknown flag {argument.split('=')[0]}{nearest(flag, known)}: --help lists them all")
+            raise UserError(
+                f"unknown flag {argument.split('=')[0]}{nearest(flag, known)}: --help lists them all"
+            )
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
@@ -331,10 +342,19 @@ def _apply_flags(config, arguments, prog):
                 Config, args=arguments, default=config, prog=prog, config=(tyro.conf.FlagConversionOff,)
             )
     except SystemExit:
-        # tyro draws its message in a box over several lines: the first part says what is wrong.
-        lines = [line.strip("│ ") for line in output.getvalue().splitlines() if line.startswith("│")]
-        rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
-        raise UserError(" ".join(lines[:rule]) or "the flags cannot be read") from None
+        raise UserError(_first_paragraph(output.getvalue()) or "the flags cannot be read") from None
+
+
+def _first_paragraph(message):
+    """What is wrong, out of tyro's message: a title, then paragraphs between rules, in a box or not."""
+    paragraphs = [[]]
+    for line in message.splitlines()[1:]:
+        words = line.strip(" │╭╮╰╯─-")
+        if words:
+            paragraphs[-1].append(words)
+        else:
+            paragraphs.append([])
+    return next((" ".join(paragraph) for paragraph in paragraphs if paragraph), "")
 
 
 def check(config):
@@ -370,7 +390,7 @@ def check(config):
 
 
 def differences(saved, config):
-    """Names, old and new values of the fields that a resume must not change: ``["bank.size: 65536 -> 4096", ...]``."""
+    """Fields that a resume must not change and that differ: ``["bank.size: 65536 -> 4096", ...]``."""
     now = flatten(config)
     return [
         f"{name}: {value} -> {now[name]}"
@@ -393,4 +413,3 @@ def to_yaml(config):
 def from_yaml(text, source):
     """The Config of :func:`to_yaml`'s text (``source`` names it in errors)."""
     return _from_dict(Config, yaml.safe_load(text), source)
-

@@ -29,7 +29,7 @@ def embedding_std(embeddings, group=None):
     return gathered.double().std(dim=0, correction=0).mean().item()
 
 
-def rankme(features, group=None, max_rows=2048):
+def rankme(features, group=None, max_rows=1024):
     """RankMe of features (B, F) over all ranks' batch: their effective rank, in [1, min(N, F)]; a float.
 
     exp(-sum p ln p) with p the singular values divided by their sum (Garrido et al., arXiv:2210.02885,
@@ -41,7 +41,12 @@ def rankme(features, group=None, max_rows=2048):
     selected = gathered[::stride].double()
     if not torch.isfinite(selected).all():
         return math.nan
-    singular_values = torch.linalg.svdvals(selected)
+    # From the smaller Gram matrix in fp64, many times quicker than a singular value decomposition. What its
+    # rounding hides, values under a millionth of the largest, weighs nothing in the entropy.
+    gram = selected @ selected.T if selected.shape[0] < selected.shape[1] else selected.T @ selected
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    noise = eigenvalues[-1] * len(gram) * torch.finfo(torch.float64).eps
+    singular_values = eigenvalues.where(eigenvalues > noise, 0).sqrt()
     if singular_values.sum() == 0:
         return 0.0
     p = singular_values / singular_values.sum()
@@ -68,8 +73,9 @@ def collapse_warning(std, dim, rankme=None, *, max_rank=math.inf, margin=1.0):
         return None
     return (
         f"the encoder may be collapsing: {' and '.join(signs)}. "
-        "Try a longer bank warm-up (bank.warmup_epochs), a lower bank.lr, ema.momentum nearer to 1, a lower optim.lr with a longer optim.warmup_epochs; "
-        "check that loss.temperature and bank.temperature are near 0.08 and that the images differ"
+        "Try a longer bank warm-up (bank.warmup_epochs), a lower bank.lr, ema.momentum nearer to 1, "
+        "a lower optim.lr with a longer optim.warmup_epochs; check that loss.temperature and "
+        "bank.temperature are near 0.08 and that the images differ"
     )
 
 

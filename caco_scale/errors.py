@@ -7,7 +7,7 @@ import sys
 import time
 
 # Seconds that ranks above 0 wait before they repeat an error: rank 0 usually has the same, and says it.
-RANK_PATIENCE_SECONDS = 3
+RANK_PATIENCE_SECONDS = 20
 
 
 class UserError(ValueError):

@@ -1,7 +1,7 @@
 """Export the trained backbone of a run, or of one checkpoint, for use without this program.
 
-    python -m caco_scale.export RUN --to FILE --format {safetensors,torchvision} [--which query|key] [--step
-    N] [--force]
+    python -m caco_scale.export RUN --to FILE --format {safetensors,torchvision}
+                                [--which query|key] [--step N] [--force]
 
 ``torchvision`` is a ``torch.save`` of a state dict for ``torchvision.models.<arch>()``; ``safetensors``
 holds the same names, with where they come from as its metadata. The projector stays behind. One process on
@@ -149,7 +149,7 @@ def read_weights(path):
 
 
 def _compare(path, state, metadata, file_format):
-    """The features of the file, read back as its user will, must equal the trained backbone's to the last bit."""
+    """The features of the file, read back as a user will, must equal the trained backbone's bit for bit."""
     trained, _ = build_backbone(metadata["arch"], metadata["stem"])
     try:
         trained.load_state_dict(state)
@@ -210,10 +210,8 @@ def main(arguments=None):
     flags = _parse(arguments)
     metadata = export(**vars(flags))
     size = Path(flags.to).stat().st_size / 1e6
-    print(
-        f"wrote {flags.to} ({size:.1f} MB, {flags.file_format}): {metadata['encoder']} backbone "
-        f"{metadata['arch']} (stem {metadata['stem']}) of step {metadata['step']}; loaded back and equal bit for bit"
-    )
+    what = "{encoder} backbone {arch} (stem {stem}) of step {step}".format(**metadata)
+    print(f"wrote {flags.to} ({size:.1f} MB, {flags.file_format}): {what}; loaded back and equal bit for bit")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The run directory: what a run leaves on disk, written so that ``kill -9`` at any moment leaves it readable.
 
-    config.yaml  environment.json  attempts.jsonl  metrics.jsonl  checkpoints/  tensorboard/  DONE | INTERRUPTED
+    config.yaml  environment.json  attempts.jsonl  metrics.jsonl
+    checkpoints/  tensorboard/  DONE | INTERRUPTED
 
 Two kinds of writing, no others. Small whole files (configuration, environment, markers) are replaced
 atomically: temporary file, fsync, rename. Files that grow are JSON lines, every line handed to the kernel by
@@ -167,8 +168,7 @@ def git_commit(folder):
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
 
     try:
-        # Inside a virtual environment that lies in some checkout, git would name that checkout's commit
-        # instead.
+        # An installed package in a virtual environment within some checkout has no commit of its own.
         git("ls-files", "--error-unmatch", "__init__.py")
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):

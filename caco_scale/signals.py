@@ -32,7 +32,7 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class Signals:
-    """``requested`` is the name of the last stop signal that arrived (``"SIGTERM"``), or None."""
+    """``requested`` is the name of the first stop signal that arrived (``"SIGTERM"``), or None."""
 
     def __init__(self):
         self.requested = None
@@ -49,7 +49,8 @@ class Signals:
         if name == self.requested == "SIGINT":
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-        self.requested = name
+        # The first is the reason; what follows it (a launcher that dies of the same signal) is not.
+        self.requested = self.requested or name
 
 
 def agree(flags, group=None):

@@ -18,6 +18,7 @@ figure never differ: whatever is a number in metrics.jsonl is the TensorBoard sc
 """
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -171,6 +172,7 @@ class LiveBar:
         self._line.plain = " · ".join(describe_figures({**figures, "seconds_left": None}))
 
     def table(self, table):
+        self.close()  # the bar is over, the table stands below it
         self._live.console.print(table)
 
     def close(self):
@@ -247,6 +249,8 @@ class Telemetry:
         record = to_plain({"epoch": epoch, **scalars, **self.meter.read()})
         self._write(step, record)
         self._figures.update(record)
+        if "loss" in record and record["loss"] is None:
+            self._figures["loss"] = math.nan  # people shall see it
         self._display.figures(step, self._figures)
 
     def log_event(self, step, record):
@@ -285,7 +289,7 @@ class Telemetry:
 
     def close(self):
         if self.is_main:
+            self._display.close()  # first: the terminal must come back whatever happens below
             self.flush()
-            self._display.close()
             self._board.close()
             self._run.close()

@@ -5,7 +5,6 @@ Checkpoints and metrics count finished steps: ``step_00000100`` and the metrics 
 updates. The audit names a step by its place in the order, 0 for the first, as ``Order.batch`` does.
 """
 
-import dataclasses
 import socket
 import time
 from pathlib import Path
@@ -64,7 +63,9 @@ def run(config, signals):
             f"{config.run.dir} has finished its {end:,} steps: a larger --optim.epochs or --run.max_steps continues it"
         )
         return
-    with Trainer(config, signals, accelerator, data, schedule, directory, checkpointer, end, resumed) as trainer:
+    with Trainer(
+        config, signals, accelerator, data, schedule, directory, checkpointer, end, resumed
+    ) as trainer:
         trainer.train()
 
 
@@ -103,11 +104,14 @@ class TrainingData:
             window=data.window,
         )
         self.fingerprint = self.order.fingerprint([shard.sha256 for shard in shards])
-        self.val_store = open_store(data.val_shards) if data.val_shards else None
-        if self.val_store:
+        self.val_store = None
+        if config.eval.knn_every or config.eval.baselines:
+            if not data.val_shards:
+                raise UserError(
+                    "eval.knn_every is set but data.val_shards is empty: give it, or eval.knn_every 0"
+                )
+            self.val_store = open_store(data.val_shards)
             self.val_store.check()
-        elif config.eval.knn_every:
-            raise UserError("eval.knn_every is set but data.val_shards is empty: give both or neither")
         self.batch_size = share_of(data.global_batch_size, world_size)
         micro = data.micro_batch_size or self.batch_size
         if self.batch_size % micro:
@@ -230,10 +234,7 @@ def find_checkpoint(config, directory, newest, data):
                 f"run.resume is never but {config.run.dir} holds {newest.name}: give another run.dir or remove it"
             )
         return None
-    if config.run.resume == "auto":
-        path = newest
-    else:
-        path = Path(config.run.resume)
+    path = newest if config.run.resume == "auto" else Path(config.run.resume)
     if path is None:
         return None
     values = checkpoint.read_values(path)
@@ -279,15 +280,16 @@ class Trainer:
         self.corrupt = {}  # key -> why it did not decode
         self.last_epoch_bank = None  # bank diagnostics of the last whole epoch
         self.knn = {}  # step -> percent
-        self.alarm = CollapseAlarm(config.model.embedding_dim)
-        self.features = None  # of the backbone's latest forward, kept by a hook for RankMe
+        self.alarm = None  # made when the width of the features is known
+        self.features = None  # of the step's first view and micro-batch, kept by a hook for RankMe
         self.strategy.module.query.backbone.register_forward_hook(self._keep_features)
         if resumed:
             self._restore(resumed)
         self._open_records(resumed, accelerator)
 
     def _keep_features(self, module, inputs, features):
-        self.features = features.detach()
+        if self.features is None:
+            self.features = features.detach()
 
     def _open_records(self, resumed, accelerator):
         """Run directory, telemetry and audit of this attempt."""
@@ -346,7 +348,10 @@ class Trainer:
                 batch = next(batches)
             self._train_on(batch)
             stop = self._agree_on_stop(batch)
-            self._evaluate_if_due()
+            if (
+                not stop or self.step == self.end
+            ):  # a scheduler that stops a run does not wait for an evaluation
+                self._evaluate_if_due()
             every = self.config.run.save_every
             if self.step == self.end or stop or (every and self.step % every == 0):
                 self._save()
@@ -370,6 +375,7 @@ class Trainer:
         micro_batches = MicroBatches(
             batch, self.data.micro_batch_size, self.device, self.dtype, self.config.views
         )
+        self.features = None
         result = train_step(self.strategy, self.bank, micro_batches, hp)
         self.step += 1
         if self.audit:
@@ -421,6 +427,11 @@ class Trainer:
                 "corrupt": len(self.corrupt),
             },
         )
+        if self.alarm is None:
+            most = min(
+                len(result.queries) * self.strategy.world_size, self.features.shape[1], MAX_RANKME_ROWS
+            )
+            self.alarm = CollapseAlarm(self.config.model.embedding_dim, max_rank=most)
         warning = self.alarm.check(std, rank_of_features)
         if warning:
             self.telemetry.warn(warning)
@@ -451,7 +462,9 @@ class Trainer:
             lines = JsonLines(self.directory.path / "corrupt.jsonl")
             lines.append({"step": self.step, **entry})
             lines.close()
-        self.telemetry.warn(f"{entry['key']} does not decode ({entry['error']}); trained on {entry['substitute']}")
+        self.telemetry.warn(
+            f"{entry['key']} does not decode ({entry['error']}); trained on {entry['substitute']}"
+        )
 
     # Evaluation
 
@@ -481,6 +494,7 @@ class Trainer:
                 self.data.val_store,
                 module=self.strategy.module,
                 autocast_dtype=self.strategy.module.autocast_dtype,
+                channels_last=self.strategy.module.channels_last,
                 rank=self.strategy.rank,
                 world_size=self.strategy.world_size,
                 size=config.views.size,
@@ -496,7 +510,7 @@ class Trainer:
     # Checkpoints
 
     def _save(self):
-        """Stage the whole state and write it in the background; records up to here are on disk before it is complete."""
+        """Stage the whole state and write it in the background; the records up to here are on disk first."""
         self.telemetry.flush()
         if self.audit:
             self.audit.flush()
@@ -520,7 +534,7 @@ class Trainer:
         self.step = values["step"]
         self.skipped, self.skipped_in_a_row = values["skipped"], values["skipped_in_a_row"]
         self.corrupt, self.last_epoch_bank = values["corrupt"], values["last_epoch_bank"]
-        self.knn = {step: value for step, value in values["knn"]}
+        self.knn = dict(values["knn"])
 
     def _summarise(self, seconds):
         rows = [("steps", f"{self.step:,}"), ("minutes of this start", f"{seconds / 60:.1f}")]
@@ -532,12 +546,21 @@ class Trainer:
         rows += [
             ("checkpoint", str(checkpoint.latest(self.directory.checkpoints))),
             ("curves", f"tensorboard --logdir {folder}/tensorboard"),
-            ("export", f"python -m caco_scale.export {folder} --to backbone.safetensors --format safetensors"),
-            ("train on", f"accelerate launch -m caco_scale.pretrain {folder}/config.yaml --optim.epochs "
-                         f"{2 * self.config.optim.epochs}"),
+            (
+                "export",
+                f"python -m caco_scale.export {folder} --to backbone.safetensors --format safetensors",
+            ),
+            (
+                "train on",
+                f"accelerate launch -m caco_scale.pretrain {folder}/config.yaml --optim.epochs "
+                f"{2 * self.config.optim.epochs}",
+            ),
         ]
         if self.config.recipe == "demo" and self.config.bank.rule == "caco":
             rows.append(
-                ("compare with MoCo", "accelerate launch -m caco_scale.pretrain demo --bank.rule moco --run.dir runs/moco")
+                (
+                    "compare with MoCo",
+                    "accelerate launch -m caco_scale.pretrain demo --bank.rule moco --run.dir runs/moco",
+                )
             )
         self.telemetry.summary(f"{self.config.recipe}: done", rows)

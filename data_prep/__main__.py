@@ -11,7 +11,6 @@ from rich.console import Console
 from caco_scale.data.store import LocalStore
 from caco_scale.errors import UserError, exit_on_user_error
 from data_prep.build import build
-from data_prep.demo import build_demo
 from data_prep.progress import print_summary, printable
 from data_prep.verify import histogram, verify
 
@@ -102,6 +101,8 @@ def run_verify(options):
 
 
 def run_demo(options):
+    from data_prep.demo import build_demo  # not above: it needs torch, the other commands answer at once
+
     if min(options.train, options.val) < 10:
         raise UserError(
             f"--train {options.train} and --val {options.val} must be at least 10, one image per class"

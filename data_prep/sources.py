@@ -13,7 +13,7 @@ import hashlib
 import json
 import lzma
 import os
-import stat
+import shutil
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -173,24 +173,26 @@ def without_wrapper(listing):
 def open_source(path, scratch):
     """The source at ``path``; a compressed tar is decompressed once, to one file in ``scratch``."""
     path = os.fspath(path)
-    try:
-        if stat.S_ISDIR(os.stat(path).st_mode):
-            return FolderSource(path)
-        decompress = compression(path)
-        if decompress is None:
-            _check_tar(path, path)
-            return TarSource(path, path)
-    except OSError as error:
-        raise UserError(f"cannot read the source {path}: {error.strerror}") from None
-    return TarSource(_decompressed(path, decompress, scratch), path)
+    if os.path.isdir(path):
+        return FolderSource(path)
+    if not os.path.exists(path):
+        raise UserError(f"the source {path} does not exist: give a folder of class folders, or a tar of one")
+    decompress = compression(path)
+    if decompress:
+        return TarSource(_decompressed(path, decompress, scratch), path)
+    _check_tar(path, path)
+    return TarSource(path, path)
 
 
 def compression(path):
     """The function that opens a compressed file, judged by its first bytes; None: not compressed."""
     if not os.path.isfile(path):
         return None
-    with open(path, "rb") as stream:
-        head = stream.read(8)
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(8)
+    except OSError as error:
+        raise UserError(f"cannot read the source {path}: {error.strerror}") from None
     if head.startswith(b"\x28\xb5\x2f\xfd"):
         raise UserError(
             f"{path} is compressed with zstd, which is not supported: decompress it first (zstd -d)"
@@ -224,8 +226,13 @@ def _decompressed(path, decompress, scratch):
                 unpacked.write(chunk)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            size = os.path.getsize(target)
             os.unlink(target)
-            raise
+            free = shutil.disk_usage(scratch).free
+            raise UserError(
+                f"no space for {scratch} to decompress {path}: {error.strerror}; more than {size / 1e6:,.1f} MB are "
+                f"needed, {free / 1e6:,.1f} MB are free there: free some, or decompress it elsewhere"
+            ) from None
         raise UserError(f"{path} is damaged: {one_line(error)}") from None
     except (EOFError, lzma.LZMAError, ValueError) as error:
         raise UserError(f"{path} is damaged or cut short: {one_line(error)}") from None

@@ -9,10 +9,8 @@ import numpy as np
 
 from caco_scale.data.shards import MANIFEST_NAME, index_tar, read_sample
 from caco_scale.data.store import LocalStore
-from caco_scale.data.views import CorruptSample
 from caco_scale.errors import UserError
-from data_prep.build import file_sha256
-from data_prep.images import prepare_image
+from data_prep.destination import file_sha256
 from data_prep.sources import SPLITS, is_image
 
 FIX = (
@@ -85,11 +83,16 @@ def check_shard(store, number, full=False):
         return None, np.bincount(labels, minlength=len(none))
     except OSError as error:
         return f"{os.path.basename(error.filename)}: {error.strerror}", none
-    except (UserError, CorruptSample) as error:
+    except ValueError as error:
         return str(error), none
 
 
 def _decode(sample):
+    from data_prep.images import (  # not above: it needs torch, the fast check does not
+        CorruptSample,
+        prepare_image,
+    )
+
     image = next((data for extension, data in sample.items() if is_image("x." + extension)), None)
     if image is None:
         raise CorruptSample(f"sample {sample['__key__']} has no image")

@@ -11,6 +11,9 @@ import torch.multiprocessing as mp
 
 def _rank_main(rank, world_size, store_path, function, args, results):
     torch.set_num_threads(1)
+    # As a launcher would: accelerate takes the world size from here, not from the process group.
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{world_size}"}
+    os.environ |= {"LOCAL_WORLD_SIZE": f"{world_size}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     store = dist.FileStore(store_path, world_size)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
@@ -58,5 +61,7 @@ def run_ranks(function, world_size, *args):
             collected[rank] = value
         for process in processes:
             process.join()
-    assert len(collected) == world_size, f"ranks {sorted(collected)} of {world_size} reported; the others died"
+    assert len(collected) == world_size, (
+        f"ranks {sorted(collected)} of {world_size} reported; the others died"
+    )
     return [collected[rank] for rank in range(world_size)]

@@ -35,7 +35,8 @@ def make_shard_set(path, num_images=64, size=32, classes=4, samples_per_shard=16
     """Write a shard set of JPEGs to directory ``path`` and return it as str. Image i has label i % classes.
 
     size: the sides are ``size`` to ``size + vary`` pixels. corrupt: numbers of images whose file is cut to its
-    half, which the manifest records as any other. Tars are named 000000.tar, ...; keys are the image's number in eight digits.
+    half, which the manifest records as any other. Tars are named 000000.tar, ...; keys are the image's number in
+    eight digits.
     """
     os.makedirs(path, exist_ok=True)
     generator, shards = np.random.default_rng(seed), []

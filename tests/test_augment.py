@@ -63,7 +63,8 @@ def references(crops, params, dtype):
 
 def assert_close(actual, expected, tolerance):
     # Tolerances are for pixels in [0, 1]; normalising divides by the standard deviation.
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
     difference = (actual - expected).abs().max().item() * min(IMAGENET_STD)
     assert difference < tolerance, difference
 
@@ -115,9 +116,7 @@ def test_a_sample_does_not_depend_on_its_batch():
     crops, params = draw(32, 24, solarize_p=0.3)
     together = augment(crops, params, dtype=torch.float64)
     for i in range(24):
-        alone = augment(
-            crops[i : i + 1], {k: v[i : i + 1] for k, v in params.items()}, dtype=torch.float64
-        )
+        alone = augment(crops[i : i + 1], {k: v[i : i + 1] for k, v in params.items()}, dtype=torch.float64)
         assert_close(alone, together[i : i + 1], 1e-14)
 
 

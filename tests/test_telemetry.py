@@ -91,6 +91,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
         telemetry.log_event(8, {"knn_top1": 56.05})
         telemetry.log(8, {"loss": torch.tensor(5.25), "lr": 0.06})
         telemetry.warn("[bold]low[/bold]")
+        telemetry.log(9, {"loss": math.nan})
         telemetry.summary("Finished", [("checkpoint", "runs/" + 150 * "x"), ("kNN [%]", 97.5)])
     lines = stream.getvalue().splitlines()
     assert lines[0] == "2 processes"
@@ -98,6 +99,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     assert "images/s  data wait 0.0%  ETA 0:00:" in lines[1]
     assert lines[1].endswith("kNN 56.05%")
     assert lines[2] == "warning: [bold]low[/bold]"
+    assert "loss nan" in lines[3]
     assert any("runs/" + 150 * "x" in line for line in lines)
     assert any("kNN [%]" in line for line in lines)
     assert "\x1b" not in stream.getvalue()

@@ -46,7 +46,8 @@ def pil_pixels(data):
 def test_jpegs_decode_as_pil_does(mode):
     data = encode(Image.fromarray(image()).convert(mode), quality=90)
     decoded = decode_image(data)
-    assert decoded.shape == (60, 80, 3) and decoded.dtype == np.uint8
+    assert decoded.shape == (60, 80, 3)
+    assert decoded.dtype == np.uint8
     assert np.abs(decoded - pil_pixels(data)).max() <= 2
 
 
@@ -105,11 +106,12 @@ def test_what_is_no_image_is_a_corrupt_sample(name):
     }[name]
     with pytest.raises(CorruptSample) as error:
         decode_image(data)
-    assert str(error.value) and "\n" not in str(error.value)
+    assert str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_decompression_bombs_are_refused_before_decoding():
-    png = encode(Image.new("1", (20_000, 20_000)), "PNG")
+    png = encode(Image.new("1", (11_000, 11_000)), "PNG")
     assert len(png) < 100_000
     jpeg = bytearray(encode(image()))
     frame = jpeg.index(b"\xff\xc0")
@@ -154,10 +156,13 @@ def test_crops_are_distributed_as_torchvisions(height, width, scale):
         lambda box: box[:, 0] / (height - box[:, 2] + 1),
     ):
         assert largest_gap(of(boxes), of(expected)) < limit
-    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] > 0).all()
-    assert (boxes[:, 0] + boxes[:, 2]).max() == height and (boxes[:, 1] + boxes[:, 3]).max() == width
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] > 0).all()
+    assert (boxes[:, 0] + boxes[:, 2]).max() == height
+    assert (boxes[:, 1] + boxes[:, 3]).max() == width
     area = boxes[:, 2] * boxes[:, 3] / (height * width)
-    assert scale[0] * 0.9 < area.min() and area.max() <= min(1, scale[1] * 1.1)
+    assert scale[0] * 0.9 < area.min()
+    assert area.max() <= min(1, scale[1] * 1.1)
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 1000), (1000, 41), (7, 500), (300, 300)])
@@ -196,11 +201,13 @@ def test_colours_have_the_probabilities_and_ranges_of_the_spec():
     }
     for name, (low, high) in ranges.items():
         relative = (params[name] - low) / (high - low)
-        assert 0 <= relative.min() < 0.001 and 0.999 < relative.max() <= 1
+        assert 0 <= relative.min() < 0.001
+        assert 0.999 < relative.max() <= 1
         assert largest_gap(relative, (np.arange(num) + 0.5) / num) < 2 / math.sqrt(num), name
     codes = params["order"] @ [64, 16, 4, 1]
     permutations, counts = np.unique(codes, return_counts=True)
-    assert len(permutations) == 24 and (np.sort(params["order"], axis=1) == np.arange(4)).all()
+    assert len(permutations) == 24
+    assert (np.sort(params["order"], axis=1) == np.arange(4)).all()
     assert np.abs(counts - num / 24).max() < 5 * math.sqrt(num / 24)
     columns = [params[name].astype(float) for name in [*probabilities, *ranges]] + [codes]
     correlation = np.corrcoef(columns) - np.eye(len(columns))
@@ -209,8 +216,10 @@ def test_colours_have_the_probabilities_and_ranges_of_the_spec():
 
 def test_strong_jitter_does_not_go_below_zero():
     params = draw_colour(ViewSpec(32, (0.2, 1.0), jitter=(2.0, 0, 0, 0)), keys(2000))
-    assert 0 <= params["brightness"].min() < 0.01 and 2.99 < params["brightness"].max() <= 3
-    assert (params["contrast"] == 1).all() and (params["hue"] == 0).all()
+    assert 0 <= params["brightness"].min() < 0.01
+    assert 2.99 < params["brightness"].max() <= 3
+    assert (params["contrast"] == 1).all()
+    assert (params["hue"] == 0).all()
 
 
 def test_a_probability_changes_no_other_draw():
@@ -234,12 +243,19 @@ def test_blur_kernel_is_about_six_sigma_odd_and_smaller_than_the_image():
         *(13, 13, 13, 13, 11, 11, 1, 1)
     ]
     kernel = draw_colour(SPEC, keys(10))["blur_kernel"]
-    assert kernel.shape == (10, 13) and np.allclose(kernel.sum(1), 1) and (kernel.argmax(1) == 6).all()
+    assert kernel.shape == (10, 13)
+    assert np.allclose(kernel.sum(1), 1)
+    assert (kernel.argmax(1) == 6).all()
 
 
 @pytest.mark.parametrize(
     ("wrong", "what"),
-    [({"size": 0}, "size 0"), ({"scale": (0.5, 0.2)}, "scale"), ({"blur_p": 1.5}, "1.5"), ({"blur_sigma": (0, 1)}, "sig")],
+    [
+        ({"size": 0}, "size 0"),
+        ({"scale": (0.5, 0.2)}, "scale"),
+        ({"blur_p": 1.5}, "1.5"),
+        ({"blur_sigma": (0, 1)}, "sig"),
+    ],
 )
 def test_wrong_specs_are_named(wrong, what):
     with pytest.raises(UserError, match=what):
@@ -262,7 +278,9 @@ def test_crops_are_resized_as_torchvision_does(box, size):
     for pixels in (noisy, image(200, 300)):
         expected = T.resized_crop(channels_first(pixels), *box, [size, size], antialias=True)
         crop = crop_resize(pixels, box, size)
-        assert crop.shape == (size, size, 3) and crop.dtype == np.uint8 and crop.flags.c_contiguous
+        assert crop.shape == (size, size, 3)
+        assert crop.dtype == np.uint8
+        assert crop.flags.c_contiguous
         # Not 0: machines without AVX2 round one of the two layouts differently.
         assert np.abs(crop.astype(int) - expected.permute(1, 2, 0).numpy()).max() <= 1
 

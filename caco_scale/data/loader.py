@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import sys
@@ -261,8 +262,8 @@ def _check_bytes(store, shard):
         digest.update(store.read(shard, start, min(HASH_BYTES, info.num_bytes - start)))
     if digest.hexdigest() != info.sha256:
         raise UserError(
-            f"shard {info.name} of {store.url} is damaged: its {info.num_bytes:,} bytes have another "
-            f"sha256 than the manifest's {info.sha256[:12]}: delete it and run the same `python -m data_prep build` again"
+            f"shard {info.name} of {store.url} is damaged: its {info.num_bytes:,} bytes have another sha256 "
+            f"than the manifest's {info.sha256[:12]}: delete it and run the same `python -m data_prep build` again"
         )
 
 
@@ -331,21 +332,20 @@ def _as_is(payload):
 
 
 def _unwrap(payloads):
-    while True:
-        try:
-            payload = next(payloads, None)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise UserError(
-                f"a data worker died ({one_line(error)}): the machine may be short of memory or /dev/shm, "
-                "lower data.workers"
-            ) from None
-        if payload is None:
-            return
-        if "user_error" in payload:
-            raise UserError(payload["user_error"])
-        yield payload
+    try:
+        for payload in payloads:
+            if "user_error" in payload:
+                raise UserError(payload["user_error"])
+            yield payload
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            f"a data worker died ({one_line(error)}): the machine may be short of memory or /dev/shm, "
+            "lower data.workers"
+        ) from None
+    finally:
+        del payloads  # ends the workers now: the traceback of an error would keep it, and them, alive
 
 
 def start_fork_server():
@@ -355,6 +355,9 @@ def start_fork_server():
     blocked, and so do the workers: torch's workers take a dead server for a dead trainer.
     """
     multiprocessing.set_forkserver_preload([__name__])
+    # By itself first: where it starts its tracker, multiprocessing unblocks SIGINT and SIGTERM afterwards.
+    with _signals_blocked():
+        multiprocessing.resource_tracker.ensure_running()
     with _signals_blocked(), _main_module_hidden():
         multiprocessing.forkserver.ensure_running()
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
-from webdataset.tariterators import base_plus_ext
 
 from caco_scale.errors import UserError, one_line
 
@@ -22,7 +21,10 @@ FORMAT = "caco_scale shard set"
 VERSION = 1
 INDEX_MAGIC = b"CACOIDX1"
 BLOCK = 512  # bytes of a tar block
-META_FILES = r"__[^/]*__($|/)"  # webdataset passes over these
+# webdataset's rules (tariterators.py; importing that would import torch): the key of a file ends at the first
+# dot of its name, the rest is the extension; files with names of the second kind are passed over.
+KEY_AND_EXTENSION = r"((?:.*/|)[^.]+)[.]([^/]*)"
+META_FILES = r"__[^/]*__($|/)"
 
 
 def plain_name(name):
@@ -271,12 +273,12 @@ def _padded(size):
 def _index_file(file, name):
     samples = []
     for member in whole_tar_members(file, name):
-        key, extension = base_plus_ext(member.name)
-        if not member.isreg() or key is None or re.match(META_FILES, member.name):
+        name_parts = re.fullmatch(KEY_AND_EXTENSION, member.name)
+        if not member.isreg() or not name_parts or re.match(META_FILES, member.name):
             continue
         if member.issparse():
             raise UserError(f"{name}: {member.name} is stored as a sparse file: write the tar without -S")
-        extension = extension.lower()
+        key, extension = name_parts[1], name_parts[2].lower()
         if not samples or samples[-1][0] != key:
             samples.append([key, member.offset, 0, -1, []])
         sample = samples[-1]

@@ -91,7 +91,7 @@ class LocalStore:
         self._forget()
 
     def check(self):
-        """Compare the size of every shard and index with the manifest. UserError names the first wrong one."""
+        """Compare the size of every shard and index with the manifest. UserError names the first wrong."""
         for shard in self.manifest.shards:
             sizes = (shard.name, shard.num_bytes), (shard.index_name, shard.index_num_bytes)
             for name, expected in sizes:

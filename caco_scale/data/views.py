@@ -104,8 +104,8 @@ def draw_crop(spec, keys, heights, widths):
     ratios = np.exp(low + (high - low) * ratios)
     tried_widths = np.rint(np.sqrt(areas * ratios)).astype(np.int64)
     tried_heights = np.rint(np.sqrt(areas / ratios)).astype(np.int64)
-    fits = (0 < tried_widths) & (tried_widths <= widths[:, None])
-    fits &= (0 < tried_heights) & (tried_heights <= heights[:, None])
+    fits = (tried_widths > 0) & (tried_widths <= widths[:, None])
+    fits &= (tried_heights > 0) & (tried_heights <= heights[:, None])
     found, first = fits.any(axis=1), (np.arange(len(fits)), fits.argmax(axis=1))
     # Central fallback: an image too wide or too tall keeps its short side.
     fallback_widths = np.minimum(widths, np.rint(heights * max(spec.ratio)).astype(np.int64))
@@ -210,7 +210,9 @@ def _resize(image, height, width):
     image = np.ascontiguousarray(image)
     if image.shape[:2] == (height, width):
         return image
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    # A batch axis made by torch, and before the permutation, has the strides by which torch knows channels-last
+    # images: half the time.
+    pixels = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
     resized = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
@@ -223,7 +225,7 @@ def crop_resize(image, box, size):
     118 kB, one crop of scale (0.2, 1) to 224, one core (mean and worst difference from torchvision in grey
     levels):
 
-        torch, antialiased        0.32 ms    0.000      0
+        torch, antialiased        0.30 ms    0.000      0
         PIL bilinear              0.80 ms    0.036      2
         PIL, reducing_gap=2       0.80 ms    0.039      9
         cv2 INTER_AREA            0.57 ms    0.925    213   (enlarges by the nearest pixel)

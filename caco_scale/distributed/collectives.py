@@ -68,20 +68,23 @@ def reduce_scatter_rows(x, group=None):
     if ranks == 1:
         return x
     x = x.contiguous()
-    received = x.new_empty((x.shape[0] // ranks, *x.shape[1:]))
-    if dist.get_backend(group) == "nccl":
-        dist.reduce_scatter_tensor(received, x, group=group)
-        return received
-    blocks = torch.empty_like(x)  # gloo lacks it in some versions: the same bytes, summed in rank order
-    dist.all_to_all_single(blocks, x, group=group)
-    return blocks.view(ranks, *received.shape).sum(0)
+    shape = (x.shape[0] // ranks, *x.shape[1:])
+    if (
+        x.device.type == "cpu"
+    ):  # gloo lacks reduce-scatter in some versions: the same bytes, summed in rank order
+        blocks = torch.empty_like(x)
+        dist.all_to_all_single(blocks, x, group=group)
+        return blocks.view(ranks, *shape).sum(0)
+    received = x.new_empty(shape)
+    dist.reduce_scatter_tensor(received, x, group=group)
+    return received
 
 
 def exchange_row_blocks(x, size, group=None):
     """Turn column shards of all rows into whole rows of one's own: (R·B, S) -> (B, K), by one all-to-all.
 
-    Rank r brings the columns of ``shard_range(size, R, r)`` for the rows of all ranks, and gets its own B rows
-    with all K = ``size`` columns. Blocks may be uneven or empty.
+    Rank r brings the columns of ``shard_range(size, R, r)`` for the rows of all ranks, and gets its own B
+    rows with all K = ``size`` columns. Blocks may be uneven or empty.
     """
     ranks = world_size(group)
     if ranks == 1:
@@ -91,7 +94,7 @@ def exchange_row_blocks(x, size, group=None):
     received = x.new_empty(num_rows * size)
     dist.all_to_all_single(
         received,
-        x.reshape(-1),
+        x.contiguous().view(-1),
         output_split_sizes=[num_rows * width for width in widths],
         input_split_sizes=[num_rows * x.shape[1]] * ranks,
         group=group,

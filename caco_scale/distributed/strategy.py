@@ -6,14 +6,19 @@ process (one process, several gloo processes on CPU, several NCCL processes on C
 
 import contextlib
 import os
+import warnings
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from caco_scale.distributed import collectives
 from caco_scale.distributed.syncbn import convert_sync_batchnorm
 from caco_scale.errors import UserError
 from caco_scale.method.ema import ema_update
 from caco_scale.optim.groups import build_optimizer, init_optimizer_state
+
+# torch renames the option; both names mean the same here, and 2.11 knows only this one.
+warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
 
 # What launchers leave in the environment of a process that is one of several.
 PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -35,9 +40,7 @@ def start_processes(asked_world_size=0):
     # Buffers are not broadcast (SyncBN keeps them equal); mixed precision belongs to the model's own forward.
     handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True))
     refuse_other_engines(os.environ)
-    accelerator = Accelerator(
-        cpu=on_cpu, mixed_precision="no", dynamo_backend="no", kwargs_handlers=handlers
-    )
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", dynamo_backend="no", kwargs_handlers=handlers)
     check_world_size(accelerator.num_processes, asked_world_size, os.environ)
     return accelerator
 
@@ -94,6 +97,7 @@ class DataParallel:
     def __init__(self, accelerator, model, optimizer_name, weight_decay):
         self.device = accelerator.device
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        assert self.world_size == collectives.world_size(), "accelerate and torch see different processes"
         if self.world_size > 1:
             model = convert_sync_batchnorm(model, self.device.type)
         self.module = model.to(self.device)

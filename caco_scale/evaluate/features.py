@@ -57,7 +57,7 @@ def extract_features(
         encode: normalised images (b, 3, s, s) -> (b, F).
         batches: of ``evaluation_batches``: (ids (b,), crops (b, s, s, 3) uint8, labels (b,)).
         module: the module that ``encode`` runs, put in eval mode meanwhile (BatchNorm uses its running
-            statistics and leaves them alone); its modes, buffers and the random states are afterwards as before.
+            statistics and leaves them alone); modes, buffers and random states are afterwards as before.
         autocast_dtype: as in training; None: compute in ``dtype``, the type of the images.
         channels_last: the memory format of the images, as in training.
 

@@ -8,7 +8,7 @@ most). Their products are multiples of 2^-50, and every partial sum of a cosine,
 fp64: nothing is rounded, whatever the order of summation, the blocking, the device or the number of ranks.
 Equal similarities are then really equal, and the lowest sample id wins.
 
-Shapes: N training and M validation images of all ranks, n and m this rank's, F features, C classes, b a block.
+Shapes: N training and M validation images of all ranks, n and m this rank's, F features, b a block.
 """
 
 import functools
@@ -65,7 +65,7 @@ def on_grid(features):
 def best_columns(similarities, k):
     """Columns of each row's k greatest similarities (b, columns), the lowest columns where equals compete."""
     values, columns = similarities.topk(k, dim=1)
-    # topk takes any of several equal values: where some of those at the k-th place stay out, a stable sort decides.
+    # topk takes any of several equal values: where not all at the k-th place get in, a stable sort decides.
     ambiguous = (similarities >= values[:, -1:]).sum(1) > k
     if ambiguous.any():
         order = similarities[ambiguous].argsort(dim=1, descending=True, stable=True)
@@ -192,7 +192,7 @@ def knn_accuracy(
     """Top-1 accuracy in percent of a weighted kNN classifier over all ranks' images, the same on every rank.
 
     Args:
-        train_features, train_labels: this rank's part, (n, F) and (n,); parts may be uneven or empty. Rows are
+        train_features, train_labels: this rank's part, (n, F) and (n,); uneven or empty too. Rows are
             normalised here; a row of zeros has similarity 0 to everything.
         features, labels: this rank's part of the images to classify, (m, F) and (m,).
         k, temperature: numbers, or lists of them: then the result is a dict (k, temperature) -> percent.

@@ -13,8 +13,8 @@ ranks gather queries and keys, and each computes what its own rows contribute to
 With A = wᵀ q the second term of g is the projection ⟨u, A⟩ u, so that g needs nothing from other ranks.
 
 Shapes: R ranks, B this rank's batch, N = R·B global batch, V views, K rows, S this rank's rows, D embedding.
-Global tensors have the samples in rank order first and the views second: (N, V, D). A pair is a query view i and
-a key view j ≠ i; what there is per pair is (N, V, 2), and a pair that does not exist has weight 0.
+Global tensors have the samples in rank order first and the views second: (N, V, D). A pair is a query view i
+and a key view j ≠ i; what there is per pair is (N, V, 2), and a pair that does not exist has weight 0.
 """
 
 import difflib
@@ -32,8 +32,11 @@ from caco_scale.errors import UserError
 RULES = ("caco", "adco", "moco")
 EXCHANGES = ("statistics", "logits")
 
-# Bytes of the (V·N, rows) block of similarities that exists at a time; it decides how many rows a chunk has.
-CHUNK_BYTES = 64 * 2**20
+# Bytes of the (V·N, rows) block of similarities that exists at a time: it decides how many rows a chunk has.
+# On a CPU a small block is quicker (65,536 rows: by 8 to 20% against 64 MiB, in a third of the memory), on a
+# GPU a chunk should be worth its kernel launches.
+CHUNK_BYTES_CPU = 8 * 2**20
+CHUNK_BYTES_GPU = 64 * 2**20
 
 # Below these exp((s − 1) / T), with s down to −1, leaves the numbers of the dtype: Z could become 0.
 MIN_TEMPERATURE = {torch.float32: 0.02, torch.float64: 0.003}
@@ -68,8 +71,8 @@ class Contrast:
 def pair_weights(num_views, dtype=torch.float64, device="cpu"):
     """Weight (V, 2) of each pair (query view, key view) in the loss and the bank gradient; 0 where i = j.
 
-    Two views: the SUM of both pairs. More: the mean over pairs whose query is a global view plus the mean over
-    pairs whose query is a local crop.
+    Two views: the SUM of both pairs. More: the mean over pairs whose query is a global view plus the mean
+    over pairs whose query is a local crop.
     """
     weights = torch.ones(num_views, 2, dtype=dtype, device=device)
     weights[:2].fill_diagonal_(0)
@@ -94,8 +97,9 @@ def unpack_nearest(packed, size):
 def initial_rows(start, stop, dim, seed, dtype, device):
     """Rows ``start <= row < stop`` of the seeded random bank: the same however many ranks share them.
 
-    Gaussian directions of unit norm. A row's gradient is divided by its norm, so a row that the warm-up has not
-    filled learns as fast as one that it has (a plain randn row of 256 dimensions turns 256 times more slowly).
+    Gaussian directions of unit norm. A row's gradient is divided by its norm, so a row that the warm-up has
+    not filled learns as fast as one that it has (a plain randn row of 256 dimensions would turn 256 times
+    more slowly).
     """
     rows = torch.empty(stop - start, dim, dtype=dtype)
     for block in range(start // ROWS_PER_SEED, -(-stop // ROWS_PER_SEED)):
@@ -164,8 +168,8 @@ class ShardedBank:
         if dtype not in MIN_TEMPERATURE:
             raise UserError(f"the bank's dtype is {dtype}: use torch.float32 or torch.float64")
         self.exchange = _known(exchange, EXCHANGES, "bank exchange")
-        facts = dict(size=size, dim=dim, momentum=momentum, dtype=dtype, seed=seed, exchange=exchange)
-        collectives.assert_equal_on_all_ranks(facts, "bank", group)
+        facts = {"size": size, "dim": dim, "momentum": momentum, "dtype": dtype, "seed": seed}
+        collectives.assert_equal_on_all_ranks({**facts, "exchange": exchange}, "bank", group)
         self.size, self.dim, self.momentum, self.group = size, dim, momentum, group
         self.num_ranks, self.rank = collectives.world_size(group), collectives.rank(group)
         self.rows_range = collectives.shard_range(size, self.num_ranks, self.rank)
@@ -211,21 +215,22 @@ class ShardedBank:
         """Contrast queries with the bank: the loss for the encoder, and the gradient for the bank itself.
 
         Changes nothing in the bank; :meth:`step` does. Collective. Crosses ranks: the (B, V+2, D) embeddings,
-        the positives, the softmax statistics and the queries' gradient, in four collectives (rule caco, float32)
-        and none in the backward; before them, between hosts, a small check that all brought the same shapes.
+        the positives, the softmax statistics and the queries' gradient, in four collectives (rule caco,
+        float32) and none in the backward; before them, between hosts, a small check that all brought the same
+        shapes.
 
         Args:
             queries: per view (B, D), unit norm, the two global views first; B the same on every rank.
             keys: of the two global views (B, D), unit norm, without gradient.
             temperature, bank_temperature: T of the encoder's loss, T_bank of the bank's gradient.
-            rule: "caco": the positive is the row nearest to the other view's key. "adco": the positive is that
-                key itself, K+1 logits with the key first; only negatives are learned. "moco": as adco, but the
-                rows are a queue of keys.
+            rule: "caco": the positive is the row nearest to the other view's key. "adco": the positive is
+                that key itself, K+1 logits with the key first; only negatives are learned. "moco": as adco,
+                but the rows are a queue of keys.
             weight: of this call in the step: 1 / micro-steps under gradient accumulation.
 
-        After ``result.loss.backward()`` a rank's query gradient, in the queries' dtype, is R times its part of
-        the global gradient: DDP, DeepSpeed and FSDP average over ranks. Embeddings or rows that are not finite
-        make the loss not finite, on every rank alike.
+        After ``result.loss.backward()`` a rank's query gradient, in the queries' dtype, is R times its part
+        of the global gradient: DDP, DeepSpeed and FSDP average over ranks. Embeddings or rows that are not
+        finite make the loss not finite, on every rank alike.
 
         Raises:
             UserError: on every rank, for a wrong argument on any or shapes that differ between ranks.
@@ -255,10 +260,8 @@ class ShardedBank:
             log_z = [z[:, :, None].expand(-1, -1, 2) for z in log_z]
         else:  # the positive is the key: one more logit
             similarity = torch.einsum("nvd,njd->nvj", query, key)
-            log_z = [
-                torch.logaddexp(z[:, :, None], similarity / t)
-                for z, t in zip(log_z, temperatures, strict=True)
-            ]
+            logits = [similarity / t for t in temperatures]
+            log_z = [torch.logaddexp(z[:, :, None], x) for z, x in zip(log_z, logits, strict=True)]
         log_p = [similarity / t - z for z, t in zip(log_z, temperatures, strict=True)]  # at the positive
 
         loss = -weight * (pairs * log_p[0]).sum() / num_samples
@@ -273,24 +276,21 @@ class ShardedBank:
             self._tangent_(pull).mul_(-weight / (temperatures[-1] * num_samples))
 
         own, exists = self._own_samples(num_samples), pairs > 0
-        return (
-            loss,
-            dq,
-            {
-                "positives": [y.clone() for y in positives[own].unbind(1)] if rule == "caco" else None,
-                "positive_probability": (exists * log_p[0].exp()).sum() / (exists.sum() * num_samples),
-                "bank_gradient": pull,
-                "global_positives": positives,
-                "global_keys": None if learns else key,
-            },
-        )
+        found = {
+            "positives": [y.clone() for y in positives[own].unbind(1)] if rule == "caco" else None,
+            "positive_probability": (exists * log_p[0].exp()).sum() / (exists.sum() * num_samples),
+            "bank_gradient": pull,
+            "global_positives": positives,
+            "global_keys": None if learns else key,
+        }
+        return loss, dq, found
 
     @torch.no_grad()
     def step(self, result, lr):
         """The bank's step, after the encoder's: v ← m v + g, W ← W − lr v; for moco, enqueue the step's keys.
 
         Args:
-            result: what :meth:`contrast` returned, or under gradient accumulation the list of it: one step of all.
+            result: what :meth:`contrast` returned; under gradient accumulation the list, for one step of all.
             lr: the bank's learning rate (moco's queue has none and ignores it).
 
         Nothing crosses ranks. A step that is to be skipped is simply not called.
@@ -315,9 +315,9 @@ class ShardedBank:
 
     @torch.no_grad()
     def similarities(self, query):
-        """Similarities (B, K) of this rank's queries (B, D) with all rows, before any temperature; collective.
+        """Similarities (B, K) of this rank's queries (B, D) with all rows, before any temperature.
 
-        Crosses ranks with the queries and with (B, S) blocks of similarities. No gradient.
+        Collective. Crosses ranks with the queries and with (B, S) blocks of similarities. No gradient.
 
         Raises:
             UserError: on every rank, if the shape is not (B, D) with B the same on every rank.
@@ -331,10 +331,11 @@ class ShardedBank:
 
     @torch.no_grad()
     def diagnostics(self):
-        """How the bank is used: floats, the same on every rank. Collective, and the host waits for the device.
+        """How the bank is used: floats, the same on every rank. Collective; the host waits for the device.
 
-        ``rows_used``: share of rows that were a positive since :meth:`reset_assignments`. ``assignment_entropy``:
-        of the positives over the rows, from 0 (one row is all) to 1 (all rows alike). ``row_norm``: mean norm.
+        ``rows_used``: share of rows that were a positive since :meth:`reset_assignments`.
+        ``assignment_entropy``: of the positives over the rows, from 0 (one row is all) to 1 (all rows alike).
+        ``row_norm``: mean norm of the rows.
         """
         counts = self.assignments.double()
         log_counts = torch.special.xlogy(counts, counts)
@@ -354,8 +355,8 @@ class ShardedBank:
     def _exchange_statistics(self, query, key, temperatures, nearest):
         """Positives (N, 2) and their similarities (N, V, 2), if asked for; log Z (N, V) for each temperature.
 
-        Sums over one's own rows, then an all-reduce of the nearest rows and one of [Z | positive similarities].
-        Since s <= 1, exp((s − 1) / T) needs no maximum over ranks first.
+        Sums over one's own rows, then an all-reduce of the nearest rows and one of [Z | positives'
+        similarities]. Since s <= 1, exp((s − 1) / T) needs no maximum over ranks first.
         """
         flat, keys = query.flatten(0, 1), key.flatten(0, 1)
         first, *others = temperatures
@@ -416,8 +417,9 @@ class ShardedBank:
     # ---- what one's own rows contribute
 
     def _chunks(self, num_queries):
-        """This rank's rows in pieces, (start, stop, unit rows), each of CHUNK_BYTES of similarities at most."""
-        length = max(1, CHUNK_BYTES // (num_queries * self.rows.element_size()))
+        """This rank's rows in pieces, (start, stop, unit rows), of a limited number of similarities."""
+        num_bytes = CHUNK_BYTES_CPU if self.rows.device.type == "cpu" else CHUNK_BYTES_GPU
+        length = max(1, num_bytes // (num_queries * self.rows.element_size()))
         for start in range(0, len(self.rows), length):
             stop = min(start + length, len(self.rows))
             yield start, stop, F.normalize(self.rows[start:stop])
@@ -491,8 +493,8 @@ class ShardedBank:
     def _enqueue(self, keys):
         """Overwrite the next rows, modulo K, by the step's keys: (N, 2, D) from each micro-step.
 
-        The order is the global batch's, all of view 1 and then all of view 2. A rank's share of that batch is its
-        micro-batches one after another, hence (view, rank, micro-step, sample).
+        The order is the global batch's, all of view 1 and then all of view 2. A rank's share of that batch is
+        its micro-batches one after another, hence (view, rank, micro-step, sample).
         """
         by_rank = torch.cat([k.view(self.num_ranks, -1, 2, self.dim) for k in keys], dim=1)
         ordered = by_rank.permute(2, 0, 1, 3).reshape(-1, self.dim)
@@ -504,7 +506,7 @@ class ShardedBank:
         self.pointer = (self.pointer + len(ordered)) % self.size
 
     def _write(self, first, values):
-        """Rows ``first, first + 1, …`` of the whole bank become ``values``, as far as they are this rank's."""
+        """Rows ``first, first + 1, …`` of the whole bank become ``values``, where they are this rank's."""
         start, stop = self.rows_range
         begin, end = max(start, first), min(stop, first + len(values))
         if begin < end:

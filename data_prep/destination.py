@@ -1,0 +1,198 @@
+"""The directory of a shard set while it is built: who writes it, what it holds, what can go wrong with it.
+
+``DST/.build`` holds what was asked (``build.json``) and a record of every finished shard. It is removed when
+``manifest.json`` is there.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from caco_scale.data.shards import MANIFEST_NAME
+from caco_scale.data.store import LocalStore
+from caco_scale.errors import UserError
+from data_prep.sources import SCRATCH_FILES
+
+STATE_DIR = ".build"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def shard_name(number):
+    """The file name of a shard."""
+    return f"{number:06d}.tar"
+
+
+def check_apart(src, dst):
+    """UserError for a destination inside its source: its shards would become images of the next build."""
+    source, target = os.path.realpath(src), os.path.realpath(dst)
+    if os.path.isdir(source) and (target == source or target.startswith(source.rstrip("/") + "/")):
+        raise UserError(f"the destination {dst} lies inside the source {src}: choose a directory outside it")
+
+
+@contextmanager
+def destination_errors(dst):
+    """An OSError of writing becomes one line; reading the source raises a UserError of its own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise UserError(
+                f"no space for {dst}: {error.strerror}; {free_space(dst)}; free some and run it again"
+            ) from None
+        raise UserError(f"cannot write to {dst}: {error.strerror} ({error.filename})") from None
+
+
+def free_space(path):
+    """Words for the free space of the disk that holds ``path``, which need not exist."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return f"{shutil.disk_usage(path).free / 1e6:,.1f} MB are free there"
+
+
+@contextmanager
+def locked(dst, wait=False):
+    """Hold the lock of a destination, so that two builds never write it at once; makes ``dst/.build``."""
+    state = os.path.join(dst, STATE_DIR)
+    path = os.path.join(state, "lock")
+    while True:
+        os.makedirs(state, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 (closed below; the lock lives as long as the file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        except BlockingIOError:
+            file.close()
+            raise UserError(
+                f"another build is writing {dst}: wait for it, or stop it and run this again"
+            ) from None
+        file.close()  # the holder before us removed the directory when it had finished
+    with file:
+        yield
+
+
+@contextmanager
+def scratch_removed(dst, existed):
+    """Remove the decompressed source when a build fails before its first shard (say, an empty class)."""
+    try:
+        yield
+    except UserError:
+        state = Path(dst, STATE_DIR)
+        begun = any(
+            re.fullmatch(r"\d{6}\.json", path.name) for path in Path(dst).glob(f"**/{STATE_DIR}/*.json")
+        )
+        if state.is_dir() and not begun:
+            for name in SCRATCH_FILES:
+                (state / name).unlink(missing_ok=True)
+            if {path.name for path in state.iterdir()} <= {"lock"}:
+                shutil.rmtree(state)
+            if not existed and not any(Path(dst).iterdir()):
+                os.rmdir(dst)
+        raise
+
+
+def finished_manifest(dst, what):
+    """The manifest in ``dst`` if it is this build's and all files are there; None if there is work to do.
+
+    UserError when ``dst`` holds another build, finished or not. Damaged shards of a finished build are
+    forgotten: it becomes an unfinished build that keeps the good ones.
+    """
+    state = os.path.join(dst, STATE_DIR, "build.json")
+    if os.path.exists(os.path.join(dst, MANIFEST_NAME)):
+        store = LocalStore(dst)
+        _same_build(dst, store.manifest.build, what)
+        try:
+            store.check()
+        except UserError:
+            return None
+        return store.manifest
+    if os.path.exists(state):
+        with open(state, encoding="utf-8") as file:
+            _same_build(dst, json.load(file), what)
+    elif os.path.exists(os.path.join(dst, shard_name(0))):
+        raise UserError(
+            f"{dst} holds {shard_name(0)}, but not from a build of this program: choose another directory"
+        )
+    return None
+
+
+def _same_build(dst, there, here):
+    if there == here:
+        return
+    names = {"num_images": "images in the source", "listing": "source listing"}
+    differ = [
+        names.get(key, key.replace("_", " "))
+        + ("" if key == "listing" else f" {there.get(key)} there, {here[key]} now")
+        for key in here
+        if there.get(key) != here[key]
+    ]
+    raise UserError(f"{dst} holds another build ({'; '.join(differ)}): choose another directory or remove it")
+
+
+def prepare_destination(dst, what):
+    """Make ``dst/.build`` ready; the good shards of a damaged finished build become its finished shards."""
+    state = os.path.join(dst, STATE_DIR)
+    os.makedirs(state, exist_ok=True)
+    for folder in (dst, state):
+        for name in os.listdir(folder):
+            if name.endswith(".tmp"):  # of a killed run
+                os.unlink(os.path.join(folder, name))
+    path = os.path.join(dst, MANIFEST_NAME)
+    write_atomically(os.path.join(state, "build.json"), json.dumps(what).encode())
+    if os.path.exists(path):
+        manifest = LocalStore(dst).manifest
+        for number, info in enumerate(manifest.shards):
+            notes = {
+                kind: [n for n in getattr(manifest, kind) if (n["key"] or "").startswith(info.name + "/")]
+                for kind in ("fixed", "rejected")
+            }
+            write_record(state, number, {"info": asdict(info), **notes})
+        os.unlink(path)
+
+
+def write_atomically(path, data):
+    """Write a file that appears complete or not at all, also when the machine stops."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            sync(file)
+        os.replace(temporary, path)
+    except OSError:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def sync(file):
+    """Put on disk what was written."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def record_path(state, number):
+    """Where the record of a finished shard lies."""
+    return os.path.join(state, f"{number:06d}.json")
+
+
+def write_record(state, number, record):
+    """Note that a shard is finished: {"info": ..., "fixed": [...], "rejected": [...]}."""
+    write_atomically(record_path(state, number), json.dumps(record).encode())
+
+
+def file_sha256(path):
+    """sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,146 @@
+"""One shard, built by a worker: read the images, write the tar, its index and its record.
+
+A shard is written under another name, synced and renamed before its record is written: what has a record is
+whole.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+from dataclasses import asdict, dataclass
+
+from caco_scale.data.shards import BLOCK, ShardIndex, ShardInfo
+from caco_scale.data.views import CorruptSample
+from data_prep.destination import (
+    STATE_DIR,
+    file_sha256,
+    record_path,
+    shard_name,
+    sync,
+    write_atomically,
+    write_record,
+)
+from data_prep.images import prepare_image
+from data_prep.sources import Image
+
+# Tar headers, padding, label and notes of a sample, for the estimate of the space that is needed.
+SAMPLE_OVERHEAD_BYTES = 2560
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard: its number, the slot of its first image, its images in order with their labels."""
+
+    number: int
+    first: int
+    images: list[tuple[int, Image]]
+    source: object
+    dst: str
+
+    @property
+    def state(self):
+        return os.path.join(self.dst, STATE_DIR)
+
+    def num_bytes(self):
+        """About how many bytes the shard will have."""
+        return sum(image.file.num_bytes + SAMPLE_OVERHEAD_BYTES for _, image in self.images)
+
+
+def build_shard(job):
+    """Build a shard, unless its record and its files agree; returns (record, was it there before)."""
+    record = _kept_record(job)
+    if record:
+        return record, True
+    name = shard_name(job.number)
+    path = os.path.join(job.dst, name)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            output = _HashingFile(file)
+            samples, fixed, rejected = _write_samples(job, name, output)
+            sync(file)
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    index = ShardIndex.from_samples(samples).to_bytes()
+    index_name = name.removesuffix(".tar") + ".idx"
+    write_atomically(os.path.join(job.dst, index_name), index)
+    index_hash = hashlib.sha256(index).hexdigest()
+    info = ShardInfo(
+        name, len(samples), output.num_bytes, output.hash.hexdigest(), index_name, len(index), index_hash
+    )
+    record = {"info": asdict(info), "fixed": fixed, "rejected": rejected}
+    write_record(job.state, job.number, record)
+    return record, False
+
+
+class _HashingFile:
+    """A file that counts and hashes what is written to it."""
+
+    def __init__(self, file):
+        self.file, self.hash, self.num_bytes = file, hashlib.sha256(), 0
+
+    def write(self, data):
+        self.hash.update(data)
+        self.num_bytes += len(data)
+        return self.file.write(data)
+
+
+def _write_samples(job, shard, output):
+    """Write the shard's tar; returns the samples for its index, and what was fixed and rejected."""
+    samples, fixed, rejected, start = [], [], [], 0
+    for slot, (label, image) in enumerate(job.images, job.first):
+        key, note = f"{slot:08d}", {"source": image.name}
+        try:
+            data, reason = prepare_image(job.source.read(image.file))
+        except CorruptSample as error:
+            rejected.append({"key": f"{shard}/{key}", "source": image.name, "reason": str(error)})
+            continue
+        if reason:
+            fixed.append({"key": f"{shard}/{key}", "source": image.name, "reason": reason})
+            note["fixed"] = reason
+        members = {"cls": str(label).encode(), "jpg": data, "json": json.dumps(note).encode()}
+        places, size = _write_members(key, members, output)
+        samples.append((key, start, size, label, places))
+        start += size
+    # The end of a tar: two empty blocks, filled up to a whole record.
+    end = start + 2 * BLOCK
+    output.write(bytes(2 * BLOCK + -end % tarfile.RECORDSIZE))
+    return samples, fixed, rejected
+
+
+def _write_members(key, members, output):
+    """Write the files of a sample; returns their (extension, offset, size) in it, and the bytes written.
+
+    The bytes are those of webdataset's TarWriter. Its stream, closed by the garbage collector, would write (and
+    complain) once more after a full disk.
+    """
+    places, offset = [], 0
+    for extension, data in sorted(members.items()):
+        info = tarfile.TarInfo(f"{key}.{extension}")  # time, user and group are 0 and empty
+        info.size, info.mode = len(data), 0o444
+        output.write(info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK))
+        places.append((extension, offset + BLOCK, len(data)))
+        offset += BLOCK + len(data) + -len(data) % BLOCK
+    return places, offset
+
+
+def _kept_record(job):
+    """The record of a shard that an earlier run finished, if its files still have the recorded bytes."""
+    try:
+        with open(record_path(job.state, job.number), encoding="utf-8") as file:
+            record = json.load(file)
+        info = ShardInfo(**record["info"])
+        for name, size, sha256 in (
+            (info.name, info.num_bytes, info.sha256),
+            (info.index_name, info.index_num_bytes, info.index_sha256),
+        ):
+            path = os.path.join(job.dst, name)
+            if os.path.getsize(path) != size or file_sha256(path) != sha256:
+                return None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return record

@@ -1,0 +1,97 @@
+"""A user's mistakes through the real command: one line, exit code 2, before training, nothing lost."""
+
+import subprocess
+import sys
+
+import pytest
+from launch import SMALL, environment
+from shard_sets import make_shard_set
+
+
+def pretrain(flags, cwd):
+    """(exit code, stderr) of ``python -m caco_scale.pretrain demo`` with SMALL and these flags."""
+    words = [word for name, value in {**SMALL, **flags}.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, "-m", "caco_scale.pretrain", "demo", *words],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+def assert_one_line(result, *parts):
+    code, error = result
+    assert code == 2, error
+    lines = [line for line in error.splitlines() if line]
+    assert len(lines) == 1, error
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0], error
+
+
+@pytest.fixture
+def flags(tmp_path):
+    shards = make_shard_set(tmp_path / "set", num_images=48, samples_per_shard=20)
+    return {"data.shards": shards, "run.dir": str(tmp_path / "run"), "run.max_steps": 4}
+
+
+def test_a_typo_names_the_nearest_flag(tmp_path):
+    assert_one_line(pretrain({"bank.sise": 4}, tmp_path), "--bank.sise", "bank.size")
+
+
+def test_a_missing_shard_directory(flags, tmp_path):
+    result = pretrain({**flags, "data.shards": str(tmp_path / "nowhere")}, tmp_path)
+    assert_one_line(result, "nowhere", "does not exist", "data_prep build")
+
+
+def test_a_truncated_shard(flags, tmp_path):
+    shard = tmp_path / "set/000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])
+    assert_one_line(pretrain(flags, tmp_path), "000001.tar", "bytes")
+
+
+def test_micro_batches_that_do_not_divide_the_share(flags, tmp_path):
+    result = pretrain({**flags, "data.micro_batch_size": 3}, tmp_path)
+    assert_one_line(result, "data.micro_batch_size 3 does not divide the 8 images")
+
+
+def test_fewer_images_than_a_batch(flags, tmp_path):
+    assert_one_line(pretrain({**flags, "data.global_batch_size": 64}, tmp_path), "48 images", "64")
+
+
+def test_an_evaluation_without_a_validation_set(flags, tmp_path):
+    assert_one_line(
+        pretrain({**flags, "eval.knn_every": 1, "data.val_shards": ""}, tmp_path), "data.val_shards"
+    )
+
+
+def test_a_checkpoint_of_another_data_set_or_other_mathematics(flags, tmp_path):
+    code, error = pretrain(flags, tmp_path)
+    assert code == 0, error
+    other = make_shard_set(tmp_path / "other", num_images=48, samples_per_shard=20, seed=1)
+    more = {**flags, "run.max_steps": 6}
+    assert_one_line(pretrain({**more, "data.shards": other}, tmp_path), "another data set", "48 images")
+    assert_one_line(pretrain({**more, "bank.size": 24}, tmp_path), "bank.size: 20 -> 24")
+    assert_one_line(
+        pretrain({**more, "run.resume": "never"}, tmp_path), "run.resume is never", "step_00000004"
+    )
+    assert_one_line(pretrain({**more, "run.resume": str(tmp_path / "no")}, tmp_path), "no checkpoint at")
+    code, error = pretrain(more, tmp_path)  # nothing was lost
+    assert code == 0, error
+
+
+def test_images_that_do_not_decode_are_replaced_up_to_a_limit(flags, tmp_path):
+    shards = make_shard_set(tmp_path / "bad", num_images=48, samples_per_shard=20, corrupt=range(0, 48, 4))
+    flags = {**flags, "data.shards": shards, "run.max_steps": 5}
+    code, error = pretrain(flags, tmp_path)
+    assert code == 2
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "do not decode, more than data.max_corrupt 0.001" in last
+    assert (tmp_path / "run/corrupt.jsonl").exists()
+    code, error = pretrain({**flags, "data.max_corrupt": 0.5, "run.dir": str(tmp_path / "run2")}, tmp_path)
+    assert code == 0, error

@@ -1,0 +1,186 @@
+"""Signals: a flag, agreed by all ranks; loader processes that survive them; a trainer that follows its launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from gloo import run_ranks
+
+from caco_scale.signals import LAUNCHER, Signals, agree
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+    yield Signals().install()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])
+def test_a_signal_only_sets_a_flag(signals, name):
+    assert signals.requested is None
+    signal.raise_signal(getattr(signal, name))
+    assert signals.requested == name
+
+
+def start(script, *args, **kwargs):
+    """A python process that prints its pids on its first line; in a process group of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*args, str(script)] if args else [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        **kwargs,
+    )
+    line = process.stdout.readline()
+    assert line.startswith("pids "), line + process.communicate()[1]
+    return process, [int(word) for word in line.split()[1:]]
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until_gone(pids, seconds=60):
+    deadline = time.time() + seconds
+    while any(is_running(pid) for pid in pids):
+        assert time.time() < deadline, f"still running: {[pid for pid in pids if is_running(pid)]}"
+        time.sleep(0.05)
+
+
+WAITING = """
+import os, sys, time
+from caco_scale.signals import Signals
+assert "torch" not in sys.modules
+signals = Signals().install()
+print("pids", os.getpid(), flush=True)
+requested = None
+while requested is None or "hang" in sys.argv:
+    time.sleep(0.01)
+    if signals.requested != requested:
+        requested = signals.requested
+        print(requested, flush=True)
+print("checkpoint written", flush=True)
+"""
+
+
+def test_the_second_ctrl_c_kills_at_once(tmp_path):
+    script = tmp_path / "hang.py"
+    script.write_text(WAITING.replace("sys.argv", "['hang']"))
+    process, _ = start(script)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "SIGINT\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "SIGTERM\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "SIGINT\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == -signal.SIGINT
+
+
+def agree_on(rank, world_size):
+    return agree([rank == 1, 0, rank])
+
+
+def test_all_ranks_see_a_flag_that_one_has():
+    assert run_ranks(agree_on, 3) == [[1, 0, 2]] * 3
+    assert agree([0, 1]) == [0, 1]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Loader processes
+
+TRAINER = """
+import os, sys, time
+from caco_scale.signals import Signals, end_with_trainer, shielded
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+class Numbers(IterableDataset):
+    def __iter__(self):
+        for i in range(10**9):
+            yield torch.tensor(i)
+
+if __name__ == "__main__":
+    signals = Signals().install()
+    loader = DataLoader(
+        Numbers(), batch_size=None, num_workers=2, multiprocessing_context="forkserver",
+        persistent_workers=True, worker_init_fn=end_with_trainer,
+    )
+    with shielded():
+        batches = iter(loader)
+    next(batches)
+    print("pids", *[worker.pid for worker in batches._workers], flush=True)
+    while signals.requested is None:
+        next(batches)
+    until = time.time() + 3  # a checkpoint takes its time, and data must go on meanwhile
+    while time.time() < until:
+        next(batches)
+    print("checkpoint written after", signals.requested, flush=True)
+    if "fails" in __file__:
+        raise ValueError("with its loader still open")
+"""
+
+
+@pytest.mark.parametrize("name", ["stops.py", "fails.py"])
+def test_loader_processes_survive_a_signal_to_the_whole_group(tmp_path, name):
+    script = tmp_path / name
+    script.write_text(TRAINER)
+    process, workers = start(script)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, errors = process.communicate(timeout=120)
+    assert output == "checkpoint written after SIGTERM\n", errors
+    assert process.returncode == (1 if name == "fails.py" else 0)
+    wait_until_gone(workers)
+
+
+def test_loader_processes_end_when_the_trainer_is_killed(tmp_path):
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER)
+    process, workers = start(script)
+    assert all(is_running(pid) for pid in workers)
+    process.kill()
+    wait_until_gone(workers)
+    process.communicate()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The launcher
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGKILL"])
+def test_a_trainer_writes_its_checkpoint_when_only_its_launcher_is_signalled(tmp_path, name):
+    script = tmp_path / "train.py"
+    script.write_text(WAITING)
+    launch = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+    launcher, (trainer,) = start(script, *launch)
+    launcher.send_signal(getattr(signal, name))
+    output, errors = launcher.communicate(timeout=60)
+    assert output == "SIGTERM\ncheckpoint written\n", errors
+    wait_until_gone([trainer])
+
+
+def test_launchers_are_known_by_name():
+    known = (
+        "/usr/bin/accelerate",
+        "torchrun",
+        "accelerate.commands.launch",
+        "torch.distributed.run",
+        "deepspeed",
+    )
+    assert all(LAUNCHER.fullmatch(word) for word in known)
+    assert not any(LAUNCHER.fullmatch(word) for word in ("bash", "accelerate_my_run.sh", "python3.11", "-m"))

@@ -1,0 +1,163 @@
+"""The step: accumulation is the whole batch, and a step that is not finite moves nothing on any rank."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from gloo import run_ranks
+from torch import nn
+
+from caco_scale import checkpoint
+from caco_scale.distributed.strategy import DataParallel
+from caco_scale.method.bank import ShardedBank
+from caco_scale.method.model import Encoder, QueryKeyModel
+from caco_scale.optim.schedule import HyperParameters
+from caco_scale.step import train_step
+
+HP = HyperParameters(
+    step=0,
+    rule="caco",
+    temperature=0.1,
+    bank_temperature=0.1,
+    lr=0.5,
+    bank_lr=1.0,
+    key_momentum=0.9,
+    in_warmup=False,
+    is_switch=False,
+)
+
+
+class NotDifferentiable(torch.autograd.Function):
+    """The identity with a gradient of NaN."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.full_like(grad, torch.nan)
+
+
+class Backbone(nn.Module):
+    def __init__(self, batch_norm):
+        super().__init__()
+        self.linear = nn.Linear(12, 6)
+        self.norm = nn.BatchNorm1d(6) if batch_norm else nn.Identity()
+        self.broken = False
+
+    def forward(self, images):
+        features = self.norm(self.linear(images.flatten(1)))
+        return NotDifferentiable.apply(features) if self.broken else features
+
+
+def make(batch_norm=True, optimizer="lars"):
+    torch.manual_seed(0)
+    several = torch.distributed.is_initialized()
+    handlers = [InitProcessGroupKwargs(backend="gloo")] if several else []
+    handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False))
+    accelerator = Accelerator(cpu=True, kwargs_handlers=handlers)
+    encoder = Encoder(Backbone(batch_norm), nn.Linear(6, 5))
+    strategy = DataParallel(accelerator, QueryKeyModel(encoder).double(), optimizer, 1e-4)
+    return strategy, ShardedBank(7, 5, dtype=torch.float64)
+
+
+def views(rows):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(2, 12, 3, 2, 2, generator=generator, dtype=torch.float64)
+    return [view[rows] for view in images]
+
+
+def state(strategy, bank):
+    tensors = checkpoint.training_state(strategy.module, strategy.optimizer, bank, {}).tensors
+    return {
+        name: (value.local if isinstance(value, checkpoint.Block) else value).detach().clone()
+        for name, value in tensors.items()
+    }
+
+
+def difference(a, b):
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a if a[name].numel())
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("rule", ["caco", "moco", "adco"])
+def test_accumulation_is_the_whole_batch(rule, optimizer):
+    hp = copy.copy(HP)
+    object.__setattr__(hp, "rule", rule)
+    whole, accumulated = make(False, optimizer), make(False, optimizer)
+    for _ in range(3):
+        result = train_step(*whole, [views(slice(None))], hp)
+        parts = train_step(*accumulated, [views(slice(i, i + 4)) for i in (0, 4, 8)], hp)
+        assert result.moved
+        assert parts.moved
+        torch.testing.assert_close(result.loss, parts.loss, rtol=1e-12, atol=1e-12)
+    assert difference(state(*whole), state(*accumulated)) < 1e-12
+    assert difference(state(*whole), state(*make(False, optimizer))) > 1e-3  # it did move
+
+
+def not_finite_steps(rank, world_size):
+    """On rank 1 alone: a NaN in an image, then a gradient of NaN under a finite loss, then a good step."""
+    strategy, bank = make()
+    rows = slice(rank * 12 // world_size, (rank + 1) * 12 // world_size)
+    last = rank == world_size - 1
+    train_step(strategy, bank, [views(rows)], HP)
+    before, facts = state(strategy, bank), []
+    poisoned = views(rows)
+    if last:
+        poisoned[0][0] = torch.nan
+    for images, broken in ((poisoned, False), (views(rows), True)):
+        strategy.module.query.backbone.broken = broken and last
+        result = train_step(strategy, bank, [images], HP)
+        same = all(torch.equal(value, before[name]) for name, value in state(strategy, bank).items())
+        facts.append((result.moved, bool(result.loss.isfinite()), same))
+    strategy.module.query.backbone.broken = False
+    facts.append(train_step(strategy, bank, [views(rows)], HP).moved)
+    return facts, {name: value.numpy() for name, value in state(strategy, bank).items()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_that_is_not_finite_moves_nothing_on_every_rank_alike(world_size):
+    results = [not_finite_steps(0, 1)] if world_size == 1 else run_ranks(not_finite_steps, world_size)
+    strategy, bank = make()
+    for _ in range(2):
+        train_step(strategy, bank, [views(slice(None))], HP)
+    expected = state(strategy, bank)
+    for facts, found in results:
+        assert facts == [(False, False, True), (False, True, True), True]
+        for name, value in found.items():  # as if the two bad steps had never been
+            if not name.startswith("bank."):
+                torch.testing.assert_close(torch.as_tensor(value), expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_the_encoder_the_bank_and_the_key_move_in_this_order():
+    """Each follows the state that the one before it left: the paper's order of a step."""
+    calls = []
+    contrast = SimpleNamespace(loss=torch.ones((), requires_grad=True), positive_probability=torch.ones(()))
+    bank = SimpleNamespace(
+        contrast=lambda *a, **k: calls.append("contrast") or contrast,
+        step=lambda *a, **k: calls.append("bank"),
+    )
+    real, _ = make()
+
+    class Recorder:
+        module = real.module
+        micro_step = real.micro_step
+
+        def __call__(self, images):
+            return real(images)
+
+        def backward(self, loss):
+            calls.append("backward")
+
+        def step(self, loss, lr):
+            calls.append("encoder")
+            return True
+
+        def update_key(self, momentum):
+            calls.append("key")
+
+    train_step(Recorder(), bank, [views(slice(0, 6)), views(slice(6, 12))], HP)
+    assert calls == ["contrast", "backward"] * 2 + ["encoder", "bank", "key"]

@@ -1,0 +1,180 @@
+"""Whole runs by ``accelerate launch``: any number of processes, killed, resumed, stopped: one result.
+
+Every run crosses the switch from bank warm-up to CaCo: 3 steps before it and 12 after.
+"""
+
+import json
+import signal
+
+import pytest
+import torch
+from launch import (
+    SMALL,
+    SWITCH,
+    final_state,
+    kill_when,
+    launch,
+    planned_keys,
+    progress,
+    relative_difference,
+    start,
+)
+from shard_sets import make_shard_set
+
+from caco_scale import checkpoint
+from caco_scale.audit import incomplete_steps, read_audit
+from caco_scale.run_directory import read_json_lines
+
+STEPS = SMALL["run.max_steps"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return make_shard_set(tmp_path_factory.mktemp("data") / "set", num_images=96, samples_per_shard=20)
+
+
+@pytest.fixture(scope="module")
+def flags(shards):
+    return {**SMALL, "data.shards": shards}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(flags, tmp_path_factory):
+    """A run on one process from start to end: its folder."""
+    folder = tmp_path_factory.mktemp("one")
+    launch({**flags, "run.dir": folder / "run", "data.audit": folder / "audit.jsonl"})
+    return folder
+
+
+def losses(folder):
+    return {line["step"]: line["loss"] for line in read_json_lines(folder / "run" / "metrics.jsonl")}
+
+
+def assert_same_run(folder, reference, flags, tolerance=1e-8):
+    """Same samples in the same order, same losses, and the whole state within ``tolerance`` relative."""
+    planned = planned_keys(flags["data.shards"], flags, STEPS)
+    assert incomplete_steps(folder / "audit.jsonl") == {}
+    assert read_audit(folder / "audit.jsonl") == dict(enumerate(planned))
+    state, values = final_state(folder / "run")
+    expected_state, expected_values = final_state(reference / "run")
+    assert values["step"] == expected_values["step"] == STEPS
+    assert values["bank_pointer"] == expected_values["bank_pointer"]
+    difference, name = relative_difference(state, expected_state)
+    assert difference <= tolerance, f"{name} differs by {difference:.2e}"
+    assert losses(folder) == pytest.approx(losses(reference), rel=1e-8)
+
+
+def test_the_run_directory_of_a_whole_run(uninterrupted, flags):
+    run = uninterrupted / "run"
+    assert json.loads((run / "DONE").read_text())["step"] == STEPS
+    assert not (run / "INTERRUPTED").exists()
+    lines = list(read_json_lines(run / "metrics.jsonl"))
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    phases = [line["phase"] for line in lines]
+    assert phases == ["bank warm-up"] * SWITCH + ["caco"] * (STEPS - SWITCH)
+    for name in ("loss", "lr", "bank_lr", "key_momentum", "images_per_second", "data_wait", "epoch"):
+        assert all(isinstance(line[name], int | float) for line in lines), name
+    for name in ("positive_probability", "bank_rows_used", "bank_assignment_entropy", "bank_row_norm"):
+        assert all(line[name] >= 0 for line in lines), name
+    assert 0 < lines[-1]["bank_rows_used"] <= 1
+    assert json.loads((run / "environment.json").read_text())["world_size"] == 1
+    assert list((run / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_more_processes_train_the_same_model(num_processes, flags, uninterrupted, tmp_path):
+    launch(
+        {**flags, "run.dir": tmp_path / "run", "data.audit": tmp_path / "audit.jsonl"},
+        num_processes=num_processes,
+    )
+    assert json.loads((tmp_path / "run/environment.json").read_text())["world_size"] == num_processes
+    assert_same_run(tmp_path, uninterrupted, flags)
+
+
+def test_exchanging_logits_trains_the_same_model(flags, uninterrupted, tmp_path):
+    launch(
+        {
+            **flags,
+            "run.dir": tmp_path / "run",
+            "data.audit": tmp_path / "audit.jsonl",
+            "bank.exchange": "logits",
+        },
+        num_processes=2,
+    )
+    assert_same_run(tmp_path, uninterrupted, flags)
+
+
+def test_config_yaml_is_a_recipe_that_reproduces_the_run_bit_for_bit(flags, uninterrupted, tmp_path):
+    changed = {"run.dir": tmp_path / "run", "data.audit": tmp_path / "audit.jsonl"}
+    launch(changed, recipe=str(uninterrupted / "run/config.yaml"))
+    assert_same_run(tmp_path, uninterrupted, flags, tolerance=0)
+
+
+def test_kill_minus_nine_before_at_and_after_the_switch_and_resume_elsewhere(flags, uninterrupted, tmp_path):
+    flags = {
+        **flags,
+        "run.dir": tmp_path / "run",
+        "data.audit": tmp_path / "audit.jsonl",
+        "run.save_every": 1,
+        "run.keep_checkpoints": 2,
+    }
+    for attempt, (num_processes, step) in enumerate(((2, SWITCH - 1), (1, SWITCH), (4, SWITCH + 4)), start=1):
+        process = start(flags, num_processes)
+        kill_when(process, lambda wanted=(attempt, step): progress(tmp_path / "run") >= wanted)
+        found = checkpoint.latest(tmp_path / "run/checkpoints")
+        if found:  # whatever moment the kill hit, what is there is whole
+            checkpoint.load_tensors(found)
+    launch(flags, num_processes=2)
+    attempts = list(read_json_lines(tmp_path / "run/attempts.jsonl"))
+    assert [attempt["attempt"] for attempt in attempts] == [1, 2, 3, 4]
+    assert_same_run(tmp_path, uninterrupted, flags)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_in_a_checkpoint_and_the_resumed_run_is_the_same_bit_for_bit(
+    number, flags, uninterrupted, tmp_path
+):
+    flags = {**flags, "run.dir": tmp_path / "run", "data.audit": tmp_path / "audit.jsonl"}
+    process = start(flags, launcher=["--num_processes", "1", "--cpu"])
+    output = kill_when(process, lambda: progress(tmp_path / "run") >= (1, SWITCH + 1), number)
+    marker = json.loads((tmp_path / "run/INTERRUPTED").read_text())
+    assert marker["signal"] == number.name, output
+    stopped_at = checkpoint.read_values(checkpoint.latest(tmp_path / "run/checkpoints"))["step"]
+    assert SWITCH + 1 <= marker["step"] == stopped_at < STEPS
+    launch(flags)
+    assert not (tmp_path / "run/INTERRUPTED").exists()
+    attempts = list(read_json_lines(tmp_path / "run/attempts.jsonl"))
+    assert attempts[-1]["resumed_step"] == stopped_at
+    assert_same_run(tmp_path, uninterrupted, flags, tolerance=0)
+
+
+def test_a_done_run_says_so_and_continues_with_more_steps(flags, tmp_path):
+    flags = {**flags, "run.dir": tmp_path / "run", "run.max_steps": 4}
+    launch(flags)
+    assert "has finished its 4 steps" in launch(flags)
+    launch({**flags, "run.max_steps": 5})
+    assert json.loads((tmp_path / "run/DONE").read_text())["step"] == 5
+
+
+def test_gradient_accumulation_and_multi_crop_train_on_two_processes(flags, tmp_path):
+    flags = {
+        **flags,
+        "run.dir": tmp_path / "run",
+        "data.micro_batch_size": 2,
+        "views.num_local_crops": 2,
+        "views.local_size": 16,
+        "run.max_steps": SWITCH + 10,
+        "precision.compute": "fp32",
+    }
+    launch(flags, num_processes=2)
+    state, values = final_state(tmp_path / "run")
+    assert values["step"] == SWITCH + 10
+    assert all(tensor.isfinite().all() for tensor in state.values() if torch.is_floating_point(tensor))
+    assert state["bank.velocity"].norm() > 0
+
+
+@pytest.mark.parametrize("rule", ["moco", "adco"])
+def test_baselines_train_in_the_same_loop(rule, flags, tmp_path):
+    launch({**flags, "run.dir": tmp_path / "run", "bank.rule": rule, "run.max_steps": 4})
+    lines = list(read_json_lines(tmp_path / "run/metrics.jsonl"))
+    assert [line["phase"] for line in lines] == [rule] * 4
