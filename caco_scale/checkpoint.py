@@ -35,7 +35,7 @@ import shutil
 import threading
 import warnings
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -300,13 +300,15 @@ class _SavePlanner(DefaultSavePlanner):
     def create_global_plan(self, all_plans):
         if len({plan.planner_data for plan in all_plans}) != 1:
             raise ValueError("the ranks do not name the same tensors with the same shapes")
-        plans, metadata = super().create_global_plan(all_plans)
+        # By index: ranks that hold the same block count once, and DCP has one of them write it.
+        given = {i.index: math.prod(i.tensor_data.chunk.sizes) for plan in all_plans for i in plan.items}
+        counts = Counter()
+        for index, count in given.items():
+            counts[index.fqn] += count
         for name, s in self.stored.items():
-            entry = metadata.state_dict_metadata.get(name)
-            written = sum(math.prod(chunk.sizes) for chunk in entry.chunks) if entry else 0
-            if written != math.prod(s.size):
-                raise ValueError(f"{name}: the ranks give {written} of its {math.prod(s.size)} elements")
-        return plans, metadata
+            if counts[name] != math.prod(s.size):
+                raise ValueError(f"{name}: the ranks give {counts[name]} of its {math.prod(s.size)} elements")
+        return super().create_global_plan(all_plans)
 
     def resolve_data(self, write_item):
         return self.staged[write_item.index.fqn, tuple(write_item.index.offset)]

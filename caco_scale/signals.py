@@ -36,6 +36,7 @@ class Signals:
 
     def __init__(self):
         self.requested = None
+        self._interrupted = False
 
     def install(self):
         """Take over SIGUSR1, SIGTERM and SIGINT of this process (main thread only) -> self."""
@@ -45,12 +46,12 @@ class Signals:
         return self
 
     def _handle(self, number, frame):
-        name = signal.Signals(number).name
-        if name == self.requested == "SIGINT":
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-        # The first is the reason; what follows it (a launcher that dies of the same signal) is not.
-        self.requested = self.requested or name
+        if number == signal.SIGINT:
+            if self._interrupted:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                signal.raise_signal(signal.SIGINT)
+            self._interrupted = True
+        self.requested = self.requested or signal.Signals(number).name
 
 
 def agree(flags, group=None):
