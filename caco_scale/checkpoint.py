@@ -431,8 +431,9 @@ class Checkpointer:
         values = json.loads(json.dumps(values))  # a copy, and an error here if JSON cannot say it
         staged, event = self._staging.copy(stored, self._rank, self._world_size)
         planner = _SavePlanner(stored, staged)
+        # Not a daemon: a process that ends meanwhile, by an error too, completes its part first.
         self._thread = threading.Thread(
-            target=self._write, args=(step, planner, event, values), name="checkpoint", daemon=True
+            target=self._write, args=(step, planner, event, values), name="checkpoint"
         )
         self._thread.start()
         if wait:

@@ -150,9 +150,10 @@ def read_weights(path):
 
 def _compare(path, state, metadata, file_format):
     """The features of the file, read back as a user will, must equal the trained backbone's bit for bit."""
-    trained, _ = build_backbone(metadata["arch"], metadata["stem"])
+    with torch.device("meta"):  # nothing to initialise: every tensor comes from a state dict
+        trained, _ = build_backbone(metadata["arch"], metadata["stem"])
     try:
-        trained.load_state_dict(state)
+        trained.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise UserError(f"the checkpoint does not hold a backbone {metadata['arch']}: {error}") from error
     loaded = _users_model(read_weights(path), metadata)
@@ -169,14 +170,16 @@ def _compare(path, state, metadata, file_format):
 
 def _users_model(state, metadata):
     """The model a user would build: torchvision's (only the classifier may be missing), else ours."""
-    arch = metadata["arch"]
-    if metadata["stem"] == "cifar" or arch not in models.list_models(module=models):
-        model, _ = build_backbone(arch, metadata["stem"])
-        model.load_state_dict(state)
+    arch, stem = metadata["arch"], metadata["stem"]
+    if stem == "cifar" or arch not in models.list_models(module=models):
+        with torch.device("meta"):
+            model, _ = build_backbone(arch, stem)
+        model.load_state_dict(state, assign=True)
         return model
-    model = models.get_model(arch, weights=None)
+    with torch.device("meta"):
+        model = models.get_model(arch, weights=None)
     head = "heads" if hasattr(model, "heads") else "fc"
-    keys = model.load_state_dict(state, strict=False)
+    keys = model.load_state_dict(state, strict=False, assign=True)
     assert not keys.unexpected_keys, keys
     assert all(key.startswith(f"{head}.") for key in keys.missing_keys), keys
     setattr(model, head, nn.Identity())

@@ -8,7 +8,9 @@ import random
 import resource
 import shutil
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -301,6 +303,29 @@ def test_save_returns_before_the_file_is_complete_and_wait_after(tmp_path):
     assert latest(tmp_path) is None  # 16 MB are not on the disk before the next line runs
     checkpointer.wait()
     assert latest(tmp_path) == tmp_path / "step_00000001"
+
+
+ENDS_MEANWHILE = """
+import sys, torch
+from caco_scale.checkpoint import Checkpointer, State
+from caco_scale.errors import UserError, exit_on_user_error
+
+@exit_on_user_error
+def main():
+    Checkpointer(sys.argv[1]).save(1, State({"query.w": torch.ones(8_000_000)}))
+    raise UserError("a mistake that shows at this step")
+
+main()
+"""
+
+
+def test_a_process_that_ends_by_an_error_completes_its_save_and_keeps_its_exit_code(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parent.parent)}
+    command = [sys.executable, "-c", ENDS_MEANWHILE, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == "error: a mistake that shows at this step\n"
+    assert (load_tensors(latest(tmp_path))["query.w"] == 1).all()
 
 
 @pytest.mark.gpu
