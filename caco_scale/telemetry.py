@@ -102,7 +102,7 @@ def describe_figures(figures):
     (percent).
     """
     words = {
-        "epoch": lambda value: f"epoch {value:.2f}/{figures['epochs']:g}",
+        "epoch": lambda value: f"epoch {value:.2f}/{figures['epochs']:.4g}",
         "loss": lambda value: f"loss {value:.4f}",
         "images_per_second": lambda value: f"{value:,.0f} images/s",
         "data_wait": lambda value: f"data wait {100 * value:.1f}%",

@@ -105,11 +105,7 @@ class TrainingData:
         )
         self.fingerprint = self.order.fingerprint([shard.sha256 for shard in shards])
         self.val_store = None
-        if config.eval.knn_every or config.eval.baselines:
-            if not data.val_shards:
-                raise UserError(
-                    "eval.knn_every is set but data.val_shards is empty: give it, or eval.knn_every 0"
-                )
+        if data.val_shards and (config.eval.knn_every or config.eval.baselines):
             self.val_store = open_store(data.val_shards)
             self.val_store.check()
         self.batch_size = share_of(data.global_batch_size, world_size)
@@ -322,6 +318,8 @@ class Trainer:
                 world_size=self.strategy.world_size,
                 attempt=attempt,
             )
+        if config.eval.knn_every and not self.data.val_store:
+            self.telemetry.note("no kNN evaluation: data.val_shards is empty")
         self.telemetry.note(f"resumed from {resumed} at step {self.step:,}" if resumed else "fresh start")
 
     def __enter__(self):
@@ -339,7 +337,7 @@ class Trainer:
     def train(self):
         """Steps until the end or a signal; then a checkpoint, a marker and a summary."""
         started = time.monotonic()
-        if self.step == 0 and self.config.eval.baselines:
+        if self.step == 0 and self.config.eval.baselines and self.data.val_store:
             self._evaluate_baselines()
         batches = iter(self.data.batches(self.step, self.end))
         stop = None
@@ -469,6 +467,8 @@ class Trainer:
     # Evaluation
 
     def _evaluate_if_due(self):
+        if not self.data.val_store:
+            return
         every, steps_per_epoch = self.config.eval.knn_every, self.data.order.steps_per_epoch
         epoch, position = divmod(self.step, steps_per_epoch)
         if every and (self.step == self.end or (position == 0 and epoch % every == 0)):
@@ -538,11 +538,13 @@ class Trainer:
 
     def _summarise(self, seconds):
         rows = [("steps", f"{self.step:,}"), ("minutes of this start", f"{seconds / 60:.1f}")]
-        if self.config.eval.knn_every:
+        if self.step in self.knn:
             names = {"pixels": "kNN of raw pixels", 0: "kNN of the random encoder"}
             rows += [(name, f"{self.knn[step]:.2f}%") for step, name in names.items() if step in self.knn]
             rows.append(("kNN of the trained encoder", f"{self.knn[self.step]:.2f}%"))
-        folder = self.config.run.dir
+        folder, more = self.config.run.dir, f"--optim.epochs {2 * self.config.optim.epochs}"
+        if self.end < self.schedule.total_steps:
+            more = f"--run.max_steps {2 * self.end}"
         rows += [
             ("checkpoint", str(checkpoint.latest(self.directory.checkpoints))),
             ("curves", f"tensorboard --logdir {folder}/tensorboard"),
@@ -550,11 +552,7 @@ class Trainer:
                 "export",
                 f"python -m caco_scale.export {folder} --to backbone.safetensors --format safetensors",
             ),
-            (
-                "train on",
-                f"accelerate launch -m caco_scale.pretrain {folder}/config.yaml --optim.epochs "
-                f"{2 * self.config.optim.epochs}",
-            ),
+            ("train on", f"accelerate launch -m caco_scale.pretrain {folder}/config.yaml {more}"),
         ]
         if self.config.recipe == "demo" and self.config.bank.rule == "caco":
             rows.append(

@@ -63,12 +63,6 @@ def test_fewer_images_than_a_batch(flags, tmp_path):
     assert_one_line(pretrain({**flags, "data.global_batch_size": 64}, tmp_path), "48 images", "64")
 
 
-def test_an_evaluation_without_a_validation_set(flags, tmp_path):
-    assert_one_line(
-        pretrain({**flags, "eval.knn_every": 1, "data.val_shards": ""}, tmp_path), "data.val_shards"
-    )
-
-
 def test_a_checkpoint_of_another_data_set_or_other_mathematics(flags, tmp_path):
     code, error = pretrain(flags, tmp_path)
     assert code == 0, error
