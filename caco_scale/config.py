@@ -399,17 +399,21 @@ def differences(saved, config):
     ]
 
 
-def to_yaml(config):
-    """The whole resolved config as YAML; itself a recipe that reproduces the run."""
-    plain = {
+def to_dict(config):
+    """The whole resolved config as nested plain values, as YAML and JSON take them."""
+    return {
         name: {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
         if isinstance(value, dict)
         else value
         for name, value in dataclasses.asdict(config).items()
     }
-    return yaml.safe_dump(plain, sort_keys=False)
 
 
-def from_yaml(text, source):
-    """The Config of :func:`to_yaml`'s text (``source`` names it in errors)."""
-    return _from_dict(Config, yaml.safe_load(text), source)
+def from_dict(values, source):
+    """The Config of :func:`to_dict`'s values (``source`` names them in errors)."""
+    return _from_dict(Config, values, source)
+
+
+def to_yaml(config):
+    """The whole resolved config as YAML; itself a recipe that reproduces the run."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

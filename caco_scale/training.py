@@ -234,7 +234,7 @@ def find_checkpoint(config, directory, newest, data):
     if path is None:
         return None
     values = checkpoint.read_values(path)
-    saved = configuration.from_yaml(values["config"], f"{path} config")
+    saved = configuration.from_dict(values["config"], f"{path} config")
     changed = configuration.differences(saved, config)
     done = directory.done_step()
     if done is not None and done == values["step"] and config.optim.epochs > saved.optim.epochs:
@@ -517,7 +517,7 @@ class Trainer:
         values = {
             "step": self.step,
             "epoch": self.step / self.data.order.steps_per_epoch,
-            "config": configuration.to_yaml(self.config),
+            "config": configuration.to_dict(self.config),
             "fingerprint": self.data.fingerprint,
             "num_samples": self.data.order.num_samples,
             "skipped": self.skipped,

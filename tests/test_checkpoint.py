@@ -28,6 +28,12 @@ from caco_scale.errors import UserError
 from caco_scale.method.bank import ShardedBank
 from caco_scale.optim.groups import build_optimizer, init_optimizer_state
 
+
+def on_ranks(world_size, function, *args):
+    """``run_ranks``, and this process itself, without a process group, for one rank."""
+    return [function(0, 1, *args)] if world_size == 1 else run_ranks(function, world_size, *args)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Elastic: the bank's rows
 
@@ -70,13 +76,17 @@ def load_rows(rank, world_size, folder, num_rows):
     }
 
 
-@pytest.mark.parametrize(
-    ("num_rows", "saved_by", "loaded_by"), [(1000, 2, 1), (997, 2, 3), (5, 4, 3), (997, 1, 2)]
-)
-def test_saved_by_some_ranks_loaded_by_others(tmp_path, num_rows, saved_by, loaded_by):
+@pytest.fixture(scope="module")
+def saved_by_two(tmp_path_factory):
+    """The folder of a checkpoint with 997 rows (499 and 498) that two ranks wrote."""
+    folder = tmp_path_factory.mktemp("two")
+    run_ranks(save_rows, 2, str(folder), 997)
+    return folder
+
+
+def check_rows(folder, num_rows, saved_by, loaded_by):
     full = full_tensors(num_rows)
-    run_ranks(save_rows, saved_by, str(tmp_path), num_rows)
-    parts = run_ranks(load_rows, loaded_by, str(tmp_path), num_rows)
+    parts = on_ranks(loaded_by, load_rows, str(folder), num_rows)
     for values, tensors in parts:
         assert values["step"] == 3
         assert values["world_size"] == saved_by
@@ -89,25 +99,35 @@ def test_saved_by_some_ranks_loaded_by_others(tmp_path, num_rows, saved_by, load
         np.testing.assert_array_equal(joined, full[name].numpy())
 
 
-def test_whole_tensors_come_back_in_their_shapes_without_a_process_group(tmp_path):
+@pytest.mark.parametrize("loaded_by", [1, 3])
+def test_saved_by_two_ranks_loaded_by_others(saved_by_two, loaded_by):
+    check_rows(saved_by_two, 997, 2, loaded_by)
+
+
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [(4, 3), (1, 2)])
+def test_ranks_without_rows(tmp_path, saved_by, loaded_by):
+    on_ranks(saved_by, save_rows, str(tmp_path), 5)  # four ranks own 2, 2, 1 and 0 rows
+    check_rows(tmp_path, 5, saved_by, loaded_by)
+
+
+def test_whole_tensors_come_back_in_their_shapes_without_a_process_group(saved_by_two):
     full = full_tensors(997)
-    run_ranks(save_rows, 2, str(tmp_path), 997)
-    tensors = load_tensors(latest(tmp_path))
+    tensors = load_tensors(latest(saved_by_two))
     assert set(tensors) == set(full)
     for name, tensor in tensors.items():
         assert tensor.dtype == full[name].dtype
         assert torch.equal(tensor, full[name])
-    assert set(load_tensors(latest(tmp_path), ["query.bias"])) == {"query.bias"}
+    assert set(load_tensors(latest(saved_by_two), ["query.bias"])) == {"query.bias"}
     with pytest.raises(UserError, match=r"holds no tensor query\.gias"):
-        load_tensors(latest(tmp_path), ["query.gias"])
+        load_tensors(latest(saved_by_two), ["query.gias"])
 
 
 def test_ranks_share_the_writing_of_replicated_tensors_evenly(tmp_path):
-    run_ranks(save_replicated, 3, str(tmp_path))
+    run_ranks(save_replicated, 2, str(tmp_path))
     sizes = [entry.stat().st_size for entry in latest(tmp_path).glob("*.distcp")]
-    assert len(sizes) == 3
+    assert len(sizes) == 2
     assert max(sizes) < 1.2 * min(sizes)
-    assert sum(sizes) < 1.2 * 12 * 40_000  # once, not three times
+    assert sum(sizes) < 1.2 * 12 * 40_000  # once, not twice
 
 
 def save_replicated(rank, world_size, folder):
@@ -115,12 +135,11 @@ def save_replicated(rank, world_size, folder):
     save(1, State({f"query.{i}": torch.zeros(100, 100) for i in range(12)}), wait=True)
 
 
-def test_any_dcp_tool_can_read_the_file(tmp_path):
-    run_ranks(save_rows, 2, str(tmp_path), 5)
-    target = {"bank.rows": torch.zeros(5, 3), "query.bias": torch.zeros(11, dtype=torch.float64)}
-    dcp.load(target, checkpoint_id=latest(tmp_path), no_dist=True)
+def test_any_dcp_tool_can_read_the_file(saved_by_two):
+    target = {"bank.rows": torch.zeros(997, 3), "query.bias": torch.zeros(11, dtype=torch.float64)}
+    dcp.load(target, checkpoint_id=latest(saved_by_two), no_dist=True)
     for name, tensor in target.items():
-        assert torch.equal(tensor, full_tensors(5)[name])
+        assert torch.equal(tensor, full_tensors(997)[name])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -170,25 +189,34 @@ def load_ranges(rank, world_size, folder):
     return num_blocks
 
 
-def save_whole(rank, world_size, folder):
-    Checkpointer(folder).save(1, whole_state(), wait=True)
+@pytest.fixture(scope="module")
+def ranges_of_three(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranges")
+    run_ranks(save_ranges, 3, str(folder))
+    return folder
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_flat_ranges_become_whole_parameters(tmp_path, world_size):
-    run_ranks(save_ranges, world_size, str(tmp_path))
+def check_whole(folder):
     state = whole_state(fill=-1)
-    load(latest(tmp_path), state)
+    load(latest(folder), state)
     for name, tensor in state.tensors.items():
         assert torch.equal(tensor, flat_values(name).view(SHAPES[name]))
-    assert {n: t.shape for n, t in load_tensors(latest(tmp_path)).items()} == SHAPES
+    assert {n: t.shape for n, t in load_tensors(latest(folder)).items()} == SHAPES
 
 
-def test_whole_parameters_become_flat_ranges_and_other_flat_ranges(tmp_path):
-    run_ranks(save_whole, 2, str(tmp_path / "whole"))
-    assert sum(run_ranks(load_ranges, 3, str(tmp_path / "whole"))) > 8
-    run_ranks(save_ranges, 2, str(tmp_path / "ranges"))
-    assert sum(run_ranks(load_ranges, 3, str(tmp_path / "ranges"))) > 8
+def test_flat_ranges_become_whole_parameters(ranges_of_three, tmp_path):
+    check_whole(ranges_of_three)
+    save_ranges(0, 1, tmp_path)  # several blocks of each tensor on one rank
+    check_whole(tmp_path)
+
+
+def test_flat_ranges_become_other_flat_ranges(ranges_of_three):
+    assert sum(run_ranks(load_ranges, 2, str(ranges_of_three))) > 8
+
+
+def test_whole_parameters_become_flat_ranges(tmp_path):
+    Checkpointer(tmp_path).save(1, whole_state(), wait=True)
+    assert sum(run_ranks(load_ranges, 3, str(tmp_path))) > 8
 
 
 def test_blocks_that_do_not_tile_a_tensor_are_an_error(tmp_path):
@@ -258,10 +286,10 @@ def load_run(rank, world_size, folder, optimizer):
     return everything(*run)
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
-def test_a_whole_run_comes_back_at_another_world_size(tmp_path, optimizer):
-    (wanted, pointer), *_ = run_ranks(save_run, 2, str(tmp_path), optimizer)
-    for found, found_pointer in run_ranks(load_run, 3, str(tmp_path), optimizer):
+@pytest.mark.parametrize(("optimizer", "saved_by", "loaded_by"), [("lars", 2, 3), ("adamw", 2, 1)])
+def test_a_whole_run_comes_back_at_another_world_size(tmp_path, optimizer, saved_by, loaded_by):
+    (wanted, pointer), *_ = run_ranks(save_run, saved_by, str(tmp_path), optimizer)
+    for found, found_pointer in on_ranks(loaded_by, load_run, str(tmp_path), optimizer):
         assert found_pointer == pointer == 5
         assert set(found) == set(wanted)
         for name, value in wanted.items():
@@ -582,17 +610,17 @@ def test_a_damaged_file_is_named_with_the_next_older_checkpoint(tmp_path, file, 
 
 def load_damaged(rank, world_size, folder):
     try:
-        load(latest(folder), bank_state(full_tensors(100), rank, world_size))
+        load(latest(folder), bank_state(full_tensors(997), rank, world_size))
     except UserError as error:
         return str(error)
 
 
-def test_damage_that_one_rank_meets_stops_every_rank(tmp_path):
-    run_ranks(save_rows, 2, str(tmp_path), 100)
+def test_damage_that_one_rank_meets_stops_every_rank(saved_by_two, tmp_path):
+    shutil.copytree(latest(saved_by_two), tmp_path / "step_00000003")
     # Only the rank that owns the second half of the rows reads this block.
     path = latest(tmp_path) / "__1_0.distcp"
     data = bytearray(path.read_bytes())
-    row = full_tensors(100)["bank.rows"][75].numpy().tobytes()
+    row = full_tensors(997)["bank.rows"][750].numpy().tobytes()
     assert data.count(row) == 1
     data[data.index(row)] ^= 1
     path.write_bytes(data)

@@ -5,12 +5,15 @@ Every run crosses the switch from bank warm-up to CaCo: 3 steps before it and 12
 
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from launch import (
     SMALL,
     SWITCH,
+    environment,
     final_state,
     kill_when,
     launch,
@@ -19,6 +22,7 @@ from launch import (
     relative_difference,
     start,
 )
+from safetensors.torch import load_file
 from shard_sets import make_shard_set
 
 from caco_scale import checkpoint
@@ -178,3 +182,15 @@ def test_baselines_train_in_the_same_loop(rule, flags, tmp_path):
     launch({**flags, "run.dir": tmp_path / "run", "bank.rule": rule, "run.max_steps": 4})
     lines = list(read_json_lines(tmp_path / "run/metrics.jsonl"))
     assert [line["phase"] for line in lines] == [rule] * 4
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torchvision"])
+def test_the_backbone_of_a_run_is_exported_from_any_checkpoint(format, uninterrupted, tmp_path):
+    target = tmp_path / "backbone"
+    command = [sys.executable, "-m", "caco_scale.export", str(uninterrupted / "run"), "--to", str(target)]
+    subprocess.run([*command, "--format", format], check=True, env=environment(), timeout=120)
+    exported = load_file(target) if format == "safetensors" else torch.load(target, weights_only=True)
+    state, _ = final_state(uninterrupted / "run")
+    for name, tensor in exported.items():
+        trained = state.get(f"query.backbone.{name}", state.get(f"query_buffer.backbone.{name}"))
+        torch.testing.assert_close(tensor.double(), trained.double(), rtol=1e-6, atol=1e-6)
