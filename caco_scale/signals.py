@@ -24,6 +24,7 @@ import threading
 from multiprocessing import connection, resource_tracker
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+GROUP_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP, signal.SIGUSR2)  # what may be sent to a job's every process
 LAUNCHER = re.compile(
     r"(.*/)?(accelerate|accelerate-launch|torchrun|deepspeed)"  # the commands
     r"|accelerate\.commands\.\w+|torch\.distributed\.(run|launch)|deepspeed\.launcher\.\w+"  # python -m ...
@@ -105,7 +106,7 @@ def shielded():
     atexit.unregister(_kill_children)
     atexit.register(_kill_children)  # before multiprocessing's own, which would wait for them for ever
     resource_tracker.ensure_running()  # its start unblocks SIGTERM and SIGINT whatever they were before
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
     try:
         yield
     finally:
@@ -118,13 +119,15 @@ def _kill_children():
 
 
 def end_with_trainer(worker_id=None):
-    """In a loader worker (as its ``worker_init_fn``): exit when the trainer is gone, however it was killed.
+    """In a loader worker (as its ``worker_init_fn``): stay shielded; exit when the trainer is gone, however killed.
 
     Under a fork server the worker's parent is the server, which lives as long as any worker does; torch's own
     watchdog, which watches the parent, then never fires.
     """
     trainer = multiprocessing.parent_process()
     assert trainer is not None, "end_with_trainer is for processes that multiprocessing started"
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
 
     def watch():
         connection.wait([trainer.sentinel])

@@ -234,6 +234,11 @@ def find_checkpoint(config, directory, newest, data):
     if path is None:
         return None
     values = checkpoint.read_values(path)
+    if newest and checkpoint.read_values(newest)["step"] > values["step"]:
+        raise UserError(
+            f"run.resume goes back to step {values['step']} but {config.run.dir} already holds {newest.name}: "
+            "give another run.dir for the branch, or remove the newer checkpoints"
+        )
     saved = configuration.from_dict(values["config"], f"{path} config")
     changed = configuration.differences(saved, config)
     done = directory.done_step()

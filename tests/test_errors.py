@@ -76,6 +76,8 @@ def test_a_checkpoint_of_another_data_set_or_other_mathematics(flags, tmp_path):
     assert_one_line(pretrain({**more, "run.resume": str(tmp_path / "no")}, tmp_path), "no checkpoint at")
     code, error = pretrain(more, tmp_path)  # nothing was lost
     assert code == 0, error
+    back = {**more, "run.max_steps": 8, "run.resume": str(tmp_path / "run/checkpoints/step_00000004")}
+    assert_one_line(pretrain(back, tmp_path), "goes back to step 4", "step_00000006")
 
 
 def test_images_that_do_not_decode_are_replaced_up_to_a_limit(flags, tmp_path):

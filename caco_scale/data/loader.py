@@ -19,10 +19,7 @@ import itertools
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
-import os
-import signal
 import sys
-import threading
 import warnings
 from dataclasses import dataclass
 
@@ -43,6 +40,7 @@ from caco_scale.data.views import (
     draw_crop,
 )
 from caco_scale.errors import UserError, one_line
+from caco_scale.signals import end_with_trainer, shielded
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2")
 SUBSTITUTE_STREAM = 0x5B57
@@ -50,7 +48,6 @@ SUBSTITUTE_TRIES = 16
 # Images that a worker holds decoded at once while it draws their crops together.
 CHUNK_IMAGES, CHUNK_BYTES = 64, 64 << 20
 HASH_BYTES = 16 << 20
-GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass
@@ -316,13 +313,13 @@ def _stream(stages, workers):
         collate_fn=_as_is,
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=end_with_trainer,
         pin_memory=torch.cuda.is_initialized(),  # pages locked for copies to the GPU that the trainer uses
         generator=torch.Generator(),  # else it would draw from the global one, whose state is the trainer's
     )
     if workers:
         start_fork_server()
-        with _signals_blocked(), _main_module_hidden():
+        with shielded(), _main_module_hidden():
             return _unwrap(iter(loader))
     return _unwrap(iter(loader))
 
@@ -355,34 +352,8 @@ def start_fork_server():
     blocked, and so do the workers: torch's workers take a dead server for a dead trainer.
     """
     multiprocessing.set_forkserver_preload([__name__])
-    # By itself first: where it starts its tracker, multiprocessing unblocks SIGINT and SIGTERM afterwards.
-    with _signals_blocked():
-        multiprocessing.resource_tracker.ensure_running()
-    with _signals_blocked(), _main_module_hidden():
+    with shielded(), _main_module_hidden():
         multiprocessing.forkserver.ensure_running()
-
-
-def _start_worker(worker_id):
-    """In a new worker: keep the group's signals out, die with the trainer."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
-    threading.Thread(target=_die_with_trainer, daemon=True).start()
-
-
-def _die_with_trainer():
-    # torch's watchdog sees the fork server, not the trainer, and the server lives as long as its workers:
-    # without this a trainer killed by SIGKILL would leave both for ever.
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-@contextlib.contextmanager
-def _signals_blocked():
-    """Children inherit a blocked signal, also through exec; to the trainer it is delivered afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
