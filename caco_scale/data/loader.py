@@ -334,8 +334,9 @@ def _unwrap(payloads):
             if "user_error" in payload:
                 raise UserError(payload["user_error"])
             yield payload
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # torch tells of a dead worker by a RuntimeError, and the batch it was sending by the errors of its socket.
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
             raise
         raise UserError(
             f"a data worker died ({one_line(error)}): the machine may be short of memory or /dev/shm, "
