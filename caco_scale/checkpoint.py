@@ -50,8 +50,11 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.tensor import DTensor
 
+from caco_scale.distributed.partition import flat_part, is_zero3, whole_shape
 from caco_scale.errors import UserError, one_line
+from caco_scale.optim.groups import named_state
 
 FORMAT = 1
 GROUP_TIMEOUT = timedelta(hours=2)  # one rank may wait this long for another's slow disk
@@ -87,20 +90,24 @@ class State:
     values: dict = field(default_factory=dict)
 
 
-def training_state(model, optimizer, bank, values):
-    """The whole state of a run whose parameters are replicated (one process, DDP), as a :class:`State`.
+def training_state(model, optimizer, bank, values, partitions=None):
+    """The whole state of a run as a :class:`State`: of each tensor what this rank holds, whole or in part.
 
-    ``model`` has the submodules ``query`` and ``key``; ``bank`` gives this rank's rows. ``values`` (step,
-    config, fingerprint, ...) is stored with ``bank_pointer`` added.
+    ``model`` has the submodules ``query`` and ``key``, replicated, or partitioned by ZeRO-3 or FSDP2; ``bank``
+    gives this rank's rows. ``partitions``: see :func:`~caco_scale.optim.groups.named_state`. ``values`` (step,
+    config, fingerprint, ...) is stored with ``bank_pointer`` added. No rank sees more of the model than it holds.
     """
-    from caco_scale.optim.groups import named_state
-
-    tensors = {}
+    tensors, shapes = {}, {}
     for side in ("query", "key"):
         module = getattr(model, side)
-        tensors.update({f"{side}.{name}": p for name, p in module.named_parameters()})
+        shapes |= {f"{side}.{name}": whole_shape(p) for name, p in module.named_parameters()}
+        tensors.update({f"{side}.{name}": _parameter(p) for name, p in module.named_parameters()})
         tensors.update({f"{side}_buffer.{name}": b for name, b in module.named_buffers()})
-    tensors.update({f"optimizer.{name}": t for name, t in named_state(optimizer, model.query).items()})
+    for name, value in named_state(optimizer, model.query, partitions).items():
+        if isinstance(value, list):
+            shape = shapes[f"query.{name.rsplit('/', 1)[0]}"]
+            value = [_flat_block(part, offset, shape) for part, offset in value]
+        tensors[f"optimizer.{name}"] = value
     start, _ = bank.rows_range
     tensors["bank.rows"] = Block(bank.rows, (start, 0), (bank.size, bank.dim))
     tensors["bank.velocity"] = Block(bank.velocity, (start, 0), (bank.size, bank.dim))
@@ -108,9 +115,23 @@ def training_state(model, optimizer, bank, values):
     return State(tensors, {**values, "bank_pointer": bank.pointer})
 
 
-def restore(path, model, optimizer, bank, group=None):
-    """Load a checkpoint into a run in place (see :func:`load`), the bank's pointer included -> its values."""
-    values = load(path, training_state(model, optimizer, bank, {}), group)
+def _parameter(p):
+    """A parameter as it is stored: itself where every rank has it whole, else this rank's block of it."""
+    if isinstance(p, DTensor) or is_zero3(p):
+        return _flat_block(*flat_part(p), whole_shape(p))
+    return p
+
+
+def _flat_block(part, offset, shape):
+    return Block(part, (offset,), (math.prod(shape),), shape)
+
+
+def restore(path, model, optimizer, bank, group=None, partitions=None):
+    """Load a checkpoint into a run in place (see :func:`load`), the bank's pointer included -> its values.
+
+    An engine that keeps copies of the parameters has to renew them afterwards: ``strategy.restore`` does.
+    """
+    values = load(path, training_state(model, optimizer, bank, {}, partitions), group)
     bank.pointer = values["bank_pointer"]
     return values
 

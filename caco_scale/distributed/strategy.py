@@ -1,120 +1,91 @@
 """How the processes of a launch train one model: everything that differs between strategies, behind one interface.
 
-``pretrain`` builds a strategy, ``step.train_step`` uses it. :class:`DataParallel` replicates the model on every
-process (one process, several gloo processes on CPU, several NCCL processes on CUDA).
+``pretrain`` builds a strategy, ``step.train_step`` uses it. All train the same model to the last bits of rounding:
+
+    DataParallel      every process holds everything (torch DDP; also one process alone)
+    Zero              DeepSpeed ZeRO-1/2/3, in ``zero.py``: optimizer state, gradients, parameters partitioned
+    FullyShardedDataParallel   FSDP2, in ``fsdp2.py``: all three, by torch itself
 """
 
 import contextlib
-import os
-import warnings
+import copy
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+import torch.distributed as dist
 
-from caco_scale.distributed import collectives
+from caco_scale import checkpoint
+from caco_scale.distributed.collectives import all_reduce_
+from caco_scale.distributed.partition import gather_whole
 from caco_scale.distributed.syncbn import convert_sync_batchnorm
 from caco_scale.errors import UserError
 from caco_scale.method.ema import ema_update
-from caco_scale.optim.groups import build_optimizer, init_optimizer_state
-
-# torch renames the option; both names mean the same here, and 2.11 knows only this one.
-warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-
-# What launchers leave in the environment of a process that is one of several.
-PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+from caco_scale.method.model import synchronise_key
+from caco_scale.optim.groups import build_optimizer, init_optimizer_state, state_bytes
 
 
-def start_processes(asked_world_size=0):
-    """Join the launch's process group (gloo on CPU, NCCL on CUDA) and check its size.
+def build_strategy(name, accelerator, model, optimizer_name, weight_decay, compiled=False):
+    """The strategy ``name`` (:data:`~caco_scale.distributed.launch.STRATEGIES`) around a fresh model. Collective.
 
     Args:
-        asked_world_size: ``run.world_size``; 0 = take what comes, but refuse a launch that speaks of several
-            processes and trains as one.
+        accelerator: of :func:`~caco_scale.distributed.launch.start_processes`.
+        model: a :class:`~caco_scale.method.model.QueryKeyModel` with the same weights on every rank.
+        compiled: whether the encoders are to be compiled.
     Raises:
-        UserError: training would not see the processes that were asked for.
+        UserError: a combination that would not train the same model.
     """
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    on_cpu = not torch.cuda.is_available()
-    # accelerate 1.15 believes to be rank 0 of 1 on a CPU unless it is told the backend; alone it refuses one.
-    handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl")] if several else []
-    # Buffers are not broadcast (SyncBN keeps them equal); mixed precision belongs to the model's own forward.
-    handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True))
-    refuse_other_engines(os.environ)
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", dynamo_backend="no", kwargs_handlers=handlers)
-    check_world_size(accelerator.num_processes, asked_world_size, os.environ)
-    return accelerator
+    check_combination(name, next(model.parameters()).dtype, compiled)
+    if compiled:
+        model.query.compile()
+        model.key.compile()
+    if name == "ddp":
+        return DataParallel(accelerator, model, optimizer_name, weight_decay)
+    if name == "fsdp2":
+        from caco_scale.distributed.fsdp2 import FullyShardedDataParallel
+
+        return FullyShardedDataParallel(accelerator, model, optimizer_name, weight_decay)
+    from caco_scale.distributed.zero import Zero
+
+    return Zero(accelerator, model, optimizer_name, weight_decay)
 
 
-def refuse_other_engines(environment):
-    """A launch for DeepSpeed or FSDP is an error, never silently plain data parallelism."""
-    for engine, variable in (("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP")):
-        if environment.get(variable, "false").lower() == "true":
-            raise UserError(
-                f"the launcher asks for {engine} ({variable}=true), which this version does not train with: "
-                "use --config_file ds_configs/ddp.yaml"
-            )
-
-
-def check_world_size(world_size, asked, environment):
-    """Refuse a launch that trains with other processes than its user believes.
-
-    Args:
-        world_size: processes in the group that training uses.
-        asked: ``run.world_size``, 0 = unchecked.
-        environment: the variables that the launcher set.
-    """
-    if asked:
-        if asked != world_size:
-            raise UserError(
-                f"run.world_size asks for {asked} processes but training sees {world_size}: "
-                "launch with accelerate launch --config_file ds_configs/ddp.yaml --num_processes "
-                f"{asked}, or correct run.world_size"
-            )
-        return
-    if world_size > 1:
-        return
-    counts = {name: environment[name] for name in PROCESS_COUNTS if environment.get(name, "1") != "1"}
-    # `accelerate launch --cpu --num_processes 2` starts ONE process and leaves only the address of a second.
-    if not counts and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
-        counts = {"MASTER_ADDR": environment["MASTER_ADDR"]}
-    if counts:
-        spoken = ", ".join(f"{name}={value}" for name, value in counts.items())
+def check_combination(name, dtype, compiled):
+    """Refuse by name what a strategy cannot do exactly, with what can."""
+    if name.startswith("zero") and dtype == torch.float64:
         raise UserError(
-            f"the launch speaks of several processes ({spoken}) but training sees 1: launch with accelerate launch "
-            "--config_file ds_configs/ddp.yaml --num_processes N, or confirm one process by --run.world_size 1"
+            "precision.compute fp64 cannot be had from DeepSpeed, which keeps fp32 master parameters: use --config_file "
+            "ds_configs/fsdp2.yaml or ds_configs/ddp.yaml"
+        )
+    if name in ("zero3", "fsdp2") and compiled:
+        raise UserError(
+            f"precision.compile is not supported where parameters are partitioned ({name}): use --config_file "
+            "ds_configs/zero2.yaml, which still partitions the optimizer, or drop it"
         )
 
 
-class DataParallel:
-    """Every process holds the whole model; gradients are averaged over ranks by torch's DDP.
+class Strategy:
+    """What the step, evaluation and checkpoints need; what the strategies have in common.
 
     Attributes:
         device, rank, world_size: of this process.
-        module: the :class:`~caco_scale.method.model.QueryKeyModel` itself.
-        optimizer: of the query encoder's parameters.
+        module: the :class:`~caco_scale.method.model.QueryKeyModel` itself; some strategies partition its parameters.
+        optimizer: of the query encoder's parameters; some strategies give it partitioned tensors.
+        partitions: what the optimizer's flat tensors are made of, ``[(tensor, FlatPartition)]``; None: it has none.
     """
 
-    def __init__(self, accelerator, model, optimizer_name, weight_decay):
+    partitions = None
+
+    def __init__(self, accelerator, model):
         self.device = accelerator.device
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
-        assert self.world_size == collectives.world_size(), "accelerate and torch see different processes"
-        if self.world_size > 1:
-            model = convert_sync_batchnorm(model, self.device.type)
-        self.module = model.to(self.device)
-        self.optimizer = build_optimizer(optimizer_name, self.module.query, weight_decay)
-        init_optimizer_state(self.optimizer)
-        self._engine = accelerator.prepare_model(self.module)
+        self.module = convert_sync_batchnorm(model, self.device.type).to(self.device)
 
     def __call__(self, views):
         """Queries of all views and keys of the two global views: see ``QueryKeyModel.forward``."""
-        return self._engine(views)
+        raise NotImplementedError
 
-    @contextlib.contextmanager
     def micro_step(self, is_last):
-        """Forward and backward of one micro-batch; ranks exchange gradients in the last one only."""
-        wait = self.world_size > 1 and not is_last
-        with self._engine.no_sync() if wait else contextlib.nullcontext():
-            yield
+        """Context of the forward and backward of one micro-batch of a step."""
+        raise NotImplementedError
 
     def backward(self, loss):
         """Add the gradients of ``loss``. The bank's loss is already global: nothing is divided here."""
@@ -123,10 +94,40 @@ class DataParallel:
     def step(self, loss, lr):
         """One optimizer step at the learning rate ``lr``; False if it is not finite, and nothing moved.
 
-        The loss is global, and gradients are equal on all ranks after their average: every rank decides alike.
+        Every rank decides alike: the loss is global, and of the gradients each rank may hold a part.
         """
-        gradients = [p.grad for p in self.module.query.parameters() if p.grad is not None]
-        finite = torch.stack([loss.detach(), *torch._foreach_norm(gradients)]).isfinite().all().item()
+        raise NotImplementedError
+
+    def update_key(self, momentum):
+        """Exponential moving average: key parameters follow the query's, each rank moving what it holds."""
+        ema_update(self.module.query, self.module.key, momentum)
+
+    def synchronise_key(self):
+        """Key parameters <- query parameters: the switch from the bank warm-up to the main schedule."""
+        synchronise_key(self.module)
+
+    @contextlib.contextmanager
+    def evaluation_encoder(self):
+        """The whole query encoder on every rank, to run as each rank likes, ranks apart. Entering is collective."""
+        yield self.module.query
+
+    def training_state(self, bank, values):
+        """All that a checkpoint holds, of each tensor the part that this rank has: a ``checkpoint.State``."""
+        return checkpoint.training_state(self.module, self.optimizer, bank, values, self.partitions)
+
+    def restore(self, path, bank):
+        """Load a checkpoint, of whatever strategy and world size, in place -> its values. Collective."""
+        return checkpoint.restore(path, self.module, self.optimizer, bank, partitions=self.partitions)
+
+    def optimizer_state_bytes(self):
+        """Bytes of optimizer state on this rank."""
+        return state_bytes(self.optimizer)
+
+    def _step_if_finite(self, loss, gradients, lr):
+        """The step of an optimizer that is ours to call. ``gradients``: what this rank holds of them."""
+        norms = torch._foreach_norm(gradients) if gradients else []
+        finite = torch.stack([loss.detach(), *norms]).isfinite().all().float()
+        finite = all_reduce_(finite, dist.ReduceOp.MIN).item() == 1
         if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -134,6 +135,46 @@ class DataParallel:
         self.optimizer.zero_grad(set_to_none=True)
         return finite
 
-    def update_key(self, momentum):
-        """Exponential moving average: key parameters follow the query's (no communication)."""
-        ema_update(self.module.query, self.module.key, momentum)
+
+class WholeCopy:
+    """A plain copy of an encoder, without memory until it is filled with the parameters of a partitioned one."""
+
+    def __init__(self, encoder):
+        self._copy = copy.deepcopy(encoder).to("meta")
+
+    @contextlib.contextmanager
+    def of(self, encoder, device):
+        """The copy with all of ``encoder``'s parameters and buffers, on every rank; entering is collective."""
+        whole = self._copy.to_empty(device=device)
+        for target, source in zip(whole.parameters(), encoder.parameters(), strict=True):
+            target.data.copy_(gather_whole(source, device))
+        for target, source in zip(whole.buffers(), encoder.buffers(), strict=True):
+            target.copy_(source)
+        try:
+            yield whole
+        finally:
+            self._copy = whole.to("meta")
+
+
+class DataParallel(Strategy):
+    """Every process holds the whole model; gradients are averaged over ranks by torch's DDP."""
+
+    def __init__(self, accelerator, model, optimizer_name, weight_decay):
+        super().__init__(accelerator, model)
+        self.optimizer = build_optimizer(optimizer_name, self.module.query, weight_decay)
+        init_optimizer_state(self.optimizer)
+        self._engine = accelerator.prepare_model(self.module)
+
+    def __call__(self, views):
+        return self._engine(views)
+
+    @contextlib.contextmanager
+    def micro_step(self, is_last):
+        """Ranks exchange gradients in the last micro-step only."""
+        wait = self.world_size > 1 and not is_last
+        with self._engine.no_sync() if wait else contextlib.nullcontext():
+            yield
+
+    def step(self, loss, lr):
+        gradients = [p.grad for p in self.module.query.parameters() if p.grad is not None]
+        return self._step_if_finite(loss, gradients, lr)

@@ -5,14 +5,21 @@ Parameters only: the key encoder runs in train mode and keeps BatchNorm statisti
 
 import torch
 
+from caco_scale.distributed.partition import local_part, refresh_gathered
+
 
 @torch.no_grad()
 def ema_update(query, key, momentum):
     """key <- momentum * key + (1 - momentum) * query, parameter by parameter (arXiv:2203.14370, section 3).
 
-    ``query``, ``key``: modules of one structure. ``momentum`` 1 leaves the key encoder as it is, bit for bit;
-    0 copies. Nothing crosses ranks: every rank moves what it holds.
+    ``query``, ``key``: modules of one structure, partitioned alike. ``momentum`` 1 leaves the key encoder as it
+    is, bit for bit; 0 copies. Every rank moves the part that it holds; nothing crosses ranks but the parameters
+    that ZeRO-3 keeps whole (the persistent ones), which are gathered anew.
     """
     query_parameters, key_parameters = list(query.parameters()), list(key.parameters())
     assert len(query_parameters) == len(key_parameters)
-    torch._foreach_lerp_(key_parameters, query_parameters, 1.0 - momentum)
+    sources = [local_part(p) for p in query_parameters]
+    targets = [local_part(p) for p in key_parameters]
+    assert all(s.shape == t.shape for s, t in zip(sources, targets, strict=True))
+    torch._foreach_lerp_(targets, sources, 1.0 - momentum)
+    refresh_gathered(key_parameters)

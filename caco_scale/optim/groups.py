@@ -3,7 +3,9 @@
 import difflib
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from caco_scale.distributed.partition import flat_part, local_part
 from caco_scale.errors import UserError
 from caco_scale.optim.lars import LARS
 
@@ -47,17 +49,15 @@ def init_optimizer_state(optimizer):
     Afterwards a checkpoint can be loaded into it in place, and training goes on bit for bit as without this
     call: a zero momentum buffer plus the first gradient is the buffer that SGD starts with.
     """
-    if isinstance(optimizer, LARS):
-        optimizer.init_state()
-        return
     for group in optimizer.param_groups:
         for p in group["params"]:
             if not optimizer.state[p]:
-                optimizer.state[p].update(_initial_state(optimizer, group, p))
+                optimizer.state[p].update(initial_state(optimizer, group, p))
 
 
-def _initial_state(optimizer, group, p):
-    if isinstance(optimizer, torch.optim.SGD):
+def initial_state(optimizer, group, p):
+    """The state that the first step would create for one tensor of a group: ``{state key: tensor}``."""
+    if isinstance(optimizer, LARS | torch.optim.SGD):
         return {"momentum_buffer": torch.zeros_like(p)}
     assert isinstance(optimizer, torch.optim.AdamW), optimizer
     # torch keeps AdamW's step count on the host unless a kernel reads it.
@@ -69,17 +69,45 @@ def _initial_state(optimizer, group, p):
     }
 
 
-def named_state(optimizer, module):
+def named_state(optimizer, module, partitions=None):
     """``{"<parameter name>/<state key>": tensor}`` of what trains, AdamW's ``step`` scalars included.
 
     The tensors are the optimizer's own: loading into them is loading the optimizer. Call
     :func:`init_optimizer_state` first. Names come from ``module``, which is not the engine's wrapper of it.
+
+    ``partitions``: ``[(flat tensor, FlatPartition)]`` where the optimizer steps flat tensors. State of which a rank
+    holds parts is a list of (part (n,), offset in the flat view of the whole) instead of a tensor.
     """
+    if partitions is not None:
+        return _named_flat_state(optimizer, module, partitions)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     named = {}
     for name, p in module.named_parameters():
         if id(p) not in trained:
             continue
         assert optimizer.state[p], f"{name} has no optimizer state; call init_optimizer_state first"
-        named.update({f"{name}/{key}": value for key, value in optimizer.state[p].items()})
+        for key, value in optimizer.state[p].items():
+            named[f"{name}/{key}"] = [flat_part(value)] if isinstance(value, DTensor) else value
     return named
+
+
+def _named_flat_state(optimizer, module, partitions):
+    names = {id(p): name for name, p in module.named_parameters()}
+    named = {}
+    for flat, partition in partitions:
+        for key, value in optimizer.state[flat].items():
+            if value.shape != flat.shape:  # one number for all: AdamW's step
+                named.update({f"{names[id(p)]}/{key}": value for p in partition.parameters})
+                continue
+            parts = [[] for _ in partition.parameters]
+            for piece, view in zip(partition.pieces, partition.views(value), strict=True):
+                parts[piece.slot].append((view, piece.offset))
+            for p, part in zip(partition.parameters, parts, strict=True):
+                named[f"{names[id(p)]}/{key}"] = part or [(value[:0], 0)]
+    return named
+
+
+def state_bytes(optimizer):
+    """Bytes of optimizer state that this rank holds: tensors of its own, or its parts of partitioned ones."""
+    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    return sum(part.numel() * part.element_size() for part in map(local_part, tensors))

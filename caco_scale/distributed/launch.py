@@ -1,0 +1,338 @@
+"""Join the processes of a launch, and refuse a launch that would train otherwise than its user believes.
+
+The launcher's config file (``accelerate launch --config_file ds_configs/<strategy>.yaml``) chooses the strategy; it
+reaches a process as environment variables. A launch gone wrong ends as N times one process, or as another strategy:
+nothing fails, the loss falls, and the result is another one. So all of it is checked before anything is built.
+"""
+
+import contextlib
+import json
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from caco_scale.errors import UserError, one_line
+
+# torch renames the option; both names mean the same here, and 2.11 knows only this one.
+warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+
+# What launchers leave in the environment of a process that is one of several.
+PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+
+CHECKOUT = Path(__file__).parents[2]  # where ds_configs/ lies beside the package
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What the launch asks for
+
+
+def _is_true(environment, variable):
+    return environment.get(variable, "false").lower() in ("true", "1", "yes")
+
+
+def launched_strategy(environment):
+    """The strategy that the launcher's config file asks for, one of :data:`STRATEGIES`.
+
+    Raises:
+        UserError: what this program does not train with, and what does the same.
+    """
+    if _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
+        return f"zero{deepspeed_config(environment)['zero_optimization']['stage']}"
+    if _is_true(environment, "ACCELERATE_USE_FSDP"):
+        check_fsdp(environment)
+        return "fsdp2"
+    for engine, variable in (("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM"), ("parallelism", "PARALLELISM_CONFIG_TP_SIZE")):
+        if environment.get(variable, "false").lower() not in ("false", "1", ""):
+            raise UserError(
+                f"the launcher asks for {engine} ({variable}={environment[variable]}), which this program does not "
+                f"train with: use one of ds_configs/{{{','.join(STRATEGIES)}}}.yaml"
+            )
+    return "ddp"
+
+
+def check_fsdp(environment):
+    """Refuse the settings of an FSDP launch that would change what is computed, or that are not followed."""
+    version = environment.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(
+            f"the launcher asks for FSDP version {version}, whose flat parameters LARS cannot tell apart: use "
+            "--config_file ds_configs/fsdp2.yaml (fsdp_version: 2)"
+        )
+    if _is_true(environment, "FSDP_OFFLOAD_PARAMS"):
+        raise UserError(
+            "the launcher asks for FSDP2 with parameters offloaded to the host, which is not supported: set "
+            "fsdp_offload_params: false, or use --config_file ds_configs/zero3_offload.yaml"
+        )
+
+
+# DeepSpeed settings that change only speed and memory, each tried against one process. Any other is refused.
+EXACT_KEYS = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print"),
+    *("wall_clock_breakdown", "comms_logger", "fp16", "bf16"),
+}
+EXACT_ZERO_KEYS = {
+    *("stage", "contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size"),
+    *("allgather_partitions", "allgather_bucket_size", "round_robin_gradients", "sub_group_size"),
+    *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
+    *("stage3_max_live_parameters", "stage3_max_reuse_distance", "offload_optimizer", "offload_param"),
+    "stage3_gather_16bit_weights_on_model_save",
+}
+EXACT_OFFLOAD_KEYS = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu", "nvme_path"}
+
+
+def deepspeed_config(environment):
+    """DeepSpeed's settings as the launch gives them, checked, with batch sizes left open: a dict.
+
+    From the JSON that the launcher's config file names, or from its own fields. What decides the mathematics is
+    ours and is not for DeepSpeed to do twice: accumulation, clipping, number formats, optimizer, schedule.
+
+    Raises:
+        UserError: no such JSON; a setting that is not known to be exact.
+    """
+    name = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if name == "none":
+        config, source = _config_of_fields(environment), "the launcher's deepspeed_config"
+    else:
+        path = find_deepspeed_json(name)
+        config, source = _read_json(path), str(path)
+    check_deepspeed(config, source)
+    zero = config["zero_optimization"]
+    return {
+        "zero_optimization": {key: value for key, value in zero.items() if value != "auto"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # or offloading would replace our optimizer by one of its own
+        "gradient_accumulation_steps": 1,  # the strategy says when a step is complete
+        "gradient_clipping": 0.0,
+        **{key: config[key] for key in ("wall_clock_breakdown", "comms_logger") if key in config},
+    }
+
+
+def find_deepspeed_json(name):
+    """The JSON file that a launcher's config names: from the working directory, beside it, or in the checkout."""
+    beside = _launcher_config_folder()
+    places = [Path.cwd() / name, *([beside / name, beside / Path(name).name] if beside else []), CHECKOUT / name]
+    for path in places:
+        if path.is_file():
+            return path
+    raise UserError(
+        f"the launcher's config names the DeepSpeed file {name}, which is not there (looked for "
+        f"{', '.join(map(str, dict.fromkeys(places)))}): correct deepspeed_config_file, an absolute path works anywhere"
+    )
+
+
+def _launcher_config_folder():
+    """The folder of the ``--config_file`` on the command line of ``accelerate launch``, our parent; or None."""
+    try:
+        parent = Path(f"/proc/{os.getppid()}")
+        words = (parent / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        values = [w.partition("=")[2] or words[i + 1] for i, w in enumerate(words) if w.startswith("--config_file")]
+        return (parent / "cwd").resolve() / Path(values[0]).parent if values else None
+    except (OSError, IndexError):  # no Linux, or not ours to read
+        return None
+
+
+def _read_json(path):
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config["zero_optimization"]["stage"], int):
+            raise TypeError("zero_optimization.stage is not a number")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is not a DeepSpeed config with a zero_optimization.stage: {one_line(error)}") from None
+    return config
+
+
+def _config_of_fields(environment):
+    """A launcher's config file may hold DeepSpeed's main settings itself instead of naming a JSON."""
+    zero = {"stage": int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))}
+    for what in ("optimizer", "param"):
+        device = environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")
+        if device != "none":
+            zero[f"offload_{what}"] = {"device": device}
+    clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
+    return {"zero_optimization": zero, "gradient_clipping": clipping if clipping == "auto" else float(clipping)}
+
+
+def check_deepspeed(config, source):
+    """Refuse DeepSpeed settings under which another model would be trained, each by name with its alternative."""
+
+    def refuse(setting, why):
+        raise UserError(f"{source}: {setting} {why}")
+
+    zero = config["zero_optimization"]
+    if zero["stage"] not in (1, 2, 3):
+        refuse(f"zero_optimization.stage {zero['stage']}", "partitions nothing: use --config_file ds_configs/ddp.yaml")
+    unknown = [key for key in config if key not in EXACT_KEYS]
+    unknown += [f"zero_optimization.{key}" for key in zero if key not in EXACT_ZERO_KEYS]
+    for what in ("offload_optimizer", "offload_param"):
+        offload = zero.get(what) or {}
+        unknown += [f"zero_optimization.{what}.{key}" for key in offload if key not in EXACT_OFFLOAD_KEYS]
+        if offload.get("device", "none") not in ("none", "cpu"):
+            refuse(f"zero_optimization.{what}.device {offload['device']}", "is not supported: use cpu")
+    if unknown:
+        refuse(", ".join(unknown), "is not known to train the same model: remove it (ds_configs/*.json show what is)")
+    if config.get("gradient_clipping", "auto") not in ("auto", 0):
+        refuse(f"gradient_clipping {config['gradient_clipping']}", "changes the gradients, CaCo clips none: set it to 0")
+    if config.get("gradient_accumulation_steps", "auto") not in ("auto", 1):
+        refuse(
+            f"gradient_accumulation_steps {config['gradient_accumulation_steps']}",
+            "would divide the gradients a second time: set it to 1, and --data.micro_batch_size to accumulate",
+        )
+    for name in ("fp16", "bf16"):
+        if (config.get(name) or {}).get("enabled", False) not in (False, "auto"):
+            refuse(f"{name}.enabled", "would round the parameters: remove it and give --precision.compute bf16")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Joining
+
+
+def start_processes(asked_world_size=0):
+    """Join the launch's process group (gloo on CPU, NCCL on CUDA), check it -> accelerate's ``Accelerator``.
+
+    Args:
+        asked_world_size: ``run.world_size``; 0 = take what comes, but refuse a launch that speaks of several
+            processes and trains as one.
+    Raises:
+        UserError: training would not see the processes or the strategy that were asked for.
+    """
+    strategy = launched_strategy(os.environ)
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        refuse_lost_driver(os.environ)
+    # accelerate 1.15 believes to be rank 0 of 1 on a CPU unless it is told the backend; alone it refuses one.
+    grouped = int(os.environ.get("WORLD_SIZE", 1)) > 1 or strategy.startswith("zero")
+    handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl")] if grouped else []
+    # Buffers are not broadcast (SyncBN keeps them equal); mixed precision belongs to the model's own forward.
+    handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True))
+    options = {"mixed_precision": "no", "dynamo_backend": "no", "kwargs_handlers": handlers}
+    if strategy.startswith("zero"):
+        accelerator = _start_deepspeed(on_cpu, options)
+    else:
+        with _unset("ACCELERATE_USE_FSDP"):  # FSDP2 is ours: accelerate's does not synchronise gradients on a CPU
+            accelerator = Accelerator(cpu=on_cpu, **options)
+    check_world_size(accelerator.num_processes, asked_world_size, os.environ)
+    return accelerator
+
+
+def _start_deepspeed(on_cpu, options):
+    """An Accelerator with DeepSpeed's engine, or a UserError that says why there would be none."""
+    if _is_true(os.environ, "ACCELERATE_USE_CPU"):
+        raise UserError(
+            "the launcher asks for DeepSpeed and for ACCELERATE_USE_CPU, under which accelerate leaves DeepSpeed out: "
+            "drop --cpu (use_cpu); ds_configs/zero*.yaml run on a CPU without it"
+        )
+    if "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            "ACCELERATE_USE_DEEPSPEED is set but no launcher gave this process a rank: launch with accelerate launch "
+            "--config_file ds_configs/zero2.yaml --num_processes N -m caco_scale.pretrain ..."
+        )
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import_deepspeed()
+    from accelerate import DeepSpeedPlugin
+
+    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(os.environ), zero3_init_flag=False)
+    # Only a word for DeepSpeed's log: the loader gives the batches.
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+    accelerator = Accelerator(deepspeed_plugin=plugin, **options)
+    if accelerator.distributed_type.value != "DEEPSPEED":
+        raise UserError(
+            f"the launcher asks for DeepSpeed but accelerate trains with {accelerator.distributed_type.value}: launch "
+            "with accelerate launch --config_file ds_configs/zero2.yaml --num_processes N -m caco_scale.pretrain ..."
+        )
+    return accelerator
+
+
+def import_deepspeed():
+    """DeepSpeed, without the all-reduce over shared memory that it would compile on a CPU for a minute.
+
+    That one serves tensor-parallel inference alone, and needs a compiler and ninja.
+
+    Raises:
+        UserError: DeepSpeed, or what accelerate needs beside it, is not installed.
+    """
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    try:
+        import deepspeed
+        import deepspeed.ops
+        import transformers  # noqa: F401, accelerate's DeepSpeed plugin imports it at every stage
+    except ImportError as error:
+        raise UserError(
+            f"the launcher asks for DeepSpeed, but {error.name or error} is not installed: pip install {error.name}, or "
+            "use --config_file ds_configs/fsdp2.yaml"
+        ) from None
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _unset(variable):
+    """The environment without ``variable`` meanwhile."""
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What came of it
+
+
+def refuse_lost_driver(environment, devices=Path("/dev")):
+    """An NVIDIA machine on which torch sees no GPU trains on its CPU, hundreds of times more slowly: say so.
+
+    ``CUDA_VISIBLE_DEVICES=""`` (or -1), or ``accelerate launch --cpu``, says that the CPU is meant.
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1", "NoDevFiles") or _is_true(environment, "ACCELERATE_USE_CPU"):
+        return
+    signs = [f"CUDA_VISIBLE_DEVICES={visible}"] if visible else []
+    signs += [str(device) for device in sorted(devices.glob("nvidia[0-9]*"))]
+    signs += [
+        f"{name}={environment[name]}"
+        for name in ("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS")
+        if environment.get(name, "0") != "0"
+    ]
+    if signs:
+        raise UserError(
+            f"this machine speaks of GPUs ({', '.join(signs[:3])}) but torch {torch.__version__} sees none: mend the "
+            "driver (nvidia-smi) or install a torch for it, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+
+
+def check_world_size(world_size, asked, environment):
+    """Refuse a launch that trains with other processes than its user believes.
+
+    Args:
+        world_size: processes in the group that training uses.
+        asked: ``run.world_size``, 0 = unchecked.
+        environment: the variables that the launcher set.
+    """
+    if asked:
+        if asked != world_size:
+            raise UserError(
+                f"run.world_size asks for {asked} processes but training sees {world_size}: "
+                "launch with accelerate launch --config_file ds_configs/ddp.yaml --num_processes "
+                f"{asked}, or correct run.world_size"
+            )
+        return
+    if world_size > 1:
+        return
+    counts = {name: environment[name] for name in PROCESS_COUNTS if environment.get(name, "1") != "1"}
+    # `accelerate launch --cpu --num_processes 2` starts ONE process and leaves only the address of a second.
+    if not counts and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+        counts = {"MASTER_ADDR": environment["MASTER_ADDR"]}
+    if counts:
+        spoken = ", ".join(f"{name}={value}" for name, value in counts.items())
+        raise UserError(
+            f"the launch speaks of several processes ({spoken}) but training sees 1: launch with accelerate launch "
+            "--config_file ds_configs/ddp.yaml --num_processes N, or confirm one process by --run.world_size 1"
+        )

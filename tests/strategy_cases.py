@@ -1,0 +1,148 @@
+"""Run by ``accelerate launch`` in tests: train a tiny model under the launch's strategy and save its whole state.
+
+    accelerate launch --config_file ds_configs/zero2.yaml --num_processes 2 tests/strategy_cases.py FOLDER CASE [CASE ...]
+
+Each case is JSON: {"name": ..., and what it changes of :data:`DEFAULTS`}. The state ends in FOLDER/<name>.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from caco_scale import checkpoint
+from caco_scale.distributed.launch import launched_strategy, start_processes
+from caco_scale.distributed.strategy import build_strategy
+from caco_scale.method.bank import ShardedBank
+from caco_scale.method.encoders import build_backbone
+from caco_scale.method.model import Encoder, QueryKeyModel
+from caco_scale.method.projector import build_projector
+from caco_scale.optim.schedule import HyperParameters
+from caco_scale.step import train_step
+
+DEFAULTS = {
+    "optimizer": "lars",
+    "lr": 2.0,
+    "weight_decay": 1e-2,
+    "dtype": "float32",
+    "arch": "tiny",
+    "pixels": 16,
+    "global_batch_size": 12,
+    "num_micro": 1,
+    "bank_size": 25,
+    "dim": 16,
+    "warmup_steps": 2,
+    "steps": 12,
+    "start": None,  # checkpoint to begin from
+    "not_finite_step": None,  # its gradients are not finite on the last rank, while its loss is
+    "bad_loss_step": None,  # its images are not finite on the last rank
+    "save_at": None,
+    "evaluate": False,
+}
+
+
+def build(case, strategy_name, accelerator):
+    torch.manual_seed(0)
+    backbone, num_features = build_backbone(case["arch"], "cifar" if case["arch"] == "tiny" else "imagenet")
+    model = QueryKeyModel(Encoder(backbone, build_projector(num_features, 32, case["dim"])))
+    dtype = getattr(torch, case["dtype"])
+    strategy = build_strategy(strategy_name, accelerator, model.to(dtype), case["optimizer"], case["weight_decay"])
+    bank = ShardedBank(case["bank_size"], case["dim"], device=strategy.device, dtype=dtype, seed=0)
+    return strategy, bank
+
+
+def views_of(case, step, rank, world_size):
+    """This rank's micro-batches of the global batch of a step."""
+    n, pixels = case["global_batch_size"], case["pixels"]
+    generator = torch.Generator().manual_seed(1000 + step)
+    images = torch.randn(n, 3, pixels, pixels, generator=generator, dtype=torch.float64)
+    both = [images + 0.3 * torch.randn(images.shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+    share = n // world_size
+    own = [view[rank * share : (rank + 1) * share].to(getattr(torch, case["dtype"])) for view in both]
+    if step == case["bad_loss_step"] and rank == world_size - 1:
+        own[0][0] = float("nan")
+    size = share // case["num_micro"]
+    return [[view[i * size : (i + 1) * size] for view in own] for i in range(case["num_micro"])]
+
+
+def hyper_parameters(case, step):
+    warm = step < case["warmup_steps"]
+    return HyperParameters(
+        step=step,
+        rule="moco" if warm else "caco",
+        temperature=0.2 if warm else 0.1,
+        bank_temperature=0.2 if warm else 0.1,
+        lr=case["lr"] * (1 + step % 3) / 3,
+        bank_lr=0.0 if warm else 0.3,
+        key_momentum=0.9 + 0.005 * step,
+        in_warmup=warm,
+        is_switch=step == case["warmup_steps"],
+    )
+
+
+def run(case, strategy, bank):
+    """-> {"moved": [...], "losses": [...], "optimizer_state_bytes": of every rank is written by its own rank}."""
+    first = 0
+    if case["start"]:
+        first = strategy.restore(case["start"], bank)["step"]
+    moved, losses = [], []
+    for step in range(first, case["steps"]):
+        hp = hyper_parameters(case, step)
+        if hp.is_switch:
+            strategy.synchronise_key()
+            bank.reset_velocity()
+        hook = None
+        if step == case["not_finite_step"] and strategy.rank == strategy.world_size - 1:
+            hook = _poison(strategy)
+        result = train_step(strategy, bank, views_of(case, step, strategy.rank, strategy.world_size), hp)
+        if hook:
+            hook.remove()
+        moved.append(bool(result.moved))
+        losses.append(result.loss.item())
+        if case["save_at"] == step + 1:
+            save(case, strategy, bank, step + 1, "-start")
+    return {"moved": moved, "losses": losses, "optimizer_state_bytes": strategy.optimizer_state_bytes()}
+
+
+def _poison(strategy):
+    """Gradients of this rank that are not finite, with a finite loss."""
+
+    def spoil(module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(lambda grad: grad * float("nan"))
+
+    return strategy.module.query.projector.register_forward_hook(spoil)
+
+
+def save(case, strategy, bank, step, suffix=""):
+    checkpointer = checkpoint.Checkpointer(case["folder"] / (case["name"] + suffix))
+    checkpointer.save(step, strategy.training_state(bank, {}), wait=True)
+    checkpointer.close()
+
+
+def main(folder, cases):
+    accelerator = start_processes()
+    name = launched_strategy(__import__("os").environ)
+    for given in cases:
+        case = DEFAULTS | {"folder": Path(folder)} | given
+        strategy, bank = build(case, name, accelerator)
+        report = {"strategy": name, "world_size": strategy.world_size} | run(case, strategy, bank)
+        if case["evaluate"]:
+            images = views_of(case, 99, 0, 1)[0][0]
+            if strategy.rank == 0:
+                images = images[: len(images) // 2]  # ranks may evaluate different numbers of images
+            with strategy.evaluation_encoder() as encoder, torch.no_grad():
+                encoder.eval()
+                report["features"] = encoder.features(images.to(strategy.device)).double().sum(1).tolist()
+                encoder.train()
+            run(case | {"start": None, "steps": 1}, strategy, bank)  # training goes on afterwards
+        else:
+            save(case, strategy, bank, case["steps"])
+        path = case["folder"] / f"{case['name']}.rank{strategy.rank}.json"
+        path.write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1], [json.loads(text) for text in sys.argv[2:]])
