@@ -6,16 +6,19 @@ Each case is JSON: {"name": ..., and what it changes of :data:`DEFAULTS`}. The s
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from caco_scale import checkpoint
 from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.distributed.strategy import build_strategy
 from caco_scale.method.bank import ShardedBank
-from caco_scale.method.encoders import build_backbone
+from caco_scale.method.encoders import TinyResNet
 from caco_scale.method.model import Encoder, QueryKeyModel
 from caco_scale.method.projector import build_projector
 from caco_scale.optim.schedule import HyperParameters
@@ -23,29 +26,50 @@ from caco_scale.step import train_step
 
 DEFAULTS = {
     "optimizer": "lars",
-    "lr": 2.0,
+    "lr": 0.2,
+    "bank_lr": 0.05,
     "weight_decay": 1e-2,
     "dtype": "float32",
-    "arch": "tiny",
     "pixels": 16,
-    "global_batch_size": 12,
+    "global_batch_size": 24,
     "num_micro": 1,
-    "bank_size": 25,
-    "dim": 16,
+    "bank_size": 24,
+    "dim": 32,
     "warmup_steps": 2,
     "steps": 12,
     "start": None,  # checkpoint to begin from
     "not_finite_step": None,  # its gradients are not finite on the last rank, while its loss is
-    "bad_loss_step": None,  # its images are not finite on the last rank
+    "bad_loss_step": None,  # an image is not finite: the loss is not either
     "save_at": None,
     "evaluate": False,
 }
 
 
+class SmoothResNet(TinyResNet):
+    """Without ReLU's kink: one activation within rounding of 0 would move the gradients by parts in a thousand."""
+
+    def __init__(self):
+        super().__init__()
+        smoothen(self)
+
+    def forward(self, images):
+        x = F.silu(self.bn1(self.conv1(images)))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean(dim=(2, 3))
+
+
+def smoothen(module):
+    for name, child in module.named_children():
+        if isinstance(child, nn.ReLU):
+            setattr(module, name, nn.SiLU())
+        else:
+            smoothen(child)
+    return module
+
+
 def build(case, strategy_name, accelerator):
     torch.manual_seed(0)
-    backbone, num_features = build_backbone(case["arch"], "cifar" if case["arch"] == "tiny" else "imagenet")
-    model = QueryKeyModel(Encoder(backbone, build_projector(num_features, 32, case["dim"])))
+    projector = smoothen(build_projector(SmoothResNet.num_features, 32, case["dim"]))
+    model = QueryKeyModel(Encoder(SmoothResNet(), projector))
     dtype = getattr(torch, case["dtype"])
     strategy = build_strategy(strategy_name, accelerator, model.to(dtype), case["optimizer"], case["weight_decay"])
     bank = ShardedBank(case["bank_size"], case["dim"], device=strategy.device, dtype=dtype, seed=0)
@@ -55,15 +79,16 @@ def build(case, strategy_name, accelerator):
 def views_of(case, step, rank, world_size):
     """This rank's micro-batches of the global batch of a step."""
     n, pixels = case["global_batch_size"], case["pixels"]
+    coarse = torch.randn(n, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    images = 2 * torch.nn.functional.interpolate(coarse, size=(pixels, pixels), mode="bilinear")
     generator = torch.Generator().manual_seed(1000 + step)
-    images = torch.randn(n, 3, pixels, pixels, generator=generator, dtype=torch.float64)
-    both = [images + 0.3 * torch.randn(images.shape, generator=generator, dtype=torch.float64) for _ in range(2)]
-    share = n // world_size
-    own = [view[rank * share : (rank + 1) * share].to(getattr(torch, case["dtype"])) for view in both]
-    if step == case["bad_loss_step"] and rank == world_size - 1:
-        own[0][0] = float("nan")
-    size = share // case["num_micro"]
-    return [[view[i * size : (i + 1) * size] for view in own] for i in range(case["num_micro"])]
+    both = [images + 0.2 * torch.randn(images.shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+    if step == case["bad_loss_step"]:
+        both[0][-1] = float("nan")
+    # Micro-batches are cut from the global batch and then shared, so that BatchNorm sees the same at any world size.
+    micro_batches = [[view.to(getattr(torch, case["dtype"])) for view in both]]
+    micro_batches = list(zip(*(view.chunk(case["num_micro"]) for view in micro_batches[0]), strict=True))
+    return [[view.chunk(world_size)[rank] for view in views] for views in micro_batches]
 
 
 def hyper_parameters(case, step):
@@ -71,10 +96,10 @@ def hyper_parameters(case, step):
     return HyperParameters(
         step=step,
         rule="moco" if warm else "caco",
-        temperature=0.2 if warm else 0.1,
-        bank_temperature=0.2 if warm else 0.1,
+        temperature=0.2,
+        bank_temperature=0.2,
         lr=case["lr"] * (1 + step % 3) / 3,
-        bank_lr=0.0 if warm else 0.3,
+        bank_lr=0.0 if warm else case["bank_lr"],
         key_momentum=0.9 + 0.005 * step,
         in_warmup=warm,
         is_switch=step == case["warmup_steps"],
@@ -123,7 +148,7 @@ def save(case, strategy, bank, step, suffix=""):
 
 def main(folder, cases):
     accelerator = start_processes()
-    name = launched_strategy(__import__("os").environ)
+    name = launched_strategy(os.environ)
     for given in cases:
         case = DEFAULTS | {"folder": Path(folder)} | given
         strategy, bank = build(case, name, accelerator)
