@@ -5,6 +5,7 @@ Checkpoints and metrics count finished steps: ``step_00000100`` and the metrics 
 updates. The audit names a step by its place in the order, 0 for the first, as ``Order.batch`` does.
 """
 
+import os
 import socket
 import time
 from pathlib import Path
@@ -21,13 +22,14 @@ from caco_scale.data.store import open_store
 from caco_scale.data.views import ViewSpec
 from caco_scale.diagnostics import CollapseAlarm, embedding_std, rankme
 from caco_scale.distributed.collectives import all_max, gather_objects
-from caco_scale.distributed.strategy import DataParallel, start_processes
+from caco_scale.distributed.launch import launched_strategy, start_processes
+from caco_scale.distributed.strategy import build_strategy, check_combination
 from caco_scale.errors import UserError
 from caco_scale.evaluate.features import pixels
 from caco_scale.evaluate.knn import evaluate_knn
 from caco_scale.method.bank import ShardedBank
 from caco_scale.method.encoders import build_backbone
-from caco_scale.method.model import Encoder, QueryKeyModel, synchronise_key
+from caco_scale.method.model import Encoder, QueryKeyModel
 from caco_scale.method.projector import build_projector
 from caco_scale.optim.schedule import Schedule, hyper_parameters
 from caco_scale.run_directory import JsonLines, RunDirectory, describe_environment
@@ -48,8 +50,10 @@ def run(config, signals):
     """
     accelerator = start_processes(config.run.world_size)
     if accelerator.is_main_process:
-        print(f"training sees {accelerator.num_processes} process(es), {accelerator.device}", flush=True)
+        name = launched_strategy(os.environ)
+        print(f"training sees {accelerator.num_processes} process(es), {accelerator.device}, {name}", flush=True)
     config = resolve(config, accelerator)
+    check_combination(launched_strategy(os.environ), parameter_dtype(config), config.precision.compile)
     if config.data.workers:
         start_fork_server()  # its imports overlap with building the model
     data = TrainingData(config, accelerator.process_index, accelerator.num_processes)
@@ -204,8 +208,6 @@ def build_model(config):
     backbone, num_features = build_backbone(config.model.arch, config.model.stem)
     projector = build_projector(num_features, config.model.projector_hidden, config.model.embedding_dim)
     encoder = Encoder(backbone, projector)
-    if config.precision.compile:
-        encoder.compile()
     model = QueryKeyModel(
         encoder,
         autocast_dtype=torch.bfloat16 if config.precision.compute == "bf16" else None,
@@ -264,8 +266,13 @@ class Trainer:
         self.config, self.signals, self.data, self.schedule = config, signals, data, schedule
         self.directory, self.checkpointer, self.end = directory, checkpointer, end
         self.dtype = parameter_dtype(config)
-        self.strategy = DataParallel(
-            accelerator, build_model(config), config.optim.name, config.optim.weight_decay
+        self.strategy = build_strategy(
+            launched_strategy(os.environ),
+            accelerator,
+            build_model(config),
+            config.optim.name,
+            config.optim.weight_decay,
+            config.precision.compile,
         )
         self.device = self.strategy.device
         self.bank = ShardedBank(
@@ -296,12 +303,15 @@ class Trainer:
         """Run directory, telemetry and audit of this attempt."""
         config = self.config
         self.directory.write_config(configuration.to_yaml(config))
-        places = gather_objects((str(self.device), socket.gethostname()))
+        state_bytes = self.strategy.optimizer_state_bytes()
+        places = gather_objects((str(self.device), socket.gethostname(), state_bytes))
         self.directory.write_environment(
             describe_environment(
                 world_size=accelerator.num_processes,
-                devices=[device for device, _ in places],
-                hosts=[host for _, host in places],
+                devices=[device for device, _, _ in places],
+                hosts=[host for _, host, _ in places],
+                strategy=self.strategy.name,
+                optimizer_state_bytes=[num_bytes for _, _, num_bytes in places],
             )
         )
         attempt = self.directory.start_attempt(
@@ -326,6 +336,7 @@ class Trainer:
         if config.eval.knn_every and not self.data.val_store:
             self.telemetry.note("no kNN evaluation: data.val_shards is empty")
         self.telemetry.note(f"resumed from {resumed} at step {self.step:,}" if resumed else "fresh start")
+        self.telemetry.note(f"{self.strategy.name}: {state_bytes / 1e6:,.2f} MB of optimizer state on rank 0")
 
     def __enter__(self):
         return self
@@ -373,7 +384,7 @@ class Trainer:
         if self.step % self.data.order.steps_per_epoch == 0:
             self.bank.reset_assignments()
         if hp.is_switch:
-            synchronise_key(self.strategy.module)
+            self.strategy.synchronise_key()
             self.bank.reset_velocity()
         micro_batches = MicroBatches(
             batch, self.data.micro_batch_size, self.device, self.dtype, self.config.views
@@ -477,7 +488,7 @@ class Trainer:
         every, steps_per_epoch = self.config.eval.knn_every, self.data.order.steps_per_epoch
         epoch, position = divmod(self.step, steps_per_epoch)
         if every and (self.step == self.end or (position == 0 and epoch % every == 0)):
-            self.knn[self.step] = self._knn(self.strategy.module.query.features)
+            self.knn[self.step] = self._encoder_knn()
             self.telemetry.log_event(
                 self.step, {"epoch": self.step / steps_per_epoch, "knn_top1": self.knn[self.step]}
             )
@@ -485,19 +496,24 @@ class Trainer:
 
     def _evaluate_baselines(self):
         """kNN of raw pixels and of the untrained encoder: what any later figure is to be compared with."""
-        raw, untrained = self._knn(pixels), self._knn(self.strategy.module.query.features)
+        raw, untrained = self._knn(pixels, None), self._encoder_knn()
         self.telemetry.log_event(0, {"knn_top1": untrained, "knn_top1_raw_pixels": raw})
         self.telemetry.note(f"kNN top-1 before training: raw pixels {raw:.2f}%, encoder {untrained:.2f}%")
         self.knn |= {"pixels": raw, 0: untrained}
 
-    def _knn(self, encode):
+    def _encoder_knn(self):
+        with self.strategy.evaluation_encoder() as encoder:
+            return self._knn(encoder.features, encoder)
+
+    def _knn(self, encode, module):
+        """kNN of what ``encode``, of ``module``, makes of images: percent, the same on every rank."""
         config = self.config
         with self.telemetry.meter.paused():
             return evaluate_knn(
                 encode,
                 self.data.store,
                 self.data.val_store,
-                module=self.strategy.module,
+                module=module,
                 autocast_dtype=self.strategy.module.autocast_dtype,
                 channels_last=self.strategy.module.channels_last,
                 rank=self.strategy.rank,
@@ -531,11 +547,10 @@ class Trainer:
             "last_epoch_bank": self.last_epoch_bank,
             "knn": [[step, value] for step, value in self.knn.items()],
         }
-        module, optimizer = self.strategy.module, self.strategy.optimizer
-        self.checkpointer.save(self.step, checkpoint.training_state(module, optimizer, self.bank, values))
+        self.checkpointer.save(self.step, self.strategy.training_state(self.bank, values))
 
     def _restore(self, path):
-        values = checkpoint.restore(path, self.strategy.module, self.strategy.optimizer, self.bank)
+        values = self.strategy.restore(path, self.bank)
         self.step = values["step"]
         self.skipped, self.skipped_in_a_row = values["skipped"], values["skipped_in_a_row"]
         self.corrupt, self.last_epoch_bank = values["corrupt"], values["last_epoch_bank"]

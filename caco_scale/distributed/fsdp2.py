@@ -23,6 +23,8 @@ UNITS = (BasicBlock, Bottleneck, EncoderBlock)  # gathered and freed one at a ti
 class FullyShardedDataParallel(Strategy):
     """Parameters are DTensors, rows of which each rank holds; gathered for a unit's forward and backward only."""
 
+    name, partitioned_gradients = "fsdp2", True
+
     def __init__(self, accelerator, model, optimizer_name, weight_decay):
         whole_copy = WholeCopy(model.query)  # before SyncBN, whose process group cannot be copied
         super().__init__(accelerator, model)

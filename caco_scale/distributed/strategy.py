@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from caco_scale import checkpoint
-from caco_scale.distributed.collectives import all_reduce_
+from caco_scale.distributed import collectives
 from caco_scale.distributed.partition import gather_whole
 from caco_scale.distributed.syncbn import convert_sync_batchnorm
 from caco_scale.errors import UserError
@@ -66,17 +66,21 @@ class Strategy:
     """What the step, evaluation and checkpoints need; what the strategies have in common.
 
     Attributes:
+        name: the file in ds_configs/ that chooses it.
         device, rank, world_size: of this process.
         module: the :class:`~caco_scale.method.model.QueryKeyModel` itself; some strategies partition its parameters.
         optimizer: of the query encoder's parameters; some strategies give it partitioned tensors.
         partitions: what the optimizer's flat tensors are made of, ``[(tensor, FlatPartition)]``; None: it has none.
+        partitioned_gradients: whether each rank holds other gradients, and has to ask whether all are finite.
     """
 
     partitions = None
+    partitioned_gradients = False
 
     def __init__(self, accelerator, model):
         self.device = accelerator.device
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        assert self.world_size == collectives.world_size(), "accelerate and torch see different processes"
         self.module = convert_sync_batchnorm(model, self.device.type).to(self.device)
 
     def __call__(self, views):
@@ -126,8 +130,10 @@ class Strategy:
     def _step_if_finite(self, loss, gradients, lr):
         """The step of an optimizer that is ours to call. ``gradients``: what this rank holds of them."""
         norms = torch._foreach_norm(gradients) if gradients else []
-        finite = torch.stack([loss.detach(), *norms]).isfinite().all().float()
-        finite = all_reduce_(finite, dist.ReduceOp.MIN).item() == 1
+        finite = torch.stack([loss.detach(), *norms]).isfinite().all()
+        if self.partitioned_gradients:
+            finite = collectives.all_reduce_(finite.float(), dist.ReduceOp.MIN)
+        finite = bool(finite.item())
         if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -158,6 +164,8 @@ class WholeCopy:
 
 class DataParallel(Strategy):
     """Every process holds the whole model; gradients are averaged over ranks by torch's DDP."""
+
+    name = "ddp"
 
     def __init__(self, accelerator, model, optimizer_name, weight_decay):
         super().__init__(accelerator, model)

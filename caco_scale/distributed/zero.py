@@ -60,7 +60,8 @@ class Zero(Strategy):
         self.optimizer = build_optimizer(optimizer_name, self.module.query, weight_decay)
         self._engine, _ = accelerator.prepare(self.module, self.optimizer)
         self._zero = self._engine.optimizer
-        self._whole_copy = whole_copy if self._engine.zero_optimization_stage() == 3 else None
+        self.name = f"zero{self._engine.zero_optimization_stage()}"
+        self._whole_copy = whole_copy if self.name == "zero3" else None
         self.partitions = flat_partitions(self._zero)
         if isinstance(self.optimizer, LARS):
             self.optimizer.partitions = {id(flat): partition for flat, partition in self.partitions}
