@@ -75,9 +75,7 @@ def run(config, signals):
 
 def resolve(config, accelerator):
     """Settle what depends on the machine, and make the demo's data."""
-    if config.precision.compute == "auto":
-        compute = "bf16" if accelerator.device.type == "cuda" else "fp32"
-        config = configuration.replace(config, precision__compute=compute)
+    config = resolve_precision(config, accelerator.device)
     if config.recipe == "demo" and config.data.shards == configuration.load_recipe("demo").data.shards:
         if accelerator.is_main_process:
             from data_prep.demo import build_demo
@@ -85,6 +83,13 @@ def resolve(config, accelerator):
             build_demo(Path(config.data.shards).parent)
         accelerator.wait_for_everyone()
     return config
+
+
+def resolve_precision(config, device):
+    """``precision.compute`` auto -> bf16 on CUDA, fp32 on a CPU."""
+    if config.precision.compute != "auto":
+        return config
+    return configuration.replace(config, precision__compute="bf16" if device.type == "cuda" else "fp32")
 
 
 class TrainingData:
@@ -202,14 +207,18 @@ def build_schedule(config, order):
     )
 
 
+def build_encoder(config):
+    """Backbone and projector as ``config.model`` says, with random weights."""
+    backbone, num_features = build_backbone(config.model.arch, config.model.stem)
+    projector = build_projector(num_features, config.model.projector_hidden, config.model.embedding_dim)
+    return Encoder(backbone, projector)
+
+
 def build_model(config):
     """Query and key encoder with seeded weights, the same on every rank and at every world size."""
     torch.manual_seed(config.run.seed)
-    backbone, num_features = build_backbone(config.model.arch, config.model.stem)
-    projector = build_projector(num_features, config.model.projector_hidden, config.model.embedding_dim)
-    encoder = Encoder(backbone, projector)
     model = QueryKeyModel(
-        encoder,
+        build_encoder(config),
         autocast_dtype=torch.bfloat16 if config.precision.compute == "bf16" else None,
         channels_last=config.precision.channels_last and torch.cuda.is_available(),
     )

@@ -1,0 +1,248 @@
+"""Check machine, launch, configuration, data and storage before a run, and say what to mend.
+
+    accelerate launch --config_file ds_configs/zero2.yaml --num_processes N -m caco_scale.doctor [RECIPE] [--flags]
+    python -m caco_scale.doctor [RECIPE] [--flags]                  as one process would train
+
+One line per finding: ``ok``, ``note``, or ``FAIL`` followed by what mends it. Exit code 1 where the run would fail, so
+that a script can ask before it queues a job. All ranks check, rank 0 speaks; nothing is trained, and nothing written.
+"""
+
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass, fields
+from importlib import metadata
+from pathlib import Path
+
+from caco_scale.errors import UserError, exit_on_user_error, one_line
+
+REQUIRED = (
+    *("torch", "torchvision", "accelerate", "webdataset", "numpy", "simplejpeg", "opencv-python-headless"),
+    *("safetensors", "tensorboard", "tyro", "rich", "pyyaml", "pillow"),
+)
+LOWEST = {"torch": (2, 11), "accelerate": (1, 10), "numpy": (2, 0)}
+DEEPSPEED = ("deepspeed", "transformers")  # accelerate's DeepSpeed plugin imports transformers at every stage
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``status``: ok, note or FAIL. ``text``: what was found, in a failure with what mends it."""
+
+    status: str
+    text: str
+
+
+def ok(text):
+    return Finding("ok", text)
+
+
+def note(text):
+    return Finding("note", text)
+
+
+def fail(text):
+    return Finding("FAIL", text)
+
+
+def found_version(package):
+    """The installed version of a distribution, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_versions(strategy, version=found_version):
+    """Whether the packages that a strategy needs are there, new enough -> findings. ``version``: name -> str or None."""
+    findings = [ok(f"python {sys.version.split()[0]}")]
+    for package in REQUIRED + (DEEPSPEED if strategy.startswith("zero") else ()):
+        found = version(package)
+        if found is None:
+            why = ", which accelerate needs for DeepSpeed" if package == "transformers" else ""
+            instead = ", or use ds_configs/fsdp2.yaml" if package in DEEPSPEED else ""
+            findings.append(fail(f"{package} is not installed{why}: pip install {package}{instead}"))
+            continue
+        lowest = LOWEST.get(package)
+        if lowest and tuple(int(n) for n in re.findall(r"\d+", found)[: len(lowest)]) < lowest:
+            wanted = ".".join(map(str, lowest))
+            findings.append(fail(f"{package} {found} is older than {wanted}: pip install -U '{package}>={wanted}'"))
+        else:
+            findings.append(ok(f"{package} {found}"))
+    if strategy.startswith("zero"):
+        compiler = version("ninja") and (shutil.which("c++") or shutil.which("g++"))
+        findings.append(
+            note("ninja and a C++ compiler are there, should DeepSpeed want to build a kernel")
+            if compiler
+            else note("no ninja or no C++ compiler: DeepSpeed's own kernels cannot be built; the program uses none of them")
+        )
+    return findings
+
+
+def check_launch(config):
+    """Join the launch as training does -> (findings, accelerator or None)."""
+    import torch
+
+    from caco_scale.distributed.launch import launched_strategy, start_processes
+    from caco_scale.distributed.strategy import check_combination
+
+    try:
+        accelerator = start_processes(config.run.world_size)
+        strategy = launched_strategy(os.environ)
+        dtype = torch.float64 if config.precision.compute == "fp64" else torch.float32
+        check_combination(strategy, dtype, config.precision.compile)
+    except UserError as error:
+        return [fail(one_line(error))], None
+    backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else "none, one process"
+    findings = [
+        ok(f"strategy {strategy}, {accelerator.num_processes} process(es), backend {backend}, {accelerator.device}")
+    ]
+    if accelerator.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(accelerator.device)
+        findings.append(ok(f"{properties.name}, {properties.total_memory / 1e9:.1f} GB"))
+        if config.precision.compute == "bf16" and not torch.cuda.is_bf16_supported():
+            findings.append(fail("this GPU does not compute in bf16: give --precision.compute fp32"))
+    return findings, accelerator
+
+
+def check_arithmetic(config, world_size, data=None):
+    """How the global batch and the bank are shared out -> findings. ``data``: a ``TrainingData`` if there is one."""
+    from caco_scale.distributed.collectives import shard_range
+    from caco_scale.training import share_of
+
+    total = config.data.global_batch_size
+    try:
+        share = share_of(total, world_size)
+    except UserError as error:
+        return [fail(one_line(error))]
+    micro = config.data.micro_batch_size or share
+    if share % micro:
+        return [
+            fail(
+                f"data.micro_batch_size {micro} does not divide the {share} images of a process: give a divisor of {share}"
+            )
+        ]
+    findings = [
+        ok(
+            f"global batch {total:,} = {world_size} process(es) x {share:,} images"
+            + (f" in {share // micro} micro-batches of {micro:,}" if micro < share else "")
+            + f"; peak lr {config.optim.lr * total / 256:g}"
+        )
+    ]
+    rows = [stop - start for start, stop in (shard_range(config.bank.size, world_size, r) for r in range(world_size))]
+    findings.append(ok(f"bank of {config.bank.size:,} rows: {max(rows):,} to {min(rows):,} on a rank"))
+    if data:
+        order = data.order
+        findings.append(
+            ok(f"{order.num_samples:,} images, {order.steps_per_epoch:,} steps an epoch, {order.lanes} lanes")
+        )
+    return findings
+
+
+def check_data(config, rank, world_size):
+    """The shard set as training opens it -> (findings, TrainingData or None)."""
+    from caco_scale.training import TrainingData
+
+    if config.recipe == "demo" and not Path(config.data.shards, "manifest.json").exists():
+        return [note(f"the demo's data will be built in {Path(config.data.shards).parent}")], None
+    try:
+        return [ok(f"shards {config.data.shards}")], TrainingData(config, rank, world_size)
+    except UserError as error:
+        return [fail(one_line(error))], None
+
+
+def check_storage(config):
+    """Whether the run directory can be made and written, and how much room there is -> findings."""
+    path = Path(config.run.dir).absolute()
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return [fail(f"run.dir {path} cannot be written ({existing}): mend its rights, or give another --run.dir")]
+    return [ok(f"run.dir {path}, {shutil.disk_usage(existing).free / 1e9:,.0f} GB free")]
+
+
+def check_memory(config, strategy, world_size, device):
+    """The estimate of a rank's memory, against the GPU's -> findings."""
+    import torch
+
+    from caco_scale.memory import estimate_memory
+
+    share = config.data.global_batch_size // world_size
+    try:
+        estimate = estimate_memory(config, strategy, world_size, config.data.micro_batch_size or share)
+    except UserError as error:
+        return [fail(one_line(error))]
+    parts = ", ".join(
+        f"{f.name.replace('_', ' ')} {getattr(estimate, f.name) / 1e9:.2f}" for f in fields(estimate)
+    )
+    text = f"memory of a rank under {strategy}, estimated: {estimate.total / 1e9:.2f} GB ({parts})"
+    if device.type != "cuda":
+        return [note(text)]
+    free, total = torch.cuda.mem_get_info(device)
+    if estimate.total > 0.95 * total:
+        return [
+            fail(
+                f"{text}, but the GPU has {total / 1e9:.1f} GB: give a smaller --data.micro_batch_size, more processes, or "
+                "ds_configs/zero2.yaml, fsdp2.yaml, zero3_offload.yaml"
+            )
+        ]
+    if estimate.total > free:
+        return [note(f"{text}; only {free / 1e9:.1f} GB of the GPU's {total / 1e9:.1f} GB are free now")]
+    return [ok(f"{text}; the GPU has {total / 1e9:.1f} GB")]
+
+
+def examine(config):
+    """All findings, in the order of a start; what cannot be checked after a failure is left out."""
+    from caco_scale.distributed.launch import launched_strategy
+
+    try:
+        strategy = launched_strategy(os.environ)
+    except UserError as error:
+        return [fail(one_line(error)), *check_versions("ddp"), *check_storage(config)]
+    findings = check_versions(strategy)
+    if any(f.status == "FAIL" for f in findings):
+        return findings + check_storage(config)
+    launch, accelerator = check_launch(config)
+    findings += launch
+    if accelerator is None:
+        return findings + check_storage(config)
+    from caco_scale.training import resolve_precision
+
+    config = resolve_precision(config, accelerator.device)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    arithmetic = check_arithmetic(config, world_size)
+    if all(f.status != "FAIL" for f in arithmetic):
+        found, data = check_data(config, rank, world_size)
+        findings += found
+        arithmetic = check_arithmetic(config, world_size, data)
+        arithmetic += check_memory(config, strategy, world_size, accelerator.device)
+    return findings + arithmetic + check_storage(config)
+
+
+def everywhere(findings):
+    """This rank's findings, and the failures of other ranks that it does not have itself. Collective."""
+    from caco_scale.distributed.collectives import gather_objects
+
+    for rank, others in enumerate(gather_objects(findings)):
+        failures = [f for f in others if f.status == "FAIL" and f not in findings]
+        findings = findings + [fail(f"rank {rank}: {f.text}") for f in failures]
+    return findings
+
+
+@exit_on_user_error
+def main(arguments=None):
+    """Print the findings; exit code 1 if any of them is a failure, 2 on a typo."""
+    from caco_scale.config import parse
+
+    config = parse(sys.argv[1:] if arguments is None else arguments, prog="python -m caco_scale.doctor")
+    findings = everywhere(examine(config))
+    failures = sum(f.status == "FAIL" for f in findings)
+    if int(os.environ.get("RANK", 0)):
+        sys.exit(0)  # rank 0 answers for all; a failure here would have it ended before it speaks
+    for finding in findings:
+        print(f"{finding.status:5}{finding.text}")
+    print(f"{config.recipe}: {failures} finding(s) to mend" if failures else f"{config.recipe}: ready", flush=True)
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

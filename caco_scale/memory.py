@@ -1,0 +1,124 @@
+"""How many bytes a rank needs, estimated before anything is built: what the doctor compares with the machine.
+
+Legend: P parameters of the query encoder (the key encoder has as many), R ranks, K bank rows, D embedding, N global
+batch, V views, b images of a micro-batch.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from caco_scale.method.bank import CHUNK_BYTES_GPU
+from caco_scale.training import build_encoder
+
+OPTIMIZER_SLOTS = {"lars": 1, "sgd": 1, "adamw": 2}  # tensors of a parameter's size
+PARTITIONED = {  # what each strategy divides by R
+    "ddp": (),
+    "zero1": ("masters", "optimizer state"),
+    "zero2": ("masters", "optimizer state", "gradients"),
+    "zero3": ("masters", "optimizer state", "gradients", "parameters"),
+    "fsdp2": ("optimizer state", "gradients", "parameters"),
+}
+GATHERED_ELEMENTS = 100_000_000  # ds_configs/zero3.json: max_live_parameters and prefetch_bucket_size
+BUCKET_ELEMENTS = 50_000_000  # ds_configs/zero*.json: reduce_bucket_size, allgather_bucket_size
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one rank, largest at the end of a step's forward; what libraries and the allocator add is not in it."""
+
+    parameters: int
+    masters: int
+    gradients: int
+    optimizer_state: int
+    buffers: int  # communication: parameters gathered for a moment, buckets of gradients
+    bank: int
+    activations: int
+
+    @property
+    def total(self):
+        return sum(dataclasses.astuple(self))
+
+
+def estimate_memory(config, strategy, world_size, micro_batch_size):
+    """The :class:`Estimate` of a resolved config under a strategy. Allocates the weights of one encoder, once."""
+    encoder = build_encoder(config)
+    with FakeTensorMode():
+        _forget_values(encoder)
+        saved = _saved_bytes(config, encoder, micro_batch_size)
+    num_parameters = sum(p.numel() for p in encoder.parameters())
+    size = 8 if config.precision.compute == "fp64" else 4
+
+    def of(what, elements):
+        share = world_size if what in PARTITIONED[strategy] else 1
+        return -(-elements * size // share)
+
+    buffers = 0
+    if strategy.startswith("zero"):
+        buffers += 2 * min(num_parameters, BUCKET_ELEMENTS) * size
+    if strategy == "zero3":
+        buffers += min(num_parameters, GATHERED_ELEMENTS) * size
+    if strategy == "fsdp2":  # two units' parameters and one's gradients, whole
+        buffers += 3 * _largest_unit(encoder) * size
+    return Estimate(
+        parameters=of("parameters", 2 * num_parameters),
+        masters=of("masters", num_parameters) if strategy.startswith("zero") else 0,
+        gradients=of("gradients", num_parameters),
+        optimizer_state=of("optimizer state", OPTIMIZER_SLOTS[config.optim.name] * num_parameters),
+        buffers=buffers,
+        bank=_bank_bytes(config, world_size, size),
+        activations=saved * size // 4,
+    )
+
+
+def _forget_values(module):
+    """Put tensors without memory in the place of parameters and buffers (inside a ``FakeTensorMode``)."""
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                part._parameters[name] = torch.nn.Parameter(torch.empty(p.shape))
+        for name, b in part._buffers.items():
+            if b is not None:
+                part._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+
+
+def _largest_unit(encoder):
+    """Elements of the largest of the parts that FSDP2 gathers at once."""
+    from caco_scale.distributed.fsdp2 import UNITS
+
+    units = [sum(p.numel() for p in m.parameters()) for m in encoder.modules() if isinstance(m, UNITS)]
+    rest = sum(p.numel() for p in encoder.parameters()) - sum(units)
+    return max([*units, rest])
+
+
+def _bank_bytes(config, world_size, size):
+    """Rows, velocity and gradient of K/R rows; the gathered batch; blocks of similarities."""
+    rows = -(-config.bank.size // world_size) * config.model.embedding_dim
+    views = 2 + config.views.num_local_crops
+    batch = config.data.global_batch_size * (views + 2) * config.model.embedding_dim
+    return (3 * rows + 3 * batch) * size + 3 * CHUNK_BYTES_GPU
+
+
+def _saved_bytes(config, encoder, micro_batch_size):
+    """Bytes that the forwards of all views keep for the backward, counted on tensors without memory."""
+    own = {p.untyped_storage()._cdata for p in (*encoder.parameters(), *encoder.buffers())}
+    seen = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage  # held, so that no other storage takes its place
+        return tensor
+
+    bf16 = config.precision.compute == "bf16"
+    sizes = [config.views.size] * 2 + [config.views.local_size] * config.views.num_local_crops
+    outputs = []  # held: the backward comes after all forwards
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            for size in sizes:
+                images = torch.empty(micro_batch_size, 3, size, size)
+                keep(images)
+                outputs.append(encoder(images))
+    return sum(storage.nbytes() for storage in seen.values())
