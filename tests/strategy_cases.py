@@ -40,8 +40,10 @@ DEFAULTS = {
     "start": None,  # checkpoint to begin from
     "not_finite_step": None,  # its gradients are not finite on the last rank, while its loss is
     "bad_loss_step": None,  # an image is not finite: the loss is not either
-    "save_at": None,
+    "save_at": [],  # steps before which the state is saved too, in FOLDER/<name>-<step>
     "evaluate": False,
+    "zero": {},  # DeepSpeed settings that differ from the launch's
+    "plain_lars": False,  # LARS as it would be if nobody told it what its flat tensors are made of
 }
 
 
@@ -72,6 +74,10 @@ def build(case, strategy_name, accelerator):
     model = QueryKeyModel(Encoder(SmoothResNet(), projector))
     dtype = getattr(torch, case["dtype"])
     strategy = build_strategy(strategy_name, accelerator, model.to(dtype), case["optimizer"], case["weight_decay"])
+    if case["plain_lars"]:
+        strategy.optimizer.partitions = {}
+        for group in strategy.optimizer.param_groups:
+            group["scaled"] = None
     bank = ShardedBank(case["bank_size"], case["dim"], device=strategy.device, dtype=dtype, seed=0)
     return strategy, bank
 
@@ -107,12 +113,14 @@ def hyper_parameters(case, step):
 
 
 def run(case, strategy, bank):
-    """-> {"moved": [...], "losses": [...], "optimizer_state_bytes": of every rank is written by its own rank}."""
+    """Train from the start or a checkpoint -> what each rank reports."""
     first = 0
     if case["start"]:
         first = strategy.restore(case["start"], bank)["step"]
     moved, losses = [], []
     for step in range(first, case["steps"]):
+        if step in case["save_at"]:
+            save(case, strategy, bank, step, f"-{step}")
         hp = hyper_parameters(case, step)
         if hp.is_switch:
             strategy.synchronise_key()
@@ -125,8 +133,6 @@ def run(case, strategy, bank):
             hook.remove()
         moved.append(bool(result.moved))
         losses.append(result.loss.item())
-        if case["save_at"] == step + 1:
-            save(case, strategy, bank, step + 1, "-start")
     return {"moved": moved, "losses": losses, "optimizer_state_bytes": strategy.optimizer_state_bytes()}
 
 
@@ -151,8 +157,12 @@ def main(folder, cases):
     name = launched_strategy(os.environ)
     for given in cases:
         case = DEFAULTS | {"folder": Path(folder)} | given
+        if case["zero"]:
+            settings = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            settings.clear()
+            settings.update(case["zero"])
         strategy, bank = build(case, name, accelerator)
-        report = {"strategy": name, "world_size": strategy.world_size} | run(case, strategy, bank)
+        report = {"strategy": strategy.name, "world_size": strategy.world_size} | run(case, strategy, bank)
         if case["evaluate"]:
             images = views_of(case, 99, 0, 1)[0][0]
             if strategy.rank == 0:
