@@ -1,10 +1,21 @@
 """Launches: what training sees is what was asked for, or one line says how to launch it."""
 
+import json
+
 import pytest
-from launch import SMALL, launch
+import torch
+import yaml
+from launch import ROOT, SMALL, launch
 from shard_sets import make_shard_set
 
-from caco_scale.distributed.strategy import check_world_size, refuse_other_engines
+from caco_scale.distributed.launch import (
+    check_world_size,
+    deepspeed_config,
+    find_deepspeed_json,
+    launched_strategy,
+    refuse_lost_driver,
+)
+from caco_scale.distributed.strategy import check_combination
 from caco_scale.errors import UserError
 
 
@@ -33,11 +44,91 @@ def test_one_process_and_several_that_train_together_pass():
         check_world_size(4, 8, {"WORLD_SIZE": "4"})
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
-def test_an_engine_that_would_not_train_is_an_error(variable):
-    with pytest.raises(UserError, match="the launcher asks for"):
-        refuse_other_engines({variable: "true"})
-    refuse_other_engines({variable: "false"})
+FSDP = {"ACCELERATE_USE_FSDP": "true"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+
+
+def test_the_launchers_config_file_chooses_the_strategy():
+    assert launched_strategy({}) == "ddp"
+    assert launched_strategy({"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_USE_FSDP": "false"}) == "ddp"
+    assert launched_strategy({**FSDP, "FSDP_VERSION": "2"}) == "fsdp2"
+    assert launched_strategy({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}) == "zero3"
+    for name in ("zero1", "zero2", "zero3"):
+        environment = {**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"ds_configs/{name}.json"}
+        assert launched_strategy(environment) == name
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (FSDP, "FSDP version 1.*ds_configs/fsdp2.yaml"),
+        ({**FSDP, "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "zero3_offload"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM.*ds_configs"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, "PARALLELISM_CONFIG_TP_SIZE=2"),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no/such.json"}, "no/such.json, which is not there"),
+    ],
+)
+def test_an_engine_that_would_not_train_is_an_error(environment, words):
+    with pytest.raises(UserError, match=words):
+        launched_strategy(environment)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"zero_optimization": {"stage": 0}}, "stage 0 .*ddp.yaml"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping 1.0 .*set it to 0"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps 4 .*micro_batch_size"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled .*--precision.compute bf16"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled"),
+        ({"optimizer": {"type": "AdamW"}}, "optimizer is not known to train the same model"),
+        ({"communication_data_type": "fp16"}, "communication_data_type is not known"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights is not known"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "device nvme .*use cpu"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio"),
+        ({"zero_optimization": {}}, "zero_optimization.stage"),
+    ],
+)
+def test_deepspeed_settings_that_train_another_model_are_refused_by_name(config, words, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, **config}))
+    with pytest.raises(UserError, match=words):
+        deepspeed_config({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
+
+
+def test_our_deepspeed_files_are_found_from_anywhere_and_exact(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, stage in (("zero1", 1), ("zero2", 2), ("zero3", 3), ("zero3_offload", 3)):
+        text = (ROOT / f"ds_configs/{name}.yaml").read_text()
+        path = yaml.safe_load(text)["deepspeed_config"]["deepspeed_config_file"]
+        assert find_deepspeed_json(path) == ROOT / path
+        config = deepspeed_config({"ACCELERATE_DEEPSPEED_CONFIG_FILE": path})
+        assert config["zero_optimization"]["stage"] == stage
+        assert (config["gradient_clipping"], config["gradient_accumulation_steps"]) == (0.0, 1)
+        assert not config["zero_force_ds_cpu_optimizer"]
+
+
+def test_what_a_strategy_cannot_do_is_refused_with_what_can():
+    for name in ("zero1", "zero2", "zero3"):
+        with pytest.raises(UserError, match=r"fp64 .* ds_configs/fsdp2.yaml"):
+            check_combination(name, torch.float64, False)
+    for name in ("zero3", "fsdp2"):
+        with pytest.raises(UserError, match=r"precision.compile .* ds_configs/zero2.yaml"):
+            check_combination(name, torch.float32, True)
+    check_combination("fsdp2", torch.float64, False)
+    check_combination("ddp", torch.float64, True)
+
+
+def test_a_lost_driver_is_an_error(tmp_path):
+    refuse_lost_driver({}, tmp_path)
+    for environment in ({"CUDA_VISIBLE_DEVICES": "0,1"}, {"SLURM_JOB_GPUS": "0"}, {"SLURM_GPUS_ON_NODE": "4"}):
+        with pytest.raises(UserError, match="sees none: mend the driver"):
+            refuse_lost_driver(environment, tmp_path)
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(UserError, match="nvidia0"):
+        refuse_lost_driver({}, tmp_path)
+    for meant in ({"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"}, {"ACCELERATE_USE_CPU": "true"}):
+        refuse_lost_driver(meant, tmp_path)
 
 
 def failure(output):
@@ -57,3 +148,17 @@ def test_processes_that_do_not_divide_the_batch_say_so_once(tmp_path):
     shards = make_shard_set(tmp_path / "set", num_images=32)
     output = launch({**SMALL, "data.shards": shards, "run.dir": tmp_path / "run"}, num_processes=3, code=1)
     assert "data.global_batch_size 8" in failure(output)
+
+
+def test_deepspeed_that_accelerate_would_leave_out_says_so(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    launcher = ["--config_file", str(ROOT / "ds_configs/zero2.yaml"), "--num_processes", "2"]
+    assert "ACCELERATE_USE_CPU" in failure(launch(SMALL, launcher=launcher, code=1))
+
+
+def test_fp64_under_deepspeed_says_what_can(tmp_path):
+    shards = make_shard_set(tmp_path / "set", num_images=32)
+    launcher = ["--config_file", str(ROOT / "ds_configs/zero1.yaml"), "--num_processes", "1"]
+    flags = {**SMALL, "data.shards": shards, "run.dir": tmp_path / "run"}
+    assert "fp64 cannot be had from DeepSpeed" in failure(launch(flags, launcher=launcher, code=1))
+    assert not (tmp_path / "run").exists()

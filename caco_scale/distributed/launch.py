@@ -296,11 +296,10 @@ def refuse_lost_driver(environment, devices=Path("/dev")):
         return
     signs = [f"CUDA_VISIBLE_DEVICES={visible}"] if visible else []
     signs += [str(device) for device in sorted(devices.glob("nvidia[0-9]*"))]
-    signs += [
-        f"{name}={environment[name]}"
-        for name in ("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS")
-        if environment.get(name, "0") != "0"
-    ]
+    # The one is a number of GPUs, the other a list of theirs, in which 0 is the first.
+    for name, none in (("SLURM_GPUS_ON_NODE", ("", "0")), ("SLURM_JOB_GPUS", ("",))):
+        if environment.get(name, "") not in none:
+            signs.append(f"{name}={environment[name]}")
     if signs:
         raise UserError(
             f"this machine speaks of GPUs ({', '.join(signs[:3])}) but torch {torch.__version__} sees none: mend the "
