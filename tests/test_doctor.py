@@ -1,0 +1,125 @@
+"""The doctor: what would fail is found before the run, with what mends it, and by the exit code."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+from launch import ROOT, environment
+from shard_sets import make_shard_set
+
+from caco_scale import doctor
+from caco_scale.config import load_recipe, recipe_names, replace
+from caco_scale.memory import estimate_memory
+
+
+def failures(findings):
+    return [finding.text for finding in findings if finding.status == "FAIL"]
+
+
+def test_missing_and_old_packages_are_failures_with_their_fix():
+    assert failures(doctor.check_versions("ddp")) == []
+    versions = {"torch": "2.9.1", "transformers": None, "deepspeed": "0.19.8"}
+
+    def version(package):
+        return versions.get(package, "99.0")
+
+    assert failures(doctor.check_versions("ddp", version)) == [
+        "torch 2.9.1 is older than 2.11: pip install -U 'torch>=2.11'"
+    ]
+    found = failures(doctor.check_versions("zero2", version))
+    assert len(found) == 2
+    assert "transformers is not installed, which accelerate needs for DeepSpeed: pip install transformers" in found[1]
+
+
+def test_world_size_arithmetic():
+    config = replace(load_recipe("demo"), data__global_batch_size=96, data__micro_batch_size=16, bank__size=100)
+    texts = [finding.text for finding in doctor.check_arithmetic(config, 3)]
+    assert "global batch 96 = 3 process(es) x 32 images in 2 micro-batches of 16" in texts[0]
+    assert "34 to 32 on a rank" in texts[1]
+    assert "cannot be divided by 7 processes" in failures(doctor.check_arithmetic(config, 7))[0]
+    config = replace(config, data__micro_batch_size=15)
+    assert "does not divide the 32 images" in failures(doctor.check_arithmetic(config, 3))[0]
+
+
+def test_a_run_directory_that_cannot_be_made_is_a_failure(tmp_path):
+    (tmp_path / "file").touch()
+    config = replace(load_recipe("demo"), run__dir=str(tmp_path / "file/run"))
+    assert "cannot be written" in failures(doctor.check_storage(config))[0]
+    config = replace(config, run__dir=str(tmp_path / "new/run"))
+    assert failures(doctor.check_storage(config)) == []
+
+
+def test_partitioning_divides_what_it_should():
+    """Against the ViT-B/16 recipe's own numbers: 106 million parameters in an encoder, two AdamW tensors each."""
+    config = replace(load_recipe("caco_vitb16_300ep"), precision__compute="bf16")
+    of = {name: estimate_memory(config, name, 8, 2) for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2")}
+    num_bytes = of["ddp"].gradients
+    assert of["ddp"].parameters == 2 * num_bytes == of["ddp"].optimizer_state
+    assert of["zero1"].optimizer_state == pytest.approx(2 * num_bytes / 8, rel=1e-6)
+    assert of["zero1"].gradients == num_bytes
+    assert of["zero2"].gradients == pytest.approx(num_bytes / 8, rel=1e-6)
+    assert of["zero2"].parameters == 2 * num_bytes
+    for name in ("zero3", "fsdp2"):
+        assert of[name].parameters == pytest.approx(2 * num_bytes / 8, rel=1e-6)
+    assert of["ddp"].masters == of["fsdp2"].masters == 0
+    assert of["zero3"].masters == pytest.approx(num_bytes / 8, rel=1e-6)
+
+
+def test_activations_are_what_the_forward_really_saves():
+    from caco_scale.training import build_encoder
+
+    config = replace(load_recipe("demo"), precision__compute="fp32", views__num_local_crops=1, views__local_size=16)
+    encoder, saved, outputs = build_encoder(config), {}, []
+    own = {t.untyped_storage().data_ptr() for t in (*encoder.parameters(), *encoder.buffers())}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for size in (32, 32, 16):
+            images = torch.randn(6, 3, size, size)
+            saved[images.untyped_storage().data_ptr()] = images.untyped_storage()
+            outputs.append(encoder(images))
+    expected = sum(storage.nbytes() for storage in saved.values())
+    assert estimate_memory(config, "ddp", 1, 6).activations == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_can_be_estimated(recipe):
+    config = replace(load_recipe(recipe), precision__compute="bf16")
+    estimate = estimate_memory(config, "fsdp2", 4, 2)
+    assert min(dataclasses.astuple(estimate)) >= 0
+    assert estimate.total > estimate.activations > 0
+
+
+def examine(arguments, config=None, num_processes=2):
+    launcher = [sys.executable]
+    if config:
+        launcher += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"ds_configs/{config}.yaml")]
+        launcher += ["--num_processes", str(num_processes)]
+    command = [*launcher, "-m", "caco_scale.doctor", *arguments]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_a_healthy_launch_is_ready_and_a_broken_one_is_not(tmp_path):
+    shards = make_shard_set(tmp_path / "set", num_images=32)
+    flags = ["demo", "--data.shards", str(shards), "--data.val_shards", "", "--eval.knn_every", "0", "--eval.baselines", "False"]
+    flags += ["--data.global_batch_size", "8", "--data.window", "16", "--run.dir", str(tmp_path / "run")]
+    healthy = examine(flags, "zero2")
+    assert healthy.returncode == 0, healthy.stdout + healthy.stderr
+    assert "strategy zero2, 2 process(es), backend gloo, cpu" in healthy.stdout
+    assert "global batch 8 = 2 process(es) x 4 images" in healthy.stdout
+    assert "32 images, 4 steps an epoch" in healthy.stdout
+    assert healthy.stdout.count("memory of a rank under zero2") == 1
+    assert not (tmp_path / "run").exists()
+
+    (tmp_path / "set/manifest.json").unlink()
+    broken = examine(flags)
+    assert broken.returncode == 1
+    assert "FAIL" in broken.stdout
+    assert "python -m data_prep" in broken.stdout
