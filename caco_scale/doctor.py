@@ -54,7 +54,7 @@ def found_version(package):
 
 
 def check_versions(strategy, version=found_version):
-    """Whether the packages that a strategy needs are there, new enough -> findings. ``version``: name -> str or None."""
+    """Whether the packages that a strategy needs are there and new enough -> findings. ``version``: of a name, or None."""
     findings = [ok(f"python {sys.version.split()[0]}")]
     for package in REQUIRED + (DEEPSPEED if strategy.startswith("zero") else ()):
         found = version(package)
@@ -66,7 +66,9 @@ def check_versions(strategy, version=found_version):
         lowest = LOWEST.get(package)
         if lowest and tuple(int(n) for n in re.findall(r"\d+", found)[: len(lowest)]) < lowest:
             wanted = ".".join(map(str, lowest))
-            findings.append(fail(f"{package} {found} is older than {wanted}: pip install -U '{package}>={wanted}'"))
+            findings.append(
+                fail(f"{package} {found} is older than {wanted}: pip install -U '{package}>={wanted}'")
+            )
         else:
             findings.append(ok(f"{package} {found}"))
     if strategy.startswith("zero"):
@@ -74,7 +76,9 @@ def check_versions(strategy, version=found_version):
         findings.append(
             note("ninja and a C++ compiler are there, should DeepSpeed want to build a kernel")
             if compiler
-            else note("no ninja or no C++ compiler: DeepSpeed's own kernels cannot be built; the program uses none of them")
+            else note(
+                "no ninja or no C++ compiler: DeepSpeed's own kernels cannot be built; none of them is used"
+            )
         )
     return findings
 
@@ -95,7 +99,9 @@ def check_launch(config):
         return [fail(one_line(error))], None
     backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else "none, one process"
     findings = [
-        ok(f"strategy {strategy}, {accelerator.num_processes} process(es), backend {backend}, {accelerator.device}")
+        ok(
+            f"strategy {strategy}, {accelerator.num_processes} process(es), backend {backend}, {accelerator.device}"
+        )
     ]
     if accelerator.device.type == "cuda":
         properties = torch.cuda.get_device_properties(accelerator.device)
@@ -119,7 +125,8 @@ def check_arithmetic(config, world_size, data=None):
     if share % micro:
         return [
             fail(
-                f"data.micro_batch_size {micro} does not divide the {share} images of a process: give a divisor of {share}"
+                f"data.micro_batch_size {micro} does not divide the {share} images of a process: "
+                f"give a divisor of {share}"
             )
         ]
     findings = [
@@ -129,7 +136,10 @@ def check_arithmetic(config, world_size, data=None):
             + f"; peak lr {config.optim.lr * total / 256:g}"
         )
     ]
-    rows = [stop - start for start, stop in (shard_range(config.bank.size, world_size, r) for r in range(world_size))]
+    rows = [
+        stop - start
+        for start, stop in (shard_range(config.bank.size, world_size, r) for r in range(world_size))
+    ]
     findings.append(ok(f"bank of {config.bank.size:,} rows: {max(rows):,} to {min(rows):,} on a rank"))
     if data:
         order = data.order
@@ -156,7 +166,9 @@ def check_storage(config):
     path = Path(config.run.dir).absolute()
     existing = next(p for p in (path, *path.parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        return [fail(f"run.dir {path} cannot be written ({existing}): mend its rights, or give another --run.dir")]
+        return [
+            fail(f"run.dir {path} cannot be written ({existing}): mend its rights, or give another --run.dir")
+        ]
     return [ok(f"run.dir {path}, {shutil.disk_usage(existing).free / 1e9:,.0f} GB free")]
 
 
@@ -181,8 +193,8 @@ def check_memory(config, strategy, world_size, device):
     if estimate.total > 0.95 * total:
         return [
             fail(
-                f"{text}, but the GPU has {total / 1e9:.1f} GB: give a smaller --data.micro_batch_size, more processes, or "
-                "ds_configs/zero2.yaml, fsdp2.yaml, zero3_offload.yaml"
+                f"{text}, but the GPU has {total / 1e9:.1f} GB: give a smaller --data.micro_batch_size, "
+                "more processes, or ds_configs/zero2.yaml, fsdp2.yaml, zero3_offload.yaml"
             )
         ]
     if estimate.total > free:
@@ -240,7 +252,10 @@ def main(arguments=None):
         sys.exit(0)  # rank 0 answers for all; a failure here would have it ended before it speaks
     for finding in findings:
         print(f"{finding.status:5}{finding.text}")
-    print(f"{config.recipe}: {failures} finding(s) to mend" if failures else f"{config.recipe}: ready", flush=True)
+    print(
+        f"{config.recipe}: {failures} finding(s) to mend" if failures else f"{config.recipe}: ready",
+        flush=True,
+    )
     sys.exit(1 if failures else 0)
 
 

@@ -51,7 +51,9 @@ def run(config, signals):
     accelerator = start_processes(config.run.world_size)
     if accelerator.is_main_process:
         name = launched_strategy(os.environ)
-        print(f"training sees {accelerator.num_processes} process(es), {accelerator.device}, {name}", flush=True)
+        print(
+            f"training sees {accelerator.num_processes} process(es), {accelerator.device}, {name}", flush=True
+        )
     config = resolve(config, accelerator)
     check_combination(launched_strategy(os.environ), parameter_dtype(config), config.precision.compile)
     if config.data.workers:

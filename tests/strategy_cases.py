@@ -1,6 +1,6 @@
 """Run by ``accelerate launch`` in tests: train a tiny model under the launch's strategy and save its whole state.
 
-    accelerate launch --config_file ds_configs/zero2.yaml --num_processes 2 tests/strategy_cases.py FOLDER CASE [CASE ...]
+    accelerate launch --config_file ds_configs/zero2.yaml --num_processes 2 tests/strategy_cases.py FOLDER CASE ...
 
 Each case is JSON: {"name": ..., and what it changes of :data:`DEFAULTS`}. The state ends in FOLDER/<name>.
 """
@@ -73,7 +73,9 @@ def build(case, strategy_name, accelerator):
     projector = smoothen(build_projector(SmoothResNet.num_features, 32, case["dim"]))
     model = QueryKeyModel(Encoder(SmoothResNet(), projector))
     dtype = getattr(torch, case["dtype"])
-    strategy = build_strategy(strategy_name, accelerator, model.to(dtype), case["optimizer"], case["weight_decay"])
+    strategy = build_strategy(
+        strategy_name, accelerator, model.to(dtype), case["optimizer"], case["weight_decay"]
+    )
     if case["plain_lars"]:
         strategy.optimizer.partitions = {}
         for group in strategy.optimizer.param_groups:
@@ -88,7 +90,9 @@ def views_of(case, step, rank, world_size):
     coarse = torch.randn(n, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     images = 2 * torch.nn.functional.interpolate(coarse, size=(pixels, pixels), mode="bilinear")
     generator = torch.Generator().manual_seed(1000 + step)
-    both = [images + 0.2 * torch.randn(images.shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+    both = [
+        images + 0.2 * torch.randn(images.shape, generator=generator, dtype=torch.float64) for _ in range(2)
+    ]
     if step == case["bad_loss_step"]:
         both[0][-1] = float("nan")
     # Micro-batches are cut from the global batch and then shared, so that BatchNorm sees the same at any world size.

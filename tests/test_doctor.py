@@ -30,11 +30,16 @@ def test_missing_and_old_packages_are_failures_with_their_fix():
     ]
     found = failures(doctor.check_versions("zero2", version))
     assert len(found) == 2
-    assert "transformers is not installed, which accelerate needs for DeepSpeed: pip install transformers" in found[1]
+    assert (
+        "transformers is not installed, which accelerate needs for DeepSpeed: pip install transformers"
+        in found[1]
+    )
 
 
 def test_world_size_arithmetic():
-    config = replace(load_recipe("demo"), data__global_batch_size=96, data__micro_batch_size=16, bank__size=100)
+    config = replace(
+        load_recipe("demo"), data__global_batch_size=96, data__micro_batch_size=16, bank__size=100
+    )
     texts = [finding.text for finding in doctor.check_arithmetic(config, 3)]
     assert "global batch 96 = 3 process(es) x 32 images in 2 micro-batches of 16" in texts[0]
     assert "34 to 32 on a rank" in texts[1]
@@ -70,7 +75,9 @@ def test_partitioning_divides_what_it_should():
 def test_activations_are_what_the_forward_really_saves():
     from caco_scale.training import build_encoder
 
-    config = replace(load_recipe("demo"), precision__compute="fp32", views__num_local_crops=1, views__local_size=16)
+    config = replace(
+        load_recipe("demo"), precision__compute="fp32", views__num_local_crops=1, views__local_size=16
+    )
     encoder, saved, outputs = build_encoder(config), {}, []
     own = {t.untyped_storage().data_ptr() for t in (*encoder.parameters(), *encoder.buffers())}
 
@@ -100,7 +107,12 @@ def test_every_recipe_can_be_estimated(recipe):
 def examine(arguments, config=None, num_processes=2):
     launcher = [sys.executable]
     if config:
-        launcher += ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"ds_configs/{config}.yaml")]
+        launcher += [
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(ROOT / f"ds_configs/{config}.yaml"),
+        ]
         launcher += ["--num_processes", str(num_processes)]
     command = [*launcher, "-m", "caco_scale.doctor", *arguments]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
@@ -108,7 +120,8 @@ def examine(arguments, config=None, num_processes=2):
 
 def test_a_healthy_launch_is_ready_and_a_broken_one_is_not(tmp_path):
     shards = make_shard_set(tmp_path / "set", num_images=32)
-    flags = ["demo", "--data.shards", str(shards), "--data.val_shards", "", "--eval.knn_every", "0", "--eval.baselines", "False"]
+    flags = ["demo", "--data.shards", str(shards), "--data.val_shards", "", "--eval.knn_every", "0"]
+    flags += ["--eval.baselines", "False"]
     flags += ["--data.global_batch_size", "8", "--data.window", "16", "--run.dir", str(tmp_path / "run")]
     healthy = examine(flags, "zero2")
     assert healthy.returncode == 0, healthy.stdout + healthy.stderr

@@ -4,7 +4,17 @@ import json
 
 import pytest
 import torch
-from launch import ROOT, SMALL, SWITCH, final_state, kill_when, launch, planned_keys, relative_difference, start
+from launch import (
+    ROOT,
+    SMALL,
+    SWITCH,
+    final_state,
+    kill_when,
+    launch,
+    planned_keys,
+    relative_difference,
+    start,
+)
 from shard_sets import make_shard_set
 
 from caco_scale.audit import incomplete_steps, read_audit
@@ -20,7 +30,12 @@ def flags(tmp_path_factory):
 
 
 def by(config, num_processes):
-    launcher = ["--config_file", str(ROOT / f"ds_configs/{config}.yaml"), "--num_processes", str(num_processes)]
+    launcher = [
+        "--config_file",
+        str(ROOT / f"ds_configs/{config}.yaml"),
+        "--num_processes",
+        str(num_processes),
+    ]
     return {"num_processes": num_processes, "launcher": launcher}
 
 
@@ -66,7 +81,12 @@ def test_killed_in_a_save_and_resumed_under_fsdp2_and_ddp(flags, tmp_path):
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
 def test_killed_in_a_save_and_resumed_under_zero(config, flags, tmp_path):
     """The same bits as without a kill; kNN evaluation, with its gathered parameters, runs on the way."""
-    flags = {**flags, "precision.compute": "fp32", "data.val_shards": flags["data.shards"], "eval.knn_every": 1}
+    flags = {
+        **flags,
+        "precision.compute": "fp32",
+        "data.val_shards": flags["data.shards"],
+        "eval.knn_every": 1,
+    }
     whole = {**flags, "run.dir": tmp_path / "whole/run"}
     launch(whole, **by(config, 2))
     expected, _ = final_state(tmp_path / "whole/run")

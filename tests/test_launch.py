@@ -65,7 +65,10 @@ def test_the_launchers_config_file_chooses_the_strategy():
         ({**FSDP, "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "zero3_offload"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM.*ds_configs"),
         ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, "PARALLELISM_CONFIG_TP_SIZE=2"),
-        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no/such.json"}, "no/such.json, which is not there"),
+        (
+            {**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no/such.json"},
+            "no/such.json, which is not there",
+        ),
     ],
 )
 def test_an_engine_that_would_not_train_is_an_error(environment, words):
@@ -83,8 +86,14 @@ def test_an_engine_that_would_not_train_is_an_error(environment, words):
         ({"fp16": {"enabled": True}}, "fp16.enabled"),
         ({"optimizer": {"type": "AdamW"}}, "optimizer is not known to train the same model"),
         ({"communication_data_type": "fp16"}, "communication_data_type is not known"),
-        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights is not known"),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "device nvme .*use cpu"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+            "zero_quantized_weights is not known",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "device nvme .*use cpu",
+        ),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio"),
         ({"zero_optimization": {}}, "zero_optimization.stage"),
     ],
@@ -121,13 +130,21 @@ def test_what_a_strategy_cannot_do_is_refused_with_what_can():
 
 def test_a_lost_driver_is_an_error(tmp_path):
     refuse_lost_driver({}, tmp_path)
-    for environment in ({"CUDA_VISIBLE_DEVICES": "0,1"}, {"SLURM_JOB_GPUS": "0"}, {"SLURM_GPUS_ON_NODE": "4"}):
+    for environment in (
+        {"CUDA_VISIBLE_DEVICES": "0,1"},
+        {"SLURM_JOB_GPUS": "0"},
+        {"SLURM_GPUS_ON_NODE": "4"},
+    ):
         with pytest.raises(UserError, match="sees none: mend the driver"):
             refuse_lost_driver(environment, tmp_path)
     (tmp_path / "nvidia0").touch()
     with pytest.raises(UserError, match="nvidia0"):
         refuse_lost_driver({}, tmp_path)
-    for meant in ({"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"}, {"ACCELERATE_USE_CPU": "true"}):
+    for meant in (
+        {"CUDA_VISIBLE_DEVICES": ""},
+        {"CUDA_VISIBLE_DEVICES": "-1"},
+        {"ACCELERATE_USE_CPU": "true"},
+    ):
         refuse_lost_driver(meant, tmp_path)
 
 

@@ -1,7 +1,7 @@
 """Every strategy trains the model of one process: by real launches, the whole state compared.
 
-The tiny model of ``strategy_cases.py`` takes 2 steps of bank warm-up and 10 of CaCo from one checkpoint. In fp64 what is
-left is rounding (1e-12); in fp32 (DeepSpeed) a few 1e-6, while a wrong norm, average or moving average is off by 1e-2.
+The tiny model of ``strategy_cases.py`` takes 2 steps of bank warm-up and 10 of CaCo from one checkpoint. In fp64 what
+is left is rounding (1e-12); in fp32 (DeepSpeed) a few 1e-6, while a wrong norm, average or moving average is off by 1e-2.
 """
 
 import json
@@ -44,7 +44,9 @@ def train(folder, cases, config=None, num_processes=1):
         command = [*launcher, "--num_processes", str(num_processes), str(CASES)]
     command += [str(folder), *map(json.dumps, cases)]
     # Not the checkout: what the config file names is found whatever the working directory.
-    process = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=500)
+    process = subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=500
+    )
     assert process.returncode == 0, f"{process.stdout[-4000:]}\n{process.stderr[-8000:]}"
 
 
@@ -82,13 +84,24 @@ def starting(case, reference):
 
     In the warm-up the order in which micro-batches enter the bank's queue depends on the number of processes.
     """
-    name = "lars64" if case.get("dtype") == "float64" else "adamw" if case.get("optimizer") == "adamw" else "lars"
+    name = (
+        "lars64"
+        if case.get("dtype") == "float64"
+        else "adamw"
+        if case.get("optimizer") == "adamw"
+        else "lars"
+    )
     step = 2 if "num_micro" in case else 0
     return {**case, "start": str(checkpoint.step_path(reference / f"{name}-{step}", step))}
 
 
 def check(config, num_processes, cases, reference, folder):
-    train(folder, [starting(case, reference) for case in cases], ROOT / "ds_configs" / f"{config}.yaml", num_processes)
+    train(
+        folder,
+        [starting(case, reference) for case in cases],
+        ROOT / "ds_configs" / f"{config}.yaml",
+        num_processes,
+    )
     for case in cases:
         facts = report(folder, case["name"])
         assert (facts["strategy"], facts["world_size"]) == (config, num_processes)
@@ -127,7 +140,10 @@ def test_plain_lars_fails_where_ours_passes_and_engine_settings_change_nothing(r
         NOT_FINITE,
         {"name": "plain", "plain_lars": True, "zero": {"stage": 2}},
         {"name": "not_persistent", "zero": NOT_PERSISTENT},
-        {"name": "round_robin", "zero": {"stage": 2, "round_robin_gradients": True, "reduce_bucket_size": 500}},
+        {
+            "name": "round_robin",
+            "zero": {"stage": 2, "round_robin_gradients": True, "reduce_bucket_size": 500},
+        },
     ]
     train(tmp_path, [starting(case, reference) for case in cases], ROOT / "ds_configs/zero2.yaml", 2)
     difference, name = relative_difference(state(tmp_path / "plain"), state(reference / "lars"))
@@ -167,7 +183,7 @@ def test_ranks_with_empty_shards(tmp_path):
 
 
 def test_a_chain_of_resumes_through_every_strategy(reference, tmp_path):
-    """DDP(2) -> ZeRO-2(3) -> FSDP2(2) -> ZeRO-3(3) -> ZeRO-1(2) -> DDP(1), two steps each; the first ends at the switch."""
+    """DDP(2) -> ZeRO-2(3) -> FSDP2(2) -> ZeRO-3(3) -> ZeRO-1(2) -> DDP(1), two steps each."""
     chain = [("ddp", 2), ("zero2", 3), ("fsdp2", 2), ("zero3", 3), ("zero1", 2), ("ddp", 1)]
     start = None
     for link, (config, num_processes) in enumerate(chain):

@@ -17,7 +17,8 @@ from caco_scale.distributed.partition import local_part
 from caco_scale.distributed.strategy import Strategy, WholeCopy
 from caco_scale.optim.groups import build_optimizer, init_optimizer_state
 
-UNITS = (BasicBlock, Bottleneck, EncoderBlock)  # gathered and freed one at a time; the rest of an encoder at once
+# Gathered and freed one at a time; the rest of an encoder at once.
+UNITS = (BasicBlock, Bottleneck, EncoderBlock)
 
 
 class FullyShardedDataParallel(Strategy):

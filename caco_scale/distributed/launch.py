@@ -46,7 +46,8 @@ def launched_strategy(environment):
     if _is_true(environment, "ACCELERATE_USE_FSDP"):
         check_fsdp(environment)
         return "fsdp2"
-    for engine, variable in (("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM"), ("parallelism", "PARALLELISM_CONFIG_TP_SIZE")):
+    others = {"Megatron-LM": "ACCELERATE_USE_MEGATRON_LM", "parallelism": "PARALLELISM_CONFIG_TP_SIZE"}
+    for engine, variable in others.items():
         if environment.get(variable, "false").lower() not in ("false", "1", ""):
             raise UserError(
                 f"the launcher asks for {engine} ({variable}={environment[variable]}), which this program does not "
@@ -72,14 +73,23 @@ def check_fsdp(environment):
 
 # DeepSpeed settings that change only speed and memory, each tried against one process. Any other is refused.
 EXACT_KEYS = {
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *(
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    ),
     *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print"),
     *("wall_clock_breakdown", "comms_logger", "fp16", "bf16"),
 }
 EXACT_ZERO_KEYS = {
     *("stage", "contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size"),
     *("allgather_partitions", "allgather_bucket_size", "round_robin_gradients", "sub_group_size"),
-    *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
+    *(
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_model_persistence_threshold",
+    ),
     *("stage3_max_live_parameters", "stage3_max_reuse_distance", "offload_optimizer", "offload_param"),
     "stage3_gather_16bit_weights_on_model_save",
 }
@@ -116,7 +126,11 @@ def deepspeed_config(environment):
 def find_deepspeed_json(name):
     """The JSON file that a launcher's config names: from the working directory, beside it, or in the checkout."""
     beside = _launcher_config_folder()
-    places = [Path.cwd() / name, *([beside / name, beside / Path(name).name] if beside else []), CHECKOUT / name]
+    places = [
+        Path.cwd() / name,
+        *([beside / name, beside / Path(name).name] if beside else []),
+        CHECKOUT / name,
+    ]
     for path in places:
         if path.is_file():
             return path
@@ -131,7 +145,9 @@ def _launcher_config_folder():
     try:
         parent = Path(f"/proc/{os.getppid()}")
         words = (parent / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        values = [w.partition("=")[2] or words[i + 1] for i, w in enumerate(words) if w.startswith("--config_file")]
+        values = [
+            w.partition("=")[2] or words[i + 1] for i, w in enumerate(words) if w.startswith("--config_file")
+        ]
         return (parent / "cwd").resolve() / Path(values[0]).parent if values else None
     except (OSError, IndexError):  # no Linux, or not ours to read
         return None
@@ -143,7 +159,9 @@ def _read_json(path):
         if not isinstance(config["zero_optimization"]["stage"], int):
             raise TypeError("zero_optimization.stage is not a number")
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is not a DeepSpeed config with a zero_optimization.stage: {one_line(error)}") from None
+        raise UserError(
+            f"{path} is not a DeepSpeed config with a zero_optimization.stage: {one_line(error)}"
+        ) from None
     return config
 
 
@@ -155,7 +173,10 @@ def _config_of_fields(environment):
         if device != "none":
             zero[f"offload_{what}"] = {"device": device}
     clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
-    return {"zero_optimization": zero, "gradient_clipping": clipping if clipping == "auto" else float(clipping)}
+    return {
+        "zero_optimization": zero,
+        "gradient_clipping": clipping if clipping == "auto" else float(clipping),
+    }
 
 
 def check_deepspeed(config, source):
@@ -166,7 +187,10 @@ def check_deepspeed(config, source):
 
     zero = config["zero_optimization"]
     if zero["stage"] not in (1, 2, 3):
-        refuse(f"zero_optimization.stage {zero['stage']}", "partitions nothing: use --config_file ds_configs/ddp.yaml")
+        refuse(
+            f"zero_optimization.stage {zero['stage']}",
+            "partitions nothing: use --config_file ds_configs/ddp.yaml",
+        )
     unknown = [key for key in config if key not in EXACT_KEYS]
     unknown += [f"zero_optimization.{key}" for key in zero if key not in EXACT_ZERO_KEYS]
     for what in ("offload_optimizer", "offload_param"):
@@ -175,9 +199,13 @@ def check_deepspeed(config, source):
         if offload.get("device", "none") not in ("none", "cpu"):
             refuse(f"zero_optimization.{what}.device {offload['device']}", "is not supported: use cpu")
     if unknown:
-        refuse(", ".join(unknown), "is not known to train the same model: remove it (ds_configs/*.json show what is)")
+        refuse(
+            ", ".join(unknown),
+            "is not known to train the same model: remove it (ds_configs/*.json show what is)",
+        )
     if config.get("gradient_clipping", "auto") not in ("auto", 0):
-        refuse(f"gradient_clipping {config['gradient_clipping']}", "changes the gradients, CaCo clips none: set it to 0")
+        clipping = config["gradient_clipping"]
+        refuse(f"gradient_clipping {clipping}", "changes the gradients, CaCo clips none: set it to 0")
     if config.get("gradient_accumulation_steps", "auto") not in ("auto", 1):
         refuse(
             f"gradient_accumulation_steps {config['gradient_accumulation_steps']}",
@@ -185,7 +213,9 @@ def check_deepspeed(config, source):
         )
     for name in ("fp16", "bf16"):
         if (config.get(name) or {}).get("enabled", False) not in (False, "auto"):
-            refuse(f"{name}.enabled", "would round the parameters: remove it and give --precision.compute bf16")
+            refuse(
+                f"{name}.enabled", "would round the parameters: remove it and give --precision.compute bf16"
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -214,7 +244,8 @@ def start_processes(asked_world_size=0):
     if strategy.startswith("zero"):
         accelerator = _start_deepspeed(on_cpu, options)
     else:
-        with _unset("ACCELERATE_USE_FSDP"):  # FSDP2 is ours: accelerate's does not synchronise gradients on a CPU
+        # FSDP2 is ours: accelerate's does not synchronise gradients on a CPU.
+        with _unset("ACCELERATE_USE_FSDP"):
             accelerator = Accelerator(cpu=on_cpu, **options)
     check_world_size(accelerator.num_processes, asked_world_size, os.environ)
     return accelerator
@@ -264,8 +295,8 @@ def import_deepspeed():
         import transformers  # noqa: F401, accelerate's DeepSpeed plugin imports it at every stage
     except ImportError as error:
         raise UserError(
-            f"the launcher asks for DeepSpeed, but {error.name or error} is not installed: pip install {error.name}, or "
-            "use --config_file ds_configs/fsdp2.yaml"
+            f"the launcher asks for DeepSpeed, but {error.name or error} is not installed: pip install {error.name}, "
+            "or use --config_file ds_configs/fsdp2.yaml"
         ) from None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

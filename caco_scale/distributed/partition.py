@@ -83,7 +83,8 @@ def whole_shape(tensor):
 
 def shard_group(tensor):
     """The ranks that hold the parts of a DTensor, as FSDP2 cuts it."""
-    assert tensor.device_mesh.ndim == 1 and tensor.placements[0].is_shard(0), tensor.placements
+    assert tensor.device_mesh.ndim == 1, tensor.device_mesh
+    assert tensor.placements[0].is_shard(0), tensor.placements
     return tensor.device_mesh.get_group()
 
 

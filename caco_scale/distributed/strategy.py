@@ -52,8 +52,8 @@ def check_combination(name, dtype, compiled):
     """Refuse by name what a strategy cannot do exactly, with what can."""
     if name.startswith("zero") and dtype == torch.float64:
         raise UserError(
-            "precision.compute fp64 cannot be had from DeepSpeed, which keeps fp32 master parameters: use --config_file "
-            "ds_configs/fsdp2.yaml or ds_configs/ddp.yaml"
+            "precision.compute fp64 cannot be had from DeepSpeed, which keeps fp32 master parameters: use "
+            "--config_file ds_configs/fsdp2.yaml or ds_configs/ddp.yaml"
         )
     if name in ("zero3", "fsdp2") and compiled:
         raise UserError(

@@ -73,7 +73,9 @@ class Zero(Strategy):
         self.optimizer.state.clear()
         for i, (flat, _) in enumerate(self.partitions):
             group = self._zero.sub_group_to_group_id[i] if self._zero_3 else i
-            self.optimizer.state[flat] = initial_state(self.optimizer, self.optimizer.param_groups[group], flat)
+            self.optimizer.state[flat] = initial_state(
+                self.optimizer, self.optimizer.param_groups[group], flat
+            )
 
     @property
     def _zero_3(self):
