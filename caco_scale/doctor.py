@@ -54,7 +54,7 @@ def found_version(package):
 
 
 def check_versions(strategy, version=found_version):
-    """Whether the packages that a strategy needs are there and new enough -> findings. ``version``: of a name, or None."""
+    """Whether the packages that a strategy needs are there and new enough -> findings. ``version``: name -> str."""
     findings = [ok(f"python {sys.version.split()[0]}")]
     for package in REQUIRED + (DEEPSPEED if strategy.startswith("zero") else ()):
         found = version(package)
