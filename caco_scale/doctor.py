@@ -18,7 +18,7 @@ from pathlib import Path
 from caco_scale.errors import UserError, exit_on_user_error, one_line
 
 REQUIRED = (
-    *("torch", "torchvision", "accelerate", "webdataset", "numpy", "simplejpeg", "opencv-python-headless"),
+    *("torch", "torchvision", "accelerate", "webdataset", "numpy", "simplejpeg"),
     *("safetensors", "tensorboard", "tyro", "rich", "pyyaml", "pillow"),
 )
 LOWEST = {"torch": (2, 11), "accelerate": (1, 10), "numpy": (2, 0)}

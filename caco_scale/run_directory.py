@@ -31,7 +31,6 @@ RECORDED_PACKAGES = (
     "webdataset",
     "numpy",
     "simplejpeg",
-    "opencv-python-headless",
 )
 
 
