@@ -45,7 +45,7 @@ class Run:
 @dataclass(frozen=True)
 class Data:
     shards: str = ""
-    """Shard set to train on: a directory that holds manifest.json (python -m data_prep build)."""
+    """Shard set to train on: the directory, s3://, gs://, az:// or https:// address that holds manifest.json."""
     val_shards: str = ""
     """Shard set for the kNN evaluation; empty = none."""
     global_batch_size: int = 1024
@@ -56,6 +56,14 @@ class Data:
     """Loader processes per training process; 0 = load in the training process."""
     max_corrupt: float = 0.001
     """Share of undecodable images above which the run stops (each is replaced and reported)."""
+    cache_dir: str = "auto"
+    """Where a node keeps whole shards of an object store; auto = in its temporary directory, none = nowhere."""
+    cache_bytes: int = 0
+    """Most bytes that the cache takes; 0 = four fifths of what is free on its disk."""
+    retries: int = 8
+    """Failed attempts in a row, with growing pauses, after which an object store counts as unreachable."""
+    stall_seconds: float = 30
+    """Seconds without a byte after which a read of an object store has failed and is tried again."""
     lanes: int = 0
     """Parts of the epoch that every global batch draws from; 0 = largest divisor of the batch up to 64."""
     window: int = 4096
@@ -205,6 +213,7 @@ FREE_ON_RESUME = {
         "data.micro_batch_size",
         "data.max_corrupt",
     ),
+    *("data.cache_dir", "data.cache_bytes", "data.retries", "data.stall_seconds"),
     *("data.audit", "bank.exchange", "precision.compile", "precision.channels_last"),
     *(f"run.{f.name}" for f in dataclasses.fields(Run) if f.name != "seed"),
     *(f"eval.{f.name}" for f in dataclasses.fields(Eval)),
@@ -364,7 +373,7 @@ def check(config):
         *("data.global_batch_size", "views.size", "views.local_size", "model.projector_hidden"),
         *("model.embedding_dim", "bank.size", "bank.temperature", "bank.warmup_temperature"),
         *("loss.temperature", "optim.epochs", "data.window", "run.max_skipped", "eval.knn_k"),
-        *("eval.knn_temperature",),
+        *("eval.knn_temperature", "data.stall_seconds"),
     )
     for name in positive:
         if flat[name] <= 0:

@@ -8,6 +8,7 @@ updates. The audit names a step by its place in the order, 0 for the first, as `
 import os
 import socket
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -16,9 +17,10 @@ from caco_scale import checkpoint
 from caco_scale import config as configuration
 from caco_scale.audit import AuditLog
 from caco_scale.data.augment import augment
-from caco_scale.data.loader import start_fork_server, train_batches
+from caco_scale.data.loader import cache_is_large_enough, start_fork_server, train_batches
 from caco_scale.data.order import Order
-from caco_scale.data.store import open_store
+from caco_scale.data.remote import Patience
+from caco_scale.data.store import COUNTERS, mend, open_store
 from caco_scale.data.views import ViewSpec
 from caco_scale.diagnostics import CollapseAlarm, embedding_std, rankme
 from caco_scale.distributed.collectives import all_max, gather_objects
@@ -104,7 +106,8 @@ class TrainingData:
     def __init__(self, config, rank, world_size):
         self.config, self.rank, self.world_size = config, rank, world_size
         data = config.data
-        self.store = open_store(data.shards)
+        patience = Patience(data.retries, data.stall_seconds)
+        self.store = open_store(data.shards, data.cache_dir, data.cache_bytes, patience)
         self.store.check()
         shards = self.store.manifest.shards
         self.order = Order(
@@ -117,7 +120,7 @@ class TrainingData:
         self.fingerprint = self.order.fingerprint([shard.sha256 for shard in shards])
         self.val_store = None
         if data.val_shards and (config.eval.knn_every or config.eval.baselines):
-            self.val_store = open_store(data.val_shards)
+            self.val_store = open_store(data.val_shards, data.cache_dir, data.cache_bytes, patience)
             self.val_store.check()
         self.batch_size = share_of(data.global_batch_size, world_size)
         micro = data.micro_batch_size or self.batch_size
@@ -127,6 +130,13 @@ class TrainingData:
                 f"{world_size} process(es) has of a global batch of {data.global_batch_size}"
             )
         self.micro_batch_size = micro
+
+    def take_counters(self):
+        """What this rank's stores and their workers did since the last call: {name: number}."""
+        total = Counter(self.store.take_counters())
+        if self.val_store:
+            total.update(self.val_store.take_counters())
+        return dict(total)
 
     def batches(self, start, end):
         """This rank's :class:`~caco_scale.data.loader.Batch` of every step from ``start`` up to ``end``."""
@@ -296,6 +306,7 @@ class Trainer:
             exchange=config.bank.exchange,
         )
         self.step = self.skipped = self.skipped_in_a_row = 0
+        self.read = Counter()  # what the stores did since this start, over all ranks
         self.corrupt = {}  # key -> why it did not decode
         self.last_epoch_bank = None  # bank diagnostics of the last whole epoch
         self.knn = {}  # step -> percent
@@ -368,6 +379,7 @@ class Trainer:
             self._evaluate_baselines()
         batches = iter(self.data.batches(self.step, self.end))
         stop = None
+        self._note_small_cache()
         while self.step < self.end and not stop:
             with self.telemetry.meter.waiting():
                 batch = next(batches)
@@ -387,6 +399,14 @@ class Trainer:
         else:
             self.directory.mark_done(self.step)
             self._summarise(time.monotonic() - started)
+
+    def _note_small_cache(self):
+        store = self.data.store
+        if store.cache is not None and not cache_is_large_enough(store, self.data.order, self.step):
+            self.telemetry.note(
+                f"data.cache_bytes {store.cache.limit_bytes:,} is less than the shards in use at once: images are "
+                "read one by one; a larger cache or a smaller data.window reads whole shards"
+            )
 
     def _train_on(self, batch):
         """One step: hyper-parameters, switch, update, records."""
@@ -450,6 +470,7 @@ class Trainer:
                 "rankme": rank_of_features,
                 "skipped": self.skipped,
                 "corrupt": len(self.corrupt),
+                **({f"data_{name}": self.read[name] for name in COUNTERS} if self.read else {}),
             },
         )
         if self.alarm is None:
@@ -463,10 +484,12 @@ class Trainer:
 
     def _agree_on_stop(self, batch):
         """What any rank has seen, every rank knows: a stop signal, images that do not decode, a save that failed."""
-        seen = gather_objects((self.signals.requested, batch.corrupt, self.checkpointer.failed))
-        if any(failed for _, _, failed in seen):
+        counters = self.data.take_counters()
+        seen = gather_objects((self.signals.requested, batch.corrupt, self.checkpointer.failed, counters))
+        if any(failed for _, _, failed, _ in seen):
             self.checkpointer.wait()
-        for _, corrupt, _ in seen:
+        for _, corrupt, _, counters in seen:
+            self.read.update(counters)
             for entry in corrupt:
                 self._record_corrupt(entry)
         limit = self.config.data.max_corrupt * self.data.order.num_samples
@@ -475,9 +498,9 @@ class Trainer:
             raise UserError(
                 f"{len(self.corrupt)} of {self.data.order.num_samples:,} images do not decode, more than "
                 f"data.max_corrupt {self.config.data.max_corrupt:g}: {shown}{' ...' if len(self.corrupt) > 10 else ''}"
-                f" (all in {self.directory.path / 'corrupt.jsonl'}): build the shards again, or raise the limit"
+                f" (all in {self.directory.path / 'corrupt.jsonl'}): {mend(self.config.data.shards)}, or raise the limit"
             )
-        return next((signal for signal, _, _ in seen if signal), None)
+        return next((signal for signal, *_ in seen if signal), None)
 
     def _record_corrupt(self, entry):
         if entry["key"] in self.corrupt:

@@ -115,12 +115,14 @@ def test_what_is_not_a_shard_set(tmp_path, shards):
     ("url", "words"),
     [
         ("pipe:cat x.tar", "shell pipe"),
-        ("/data/{000..012}.tar", "brace pattern"),
+        ("/data/{000..012}.tar", "data_prep index '/data/{000..012}.tar'"),
+        ("/data/{a..b/{c}.tar", "not a pattern"),
+        ("/data/{12..3}.tar", "12..3 is not a range"),
         ("/data/x | rm", "shell pipe"),
-        ("s3://bucket/train", "s3:// is not supported in this version"),
-        ("gs://bucket/train", "not supported"),
-        ("az://bucket/train", "not supported"),
-        ("https://host/train", "not supported"),
+        ("s3://", "is not an address"),
+        ("s3://bucket/../other", "is not an address"),
+        ("https://host/set?token=1", "is not an address"),
+        ("https://me:secret@host/set", "put no password"),
         ("ftp://host/train", "unknown kind of address ftp://"),
     ],
 )
@@ -143,7 +145,7 @@ def test_damaged_shards(shards):
     tar.unlink()
     fails(f"{info.name}: No such file", store.check)
     fails(f"{info.name}: No such file", open_store(shards).read, 0, 0, 512)
-    fails("data_prep build", store.check)
+    fails("data_prep repair", store.check)
     tar.write_bytes(good_tar)
     store.check()
 

@@ -14,7 +14,6 @@ Shapes: B this rank's batch, h = w a view's crop side.
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import multiprocessing
 import multiprocessing.forkserver
@@ -47,7 +46,7 @@ SUBSTITUTE_STREAM = 0x5B57
 SUBSTITUTE_TRIES = 16
 # Images that a worker holds decoded at once while it draws their crops together.
 CHUNK_IMAGES, CHUNK_BYTES = 64, 64 << 20
-HASH_BYTES = 16 << 20
+PREFETCH_STEPS = 8  # of a worker's own, whose shards are fetched ahead
 
 
 @dataclass
@@ -79,6 +78,7 @@ class _Training:
     world_size: int
     steps: range
     seed: int
+    prefetch: bool
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,24 @@ def train_batches(store, order, views, *, rank, world_size, start_step, num_step
     """
     rank_share(order.batch(start_step), rank, world_size)  # not divisible: an error now and in this process
     steps = range(start_step, num_steps)
-    job = _Training(store, order, tuple(views), rank, world_size, steps, seed)
+    prefetch = cache_is_large_enough(store, order, start_step)
+    job = _Training(store, order, tuple(views), rank, world_size, steps, seed, prefetch)
     stages = (_planned_samples, _decoded_samples, _training_batches)
-    return _training_stream(_stream([functools.partial(stage, job) for stage in stages], workers), start_step)
+    return _training_stream(
+        _stream([functools.partial(stage, job) for stage in stages], workers), start_step, store
+    )
+
+
+def cache_is_large_enough(store, order, step):
+    """Does the store's cache hold all shards that are in use at once? Else whole shards are not worth fetching.
+
+    They would be evicted before they were read again. A lane reads from one window at a time.
+    """
+    epoch, position = divmod(step, order.steps_per_epoch)
+    steps = -(-order.window * order.lanes // order.global_batch_size)
+    start = position * order.global_batch_size
+    ids = order.epoch(epoch)[start : start + steps * order.global_batch_size]
+    return store.can_prefetch(np.unique(order.locate(ids)[0]))
 
 
 def evaluation_batches(store, size, *, rank, world_size, batch_size, workers):
@@ -119,20 +134,22 @@ def evaluation_batches(store, size, *, rank, world_size, batch_size, workers):
     start, stop = (total * r // world_size for r in (rank, rank + 1))
     batches = tuple(range(b, min(b + batch_size, stop)) for b in range(start, stop, batch_size))
     job = _Evaluation(store, size, batches)
-    return _evaluation_stream(_stream([functools.partial(_evaluation_reader, job)], workers))
+    return _evaluation_stream(_stream([functools.partial(_evaluation_reader, job)], workers), store)
 
 
-def _training_stream(payloads, start_step):
+def _training_stream(payloads, start_step, store):
     with contextlib.closing(payloads):
         for step, payload in enumerate(payloads, start_step):
             assert payload["step"] == step, "the workers' batches are out of order"
+            store.add_counters(payload.pop("counters"))
             params = [{k: torch.from_numpy(v) for k, v in p.items()} for p in payload.pop("params")]
             yield Batch(params=params, **payload)
 
 
-def _evaluation_stream(payloads):
+def _evaluation_stream(payloads, store):
     with contextlib.closing(payloads):
         for payload in payloads:
+            store.add_counters(payload["counters"])
             for line in payload["corrupt"]:
                 warnings.warn(f"left out of the evaluation: {line}", stacklevel=3)
             yield payload["indices"], payload["crops"], payload["labels"]
@@ -150,13 +167,22 @@ def _mine(items):
 
 def _planned_samples(job):
     """webdataset's sample dicts in training order, with ``__step__`` and the sample's number in ``__id__``."""
-    for step in _mine(job.steps):
-        ids = rank_share(job.order.batch(step), job.rank, job.world_size)
-        shards, positions = job.order.locate(ids)
-        for sample_id, shard, position in zip(ids.tolist(), shards.tolist(), positions.tolist(), strict=True):
-            sample = _read(job.store, shard, position)
+    steps, read = _mine(job.steps), functools.partial(_read, job.store)
+    for number, step in enumerate(steps):
+        if job.prefetch:
+            for later in steps[number : number + PREFETCH_STEPS]:
+                job.store.prefetch(np.unique(_places(job, later)[1]))
+        ids, shards, positions = _places(job, step)
+        places = zip(shards.tolist(), positions.tolist(), strict=True)
+        for sample_id, sample in zip(ids.tolist(), job.store.concurrently(read, places), strict=True):
             sample.update(__step__=step, __id__=sample_id)
             yield sample
+
+
+def _places(job, step):
+    """Ids, shards and positions of this rank's samples of a step."""
+    ids = rank_share(job.order.batch(step), job.rank, job.world_size)
+    return ids, *job.order.locate(ids)
 
 
 def _decoded_samples(job, samples):
@@ -203,6 +229,7 @@ def _training_batches(job, samples):
             "crops": crops,
             "params": params,
             "corrupt": corrupt,
+            "counters": job.store.take_counters(),
         }
 
 
@@ -210,9 +237,12 @@ def _evaluation_reader(job):
     first = np.concatenate([[0], np.cumsum([info.num_samples for info in job.store.manifest.shards])])
     for batch in _mine(job.batches):
         indices, images, labels, corrupt = [], [], [], []
-        for index in batch:
-            shard = int(np.searchsorted(first, index, side="right") - 1)
-            sample = _read(job.store, shard, index - int(first[shard]))
+        shards = np.searchsorted(first, np.asarray(batch), side="right") - 1
+        for shard in np.unique(shards):  # in order: whole shards are read
+            job.store.fetch(int(shard))
+        places = [(int(shard), index - int(first[shard])) for shard, index in zip(shards, batch, strict=True)]
+        samples = job.store.concurrently(functools.partial(_read, job.store), places)
+        for index, sample in zip(batch, samples, strict=True):
             try:
                 images.append(centre_crop(_decode(job.store, sample), job.size))
             except CorruptSample as error:
@@ -222,15 +252,18 @@ def _evaluation_reader(job):
             labels.append(sample["__label__"])
         crops = np.stack(images) if images else np.empty((0, job.size, job.size, 3), np.uint8)
         tensors = {"indices": torch.tensor(indices, dtype=torch.int64), "crops": torch.from_numpy(crops)}
-        yield {**tensors, "labels": torch.tensor(labels, dtype=torch.int64), "corrupt": corrupt}
+        more = {"corrupt": corrupt, "counters": job.store.take_counters()}
+        yield {**tensors, "labels": torch.tensor(labels, dtype=torch.int64), **more}
 
 
-def _read(store, shard, position):
-    """One webdataset sample dict, with where it is from in ``__shard__`` and ``__url__``."""
+def _read(store, place, checked=False):
+    """One webdataset sample dict, with where it is from in ``__place__`` (shard, position) and ``__url__``."""
+    shard, position = place
     index = store.index(shard)
-    sample = read_sample(index, position, store.read(shard, *index.span(position)))
+    read = store.read_checked if checked else store.read
+    sample = read_sample(index, position, read(shard, *index.span(position)))
     url = store.manifest.shards[shard].name
-    sample.update(__shard__=shard, __url__=url, __label__=int(index.labels[position]))
+    sample.update(__place__=place, __url__=url, __label__=int(index.labels[position]))
     return sample
 
 
@@ -241,27 +274,20 @@ def _name(sample):
 def _decode(store, sample):
     """The sample's image. CorruptSample only if the shard's bytes are the recorded ones, else UserError."""
     try:
-        for extension in IMAGE_EXTENSIONS:
-            if extension in sample:
-                return decode_image(sample[extension])
-        found = ", ".join(key for key in sample if not key.startswith("__")) or "nothing"
-        raise CorruptSample(f"no image file (one of {', '.join(IMAGE_EXTENSIONS)}) but {found}")
+        return _decode_bytes(sample)
     except CorruptSample:
-        _check_bytes(store, sample["__shard__"])
-        raise
+        again = _read(store, sample["__place__"], checked=True)
+        if all(again.get(name) == value for name, value in sample.items() if isinstance(value, bytes)):
+            raise
+    return _decode_bytes(again)  # a cached copy was damaged, or a byte on its way
 
 
-@functools.cache
-def _check_bytes(store, shard):
-    """UserError if a whole shard's sha256 differs from the manifest's; once per shard and process."""
-    info, digest = store.manifest.shards[shard], hashlib.sha256()
-    for start in range(0, info.num_bytes, HASH_BYTES):
-        digest.update(store.read(shard, start, min(HASH_BYTES, info.num_bytes - start)))
-    if digest.hexdigest() != info.sha256:
-        raise UserError(
-            f"shard {info.name} of {store.url} is damaged: its {info.num_bytes:,} bytes have another sha256 "
-            f"than the manifest's {info.sha256[:12]}: delete it and run the same `python -m data_prep build` again"
-        )
+def _decode_bytes(sample):
+    for extension in IMAGE_EXTENSIONS:
+        if extension in sample:
+            return decode_image(sample[extension])
+    found = ", ".join(key for key in sample if not key.startswith("__")) or "nothing"
+    raise CorruptSample(f"no image file (one of {', '.join(IMAGE_EXTENSIONS)}) but {found}")
 
 
 def _substitute(job, epoch, sample_id, error):
@@ -269,7 +295,7 @@ def _substitute(job, epoch, sample_id, error):
     for attempt in range(SUBSTITUTE_TRIES):
         key = key64(job.seed, epoch, sample_id, attempt, SUBSTITUTE_STREAM)
         shard, position = job.order.locate([int(key % np.uint64(job.order.num_samples))])
-        sample = _read(job.store, int(shard[0]), int(position[0]))
+        sample = _read(job.store, (int(shard[0]), int(position[0])))
         try:
             return _decode(job.store, sample), _name(sample)
         except CorruptSample:

@@ -20,6 +20,7 @@ MANIFEST_NAME = "manifest.json"
 FORMAT = "caco_scale shard set"
 VERSION = 1
 INDEX_MAGIC = b"CACOIDX1"
+MAX_PATTERN_SHARDS = 1_000_000
 BLOCK = 512  # bytes of a tar block
 # webdataset's rules (tariterators.py; importing that would import torch): the key of a file ends at the first
 # dot of its name, the rest is the extension; files with names of the second kind are passed over.
@@ -33,6 +34,33 @@ def plain_name(name):
     if bad or any(c in '/\\|:{}*?<>"`$&;' or ord(c) < 32 for c in name):
         raise UserError(f"unsafe shard name {str(name)!r} in the manifest: build the shard set again")
     return name
+
+
+def expand_braces(pattern):
+    """A WebDataset brace pattern, ``s3://bucket/set/{000..012}.tar``: (its folder, the shards' plain names).
+
+    One pair of braces in the file name: a range of numbers or a list with commas. UserError for anything else.
+    """
+    folder, _, name = pattern.rpartition("/")
+    match = re.fullmatch(r"([^{}]*)\{([^{}]*)\}([^{}]*)", name)
+    if not match or "{" in folder or "}" in folder:
+        raise UserError(
+            f"{pattern} is not a pattern like s3://bucket/set/train-{{000..012}}.tar: one pair of braces, in the file's name"
+        )
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[2])
+    if numbers:
+        first, last = numbers.groups()
+        if not int(first) <= int(last) < int(first) + MAX_PATTERN_SHARDS:
+            raise UserError(
+                f"{pattern}: {first}..{last} is not a range of 1 to {MAX_PATTERN_SHARDS:,} shards"
+            )
+        inner = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        inner = match[2].split(",")
+    names = [plain_name(match[1] + part + match[3]) for part in inner]
+    if len(set(names)) != len(names):
+        raise UserError(f"{pattern} names a shard twice")
+    return folder or ".", names
 
 
 @dataclass(frozen=True)

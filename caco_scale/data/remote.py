@@ -1,0 +1,482 @@
+"""Objects below one address of S3, GCS, Azure or a web server, through obstore, with retries that are counted.
+
+Credentials and endpoints come from where these tools usually look: ``AWS_*`` (``AWS_ENDPOINT_URL``, ``AWS_PROFILE``
+and its files, ``AWS_SKIP_SIGNATURE=true`` for public buckets), ``GOOGLE_*``, ``AZURE_*``.
+
+obstore's own retries are off: ours go on where a body was cut or stalled, end after a budget, and are counted.
+A body that is shorter than what was asked for is a failure like any other, never an end.
+
+obstore hangs in a child that was FORKED after its parent used it. A client is therefore made in the process that
+uses it, is never pickled, and refuses to work in such a child; the loader's workers come from a fork server.
+"""
+
+import atexit
+import configparser
+import contextlib
+import os
+import queue
+import random
+import re
+import threading
+import time
+from collections import Counter, deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from caco_scale.errors import UserError
+
+SCHEMES = ("s3", "gs", "az", "http", "https")
+CHUNK_BYTES = 1 << 20
+PART_BYTES = 8 << 20  # of a multipart upload
+PROGRESS_BYTES = 1 << 16  # a failed attempt that brought this much is not counted against the budget
+CONNECT_SECONDS = 10
+FIRST_DELAY_SECONDS, LAST_DELAY_SECONDS = 0.1, 20.0
+THREADS = 16  # requests in flight in one process
+
+_user = None  # the process that has used obstore
+
+
+@dataclass(frozen=True)
+class Patience:
+    """When to give up: failed attempts in a row, and seconds without a byte before an attempt has failed."""
+
+    retries: int = 8
+    stall_seconds: float = 30.0
+
+
+def is_remote(url):
+    return "://" in url and not url.startswith("file://")
+
+
+def check_address(url):
+    """``(scheme, rest)`` of the address of an object store. UserError: unknown kind, a secret or a query in it."""
+    scheme, rest = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", url, re.DOTALL).groups()
+    if scheme not in SCHEMES:
+        raise UserError(
+            f"{url}: unknown kind of address {scheme}://: give a directory or one of "
+            f"{', '.join(s + '://' for s in SCHEMES)}"
+        )
+    place = rest.split("/")[0]
+    if "@" in place:
+        raise UserError(f"{scheme}://...@{place.split('@')[-1]}: put no password into an address")
+    if not place or any(c in rest for c in "?#|\\") or ".." in rest.split("/") or not rest.isprintable():
+        raise UserError(f"{url} is not an address like {scheme}://bucket/folder")
+    return scheme, rest
+
+
+class Remote:
+    """The objects below ``url``. Picklable; ``counters`` (bytes, requests, retries) are this process's.
+
+    Every method raises UserError, one line that names the object: at once for what does not exist or may not be
+    read, after the budget of ``patience`` for everything else.
+    """
+
+    def __init__(self, url, patience=None):
+        self.url = url.rstrip("/")
+        self.scheme, _ = check_address(self.url)
+        self.patience = patience or Patience()
+        self._begin()
+
+    def _begin(self):
+        self.counters = Counter()
+        self._client, self._threads, self._stop = None, None, threading.Event()
+        self._lock = threading.Lock()
+
+    def __getstate__(self):
+        return {"url": self.url, "scheme": self.scheme, "patience": self.patience}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._begin()
+
+    def count(self, name, number=1):
+        with self._lock:
+            self.counters[name] += number
+
+    def take_counters(self):
+        with self._lock:
+            taken, self.counters = self.counters, Counter()
+        return taken
+
+    def client(self):
+        global _user
+        if _user not in (None, os.getpid()):
+            raise RuntimeError(
+                "this process was forked from one that had used obstore, where it would hang: "
+                "start it with the methods forkserver or spawn"
+            )
+        _user = os.getpid()
+        with self._lock:
+            if self._client is None:
+                self._client = _connect(self.url, self.scheme, self.patience)
+        return self._client
+
+    # Reading
+
+    def read(self, name, start, num_bytes):
+        """``num_bytes`` of an object from ``start``, whatever happens to the bodies on the way."""
+        data = bytearray()
+        for chunk in self.stream(name, start, num_bytes):
+            data += chunk
+        return bytes(data)
+
+    def stream(self, name, start, num_bytes, whole=False):
+        """The same in chunks, which are not kept. ``whole``: they are the whole object."""
+        got = 0
+
+        def more():
+            # Not every web server knows ranges.
+            part = None if whole and not got else (start + got, start + num_bytes)
+            result = self._get(name, part)
+            size = result.range[1] - result.range[0]
+            if part is None and size != num_bytes:
+                raise OSError(f"the body has {size:,} bytes, {num_bytes:,} expected")
+            yield from result.stream(min_chunk_size=CHUNK_BYTES)
+
+        attempts = self._attempts(name)
+        while got < num_bytes:
+            before = got
+            try:
+                for chunk in more():
+                    got += len(chunk)
+                    self.count("bytes", len(chunk))
+                    if got > num_bytes:
+                        raise OSError(f"the body has more than the {num_bytes:,} bytes asked for")
+                    yield chunk
+                    if attempts.stop.is_set():
+                        raise UserError(f"reading {self.url}/{name} was stopped")
+                if got < num_bytes:
+                    raise OSError(f"the body ended after {got:,} of {num_bytes:,} bytes")
+            except UserError:
+                raise
+            except Exception as error:
+                attempts.failed(error, progress=got - before)
+
+    def read_whole(self, name, missing=None):
+        """A small object of unknown size: its bytes; ``missing`` (if not None) where there is none."""
+
+        def get():
+            data = bytes(self._get(name, None).bytes())
+            self.count("bytes", len(data))
+            return data
+
+        try:
+            return self._retried(name, get)
+        except MissingObject:
+            if missing is None:
+                raise
+            return missing
+
+    def _get(self, name, part):
+        import obstore
+
+        self.count("requests")
+        return obstore.get(self.client(), name, options={"range": part} if part else None)
+
+    def size(self, name):
+        """The size in bytes of an object, or None where there is none."""
+        import obstore
+
+        def head():
+            self.count("requests")
+            return obstore.head(self.client(), name)["size"]
+
+        try:
+            return self._retried(name, head)
+        except MissingObject:
+            return None
+
+    def sizes(self, names):
+        """``{name: size or None}`` of many objects: by listing, or one by one on a web server."""
+        if self.scheme in ("http", "https"):
+            return dict(zip(names, self.concurrently(self.size, names), strict=True))
+        there = self.list()
+        return {name: there.get(name) for name in names}
+
+    def list(self, folder=None):
+        """``{name: size}`` of the objects directly below the address, or below a folder of it."""
+        import obstore
+
+        def listing():
+            self.count("requests")
+            return obstore.list_with_delimiter(self.client(), folder)["objects"]
+
+        return {entry["path"]: entry["size"] for entry in self._retried(folder or "", listing)}
+
+    # Writing
+
+    def write(self, name, data, create=False):
+        """Store bytes, or the file at a Path in parts; it appears complete or not at all.
+
+        ``create``: only if nothing has that name; UserError (:class:`ObjectExists`) otherwise.
+        """
+        import obstore
+
+        def put():
+            self.count("requests")
+            mode = {"mode": "create"} if create else {"chunk_size": PART_BYTES, "max_concurrency": 2}
+            return obstore.put(self.client(), name, data, **mode)
+
+        return self._retried(name, put, verb="written")
+
+    def delete(self, names):
+        import obstore
+
+        def delete():
+            self.count("requests")
+            obstore.delete(self.client(), list(names))
+
+        if names:
+            self._retried(", ".join(list(names)[:2]), delete, verb="deleted")
+
+    # Retries
+
+    def _retried(self, name, action, verb="read"):
+        attempts = self._attempts(name, verb)
+        while True:
+            try:
+                return action()
+            except UserError:
+                raise
+            except Exception as error:
+                attempts.failed(error)
+
+    def _attempts(self, name, verb="read"):
+        return _Attempts(self, f"{self.url}/{name}".rstrip("/"), verb)
+
+    # Many at once
+
+    def concurrently(self, function, items):
+        """``map(function, items)``, up to 16 calls at once, results in order; the first error ends the others."""
+        if self._threads is None:
+            self._threads = Threads(THREADS, self.cancel)
+        pending = deque()
+        try:
+            for item in items:
+                pending.append(self._threads.submit(function, item))
+                if len(pending) == 2 * THREADS:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except UserError:
+            self.cancel()
+            raise
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def cancel(self):
+        """Let what is under way end soon, with an error."""
+        self._stop.set()
+        self._stop = threading.Event()
+
+
+class MissingObject(UserError):
+    """There is no object of that name."""
+
+
+class ObjectExists(UserError):
+    """There is an object of that name already, and it was to be created."""
+
+
+class _Attempts:
+    """Counts the failures of one read or write, waits between them, and ends in a UserError."""
+
+    def __init__(self, remote, what, verb):
+        self.remote, self.what, self.verb = remote, what, verb
+        self.in_a_row, self.start, self.stop = 0, time.monotonic(), remote._stop
+
+    def failed(self, error, progress=0):
+        """Wait before the next attempt, or raise: the error is final or the budget is spent."""
+        reason = _reason(error)
+        final = _final_error(error, self.what, self.verb, reason)
+        if final:
+            raise final from None
+        self.in_a_row = 1 if progress >= PROGRESS_BYTES else self.in_a_row + 1
+        if self.in_a_row > self.remote.patience.retries:
+            raise UserError(
+                f"{self.what} cannot be {self.verb}: {reason} ({self.in_a_row} attempts in a row failed within "
+                f"{time.monotonic() - self.start:.0f} s): check network, address and endpoint, or raise "
+                "data.retries, then run the same command again"
+            ) from None
+        self.remote.count("retries")
+        delay = min(LAST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** (self.in_a_row - 1))
+        if self.stop.wait(delay * random.uniform(0.5, 1.5)):
+            raise UserError(f"{self.what} cannot be {self.verb}: {reason}") from None
+
+
+def _reason(error):
+    """obstore's message without its debugging part, in one line."""
+    words = str(error).split("Debug source")[0]
+    words = re.sub(r"<\?xml.*?\?>|<RequestId>.*?</RequestId>", "", words, flags=re.DOTALL)
+    words = " ".join(re.sub(r"<[^>]*>", " ", words).split())
+    return words[:300] or type(error).__name__
+
+
+def _final_error(error, what, verb, reason):
+    """The UserError of an error that no retry will mend, or None."""
+    from obstore import exceptions
+
+    if isinstance(error, FileNotFoundError | exceptions.NotFoundError) or "NoSuchBucket" in reason:
+        return MissingObject(f"{what} does not exist ({reason})")
+    if isinstance(error, exceptions.AlreadyExistsError | exceptions.PreconditionError):
+        return ObjectExists(f"{what} exists already")
+    if isinstance(
+        error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError | PermissionError
+    ):
+        return UserError(
+            f"{what} may not be {verb} ({reason}): check the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE, "
+            "AWS_SKIP_SIGNATURE=true for a public bucket, GOOGLE_..., AZURE_...)"
+        )
+    if isinstance(error, exceptions.NotSupportedError | NotImplementedError):
+        return NoRanges(
+            f"{what}: the server serves only whole files, so that a cut body cannot be continued and "
+            "data.cache_dir none cannot work: give a data.cache_dir, or use a server that knows ranges"
+        )
+    if isinstance(
+        error, exceptions.InvalidPathError | exceptions.UnknownConfigurationKeyError | RuntimeError
+    ):
+        return UserError(f"{what} cannot be {verb}: {reason}")
+    if isinstance(error, ValueError | TypeError):
+        return UserError(f"{what} cannot be {verb}: {reason}")
+    return None
+
+
+class NoRanges(UserError):
+    """A web server that answers every request with the whole file."""
+
+
+# ----------------------------------------------------------------------------------------------------
+# Clients
+
+
+def _connect(url, scheme, patience):
+    from obstore.store import from_url
+
+    endpoints = [os.environ.get(n, "") for n in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT")]
+    options, config = {}, {}
+    if scheme == "s3":
+        config = _s3_config(os.environ)
+        endpoints.append(config.get("endpoint", ""))
+    client = {
+        "connect_timeout": f"{min(CONNECT_SECONDS, patience.stall_seconds):g}s",
+        "read_timeout": f"{patience.stall_seconds:g}s",
+        "timeout": "86400s",  # of a whole body, however slow
+        "allow_http": scheme == "http" or any(e.startswith("http://") for e in endpoints),
+    }
+    if config.pop("boto3", None):
+        options["credential_provider"] = _boto3_credentials()
+    try:
+        return from_url(
+            url, config=config or None, client_options=client, retry_config={"max_retries": 0}, **options
+        )
+    except Exception as error:
+        raise UserError(f"{url} cannot be opened: {_reason(error)}") from None
+
+
+def _s3_config(environment):
+    """What obstore does not find by itself: the profile's keys, region and endpoint, and a default region."""
+    config = {}
+    if not environment.get("AWS_REGION") and not environment.get("AWS_DEFAULT_REGION"):
+        config["region"] = "us-east-1"
+    if environment.get("AWS_ENDPOINT_URL_S3"):
+        config["endpoint"] = environment["AWS_ENDPOINT_URL_S3"]
+    profile = environment.get("AWS_PROFILE")
+    values = _profile(profile or "default", environment)
+    if profile and values is None:
+        raise UserError(
+            f"AWS_PROFILE is {profile}, which neither ~/.aws/credentials nor ~/.aws/config describes"
+        )
+    values = values or {}
+    if "endpoint_url" in values and not any(environment.get(n) for n in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT")):
+        config.setdefault("endpoint", values["endpoint_url"])
+    if "region" in values and "region" in config:
+        config["region"] = values["region"]
+    skip = environment.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true")
+    if environment.get("AWS_ACCESS_KEY_ID") or skip:
+        return config
+    if "aws_access_key_id" in values:
+        names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+        return config | {name.removeprefix("aws_"): values[name] for name in names if name in values}
+    if any(name in values for name in ("role_arn", "sso_session", "sso_start_url", "credential_process")):
+        config["boto3"] = True
+    return config
+
+
+def _profile(name, environment):
+    """The values of a profile in the AWS files, or None where neither names it."""
+    home = os.path.expanduser("~/.aws/")
+    values = None
+    for variable, file, section in (
+        ("AWS_CONFIG_FILE", "config", name if name == "default" else f"profile {name}"),
+        ("AWS_SHARED_CREDENTIALS_FILE", "credentials", name),
+    ):
+        parser = configparser.RawConfigParser()
+        path = environment.get(variable) or home + file
+        try:
+            parser.read(path, encoding="utf-8")
+        except (configparser.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        if parser.has_section(section):
+            values = (values or {}) | dict(parser.items(section))
+    return values
+
+
+def _boto3_credentials():
+    """Roles, single sign-on and credential processes are boto3's business."""
+    try:
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError:
+        raise UserError(
+            "this AWS profile takes its keys from a role, single sign-on or a process, which needs boto3: "
+            "pip install boto3"
+        ) from None
+    return Boto3CredentialProvider()
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+class Threads:
+    """Daemon threads that run what is submitted, first come, first served; an exit does not wait for them.
+
+    concurrent.futures would run everything that is queued before the process may end.
+    """
+
+    def __init__(self, count, stop=lambda: None):
+        self._queue = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+        self._stop = stop
+        atexit.register(self._end)
+
+    def submit(self, function, *args):
+        future = Future()
+        self._queue.put((future, function, args))
+        return future
+
+    def _work(self):
+        while True:
+            job = self._queue.get()
+            if job is None:
+                return
+            future, function, args = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*args))
+                except BaseException as error:
+                    future.set_exception(error)
+            del job, future, function, args
+
+    def _end(self):
+        """At the interpreter's exit: a thread that came back from obstore's code after it would abort."""
+        self._stop()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+        for _ in self._threads:
+            self._queue.put(None)
+        deadline = time.monotonic() + CONNECT_SECONDS
+        for thread in self._threads:
+            thread.join(max(0, deadline - time.monotonic()))
