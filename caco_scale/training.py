@@ -498,7 +498,8 @@ class Trainer:
             raise UserError(
                 f"{len(self.corrupt)} of {self.data.order.num_samples:,} images do not decode, more than "
                 f"data.max_corrupt {self.config.data.max_corrupt:g}: {shown}{' ...' if len(self.corrupt) > 10 else ''}"
-                f" (all in {self.directory.path / 'corrupt.jsonl'}): {mend(self.config.data.shards)}, or raise the limit"
+                f" (all in {self.directory.path / 'corrupt.jsonl'}): {mend(self.config.data.shards)}, or raise "
+                "the limit"
             )
         return next((signal for signal, *_ in seen if signal), None)
 

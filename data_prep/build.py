@@ -7,19 +7,25 @@ workers, in any order, after any number of kills, writes the same bytes.
 Every finished shard has a record in ``DST/.build``; ``manifest.json`` comes last and ``.build`` is removed.
 """
 
+import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
+import tempfile
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 
 import numpy as np
 
 from caco_scale.data.order import permutation
+from caco_scale.data.remote import ObjectExists, Remote, is_remote
 from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo
+from caco_scale.data.store import open_store
 from caco_scale.errors import UserError
 from data_prep.destination import (
     FULL_DISK,
@@ -30,49 +36,106 @@ from data_prep.destination import (
     free_space,
     locked,
     prepare_destination,
+    same_build,
     scratch_removed,
     write_atomically,
 )
 from data_prep.progress import BuildProgress
-from data_prep.sources import compression, image_folders, open_source
+from data_prep.sources import image_folders, needs_scratch, open_source
 
 PERMUTATION = 77  # sets the order of a build apart from the orders of training
 
 
-def build(src, dst, *, samples_per_shard=1000, seed=0, workers=None, split=None, skip_empty_classes=False):
-    """Build the shard sets of an image folder or a tar of one; returns [(directory, manifest, was there)].
+def build(
+    src,
+    dst,
+    *,
+    samples_per_shard=1000,
+    seed=0,
+    workers=None,
+    split=None,
+    skip_empty_classes=False,
+    short_side=0,
+    source_options=None,
+    dry_run=False,
+):
+    """Build the shard sets of a source of images; returns [(directory or address, manifest, was there)].
 
-    A source of splits gives one set per split, in ``dst/<split>``. Raises UserError, and keeps finished
-    shards.
+    src: what :func:`~data_prep.sources.open_source` takes with ``source_options``. dst: a directory, or the address
+    of a folder of an object store. A source of splits gives one set per split, in ``dst/<split>``. short_side:
+    pixels; larger images are made so small (0: none). dry_run: write nothing; the results are
+    [(directory or address, number of images, of shards, bytes)]. Raises UserError, and keeps finished shards.
     """
-    src, dst = os.fspath(src), os.path.abspath(os.path.expanduser(os.fspath(dst)))
+    src, dst = os.fspath(src), os.fspath(dst)
     if samples_per_shard < 1 or (workers is not None and workers < 0):
         raise UserError(
             f"--samples-per-shard {samples_per_shard} must be at least 1, --workers {workers} at least 0"
         )
+    options = {
+        "samples_per_shard": samples_per_shard,
+        "seed": seed,
+        "workers": workers,
+        "short_side": short_side,
+    }
+    folders = lambda source: image_folders(source.scan(), src, split, skip_empty_classes)
+    source_options = source_options or {}
+    if is_remote(dst) or dry_run:
+        with tempfile.TemporaryDirectory(prefix="caco-build-") as scratch:
+            source = open_source(src, scratch, **source_options)
+            if dry_run:
+                return [
+                    _plan(_join(dst, name), folder, samples_per_shard)
+                    for name, folder in folders(source).items()
+                ]
+            return [
+                (_join(dst, name), *build_remote_set(source, folder, _join(dst, name), **options))
+                for name, folder in folders(source).items()
+            ]
+    dst = os.path.abspath(os.path.expanduser(dst))
     check_apart(src, dst)
     with ExitStack() as stack:
-        packed = compression(src) is not None
+        packed = needs_scratch(src, **source_options)
         if packed:
             stack.enter_context(scratch_removed(dst, existed=os.path.isdir(dst)))
         stack.enter_context(destination_errors(dst))
         if packed:
             stack.enter_context(locked(dst))
-        source = open_source(src, os.path.join(dst, STATE_DIR))
-        folders = image_folders(source.scan(), src, split, skip_empty_classes)
+        source = open_source(src, os.path.join(dst, STATE_DIR), **source_options)
+        folders = folders(source)
         if None not in folders and os.path.exists(os.path.join(dst, MANIFEST_NAME)):
             raise UserError(
                 f"{dst} holds a shard set itself, splits cannot be built in it: choose another directory"
             )
         results = []
         for name, folder in folders.items():
-            target = dst if name is None else os.path.join(dst, name)
-            options = {"samples_per_shard": samples_per_shard, "seed": seed, "workers": workers}
+            target = _join(dst, name)
             held = packed and target == dst
             results.append((target, *build_set(source, folder, target, locked_already=held, **options)))
         if packed:
             shutil.rmtree(os.path.join(dst, STATE_DIR), ignore_errors=True)
         return results
+
+
+def _join(dst, name):
+    return dst if name is None else f"{dst.rstrip('/')}/{name}"
+
+
+def _plan(dst, folder, samples_per_shard):
+    from data_prep.shard import SAMPLE_OVERHEAD_BYTES
+
+    num_bytes = sum(image.file.num_bytes + SAMPLE_OVERHEAD_BYTES for image in folder.images)
+    return dst, len(folder.images), -(-len(folder.images) // samples_per_shard), num_bytes
+
+
+def describe_build(folder, samples_per_shard, seed, short_side=0):
+    """What makes a build the one it is, as its manifest records it."""
+    what = {
+        "seed": seed,
+        "samples_per_shard": samples_per_shard,
+        "num_images": len(folder.images),
+        "listing": folder.fingerprint(),
+    }
+    return what | ({"short_side": short_side} if short_side else {})
 
 
 def build_set(
@@ -83,6 +146,7 @@ def build_set(
     samples_per_shard=1000,
     seed=0,
     workers=None,
+    short_side=0,
     locked_already=False,
     wait=False,
     quiet=False,
@@ -92,12 +156,7 @@ def build_set(
     workers: processes (None: one per CPU; 0 or 1: in this process). ``wait``: for another build of ``dst`` to
     end, instead of refusing.
     """
-    what = {
-        "seed": seed,
-        "samples_per_shard": samples_per_shard,
-        "num_images": len(folder.images),
-        "listing": folder.fingerprint(),
-    }
+    what = describe_build(folder, samples_per_shard, seed, short_side)
     with ExitStack() as stack:
         stack.enter_context(destination_errors(dst))
         manifest = finished_manifest(dst, what)
@@ -108,7 +167,7 @@ def build_set(
             shutil.rmtree(os.path.join(dst, STATE_DIR), ignore_errors=True)
             return manifest, True
         prepare_destination(dst, what)
-        jobs = _jobs(source, folder, dst, samples_per_shard, seed)
+        jobs = plan_shards(source, folder, dst, what)
         records = _run(jobs, dst, workers, quiet)
         manifest = _manifest(records, folder, what)
         write_atomically(os.path.join(dst, MANIFEST_NAME), manifest.to_json().encode())
@@ -117,17 +176,79 @@ def build_set(
         return manifest, False
 
 
-def _jobs(source, folder, dst, samples_per_shard, seed):
+def build_remote_set(source, folder, dst, *, samples_per_shard=1000, seed=0, workers=None, short_side=0):
+    """Build one shard set straight into an object store; returns (manifest, was there).
+
+    A shard is made in a temporary directory, uploaded in parts, and gone from there. The records of finished
+    shards are in the store, too: any machine continues. The manifest is created, never overwritten.
+    """
+    what = describe_build(folder, samples_per_shard, seed, short_side)
+    remote = Remote(dst)
+    manifest = _remote_manifest(remote, what)
+    if manifest:
+        return manifest, True
+    records = _remote_records(remote, what)
+    sizes = remote.list()
+    with tempfile.TemporaryDirectory(prefix="caco-build-") as staging, destination_errors(staging):
+        jobs = plan_shards(source, folder, staging, what, remote)
+        jobs = [replace(job, kept=_if_there(records.get(job.number), sizes)) for job in jobs]
+        manifest = _manifest(_run(jobs, dst, workers, quiet=False), folder, what)
+    try:
+        remote.write(MANIFEST_NAME, manifest.to_json().encode(), create=True)
+    except ObjectExists:  # another build of the same was quicker
+        if _remote_manifest(remote, what) != manifest:
+            raise UserError(
+                f"{dst}: another build has written its {MANIFEST_NAME}: choose another folder"
+            ) from None
+    remote.delete(f"{STATE_DIR}/{name.rpartition('/')[2]}" for name in remote.list(STATE_DIR))
+    return manifest, False
+
+
+def _remote_manifest(remote, what):
+    """The manifest of a finished build if it is this one, None if there is none."""
+    text = remote.read_whole(MANIFEST_NAME, missing=b"")
+    if not text:
+        return None
+    manifest = Manifest.from_json(text.decode("utf-8", "replace"))
+    same_build(remote.url, manifest.build, what)
+    open_store(remote.url, "none").check()
+    return manifest
+
+
+def _remote_records(remote, what):
+    """{shard number: record} of what an earlier run finished; notes what is built where there is nothing."""
+    note = f"{STATE_DIR}/build.json"
+    with suppress(ObjectExists):
+        remote.write(note, json.dumps(what).encode(), create=True)
+    same_build(remote.url, json.loads(remote.read_whole(note)), what)
+    names = [name.rpartition("/")[2] for name in remote.list(STATE_DIR)]
+    names = [name for name in names if re.fullmatch(r"\d{6,}\.json", name)]
+    texts = remote.concurrently(lambda name: remote.read_whole(f"{STATE_DIR}/{name}"), names)
+    return {int(name[:-5]): json.loads(text) for name, text in zip(names, texts, strict=True)}
+
+
+def _if_there(record, sizes):
+    """The record, if its files are in the store with their recorded sizes (uploads are whole or not there)."""
+    if record is None:
+        return None
+    info = ShardInfo(**record["info"])
+    there = sizes.get(info.name) == info.num_bytes and sizes.get(info.index_name) == info.index_num_bytes
+    return record if there else None
+
+
+def plan_shards(source, folder, dst, what, remote=None):
+    """The jobs of a build, one per shard, as ``what`` describes it."""
     # Imported here and not above: it imports torch, and a user's mistakes are told before that.
     from data_prep.shard import Job
 
     labels = {name: label for label, name in enumerate(folder.classes)}
-    order = permutation(len(folder.images), seed, PERMUTATION)
+    samples_per_shard, short_side = what["samples_per_shard"], what.get("short_side", 0)
+    order = permutation(len(folder.images), what["seed"], PERMUTATION)
     jobs = []
     for number, first in enumerate(range(0, len(order), samples_per_shard)):
         images = [folder.images[i] for i in order[first : first + samples_per_shard]]
         images = [(labels[image.class_name], image) for image in images]
-        jobs.append(Job(number, first, images, source, dst))
+        jobs.append(Job(number, first, images, source, dst, short_side, remote))
     return jobs
 
 

@@ -107,7 +107,7 @@ def finished_manifest(dst, what):
     state = os.path.join(dst, STATE_DIR, "build.json")
     if os.path.exists(os.path.join(dst, MANIFEST_NAME)):
         store = LocalStore(dst)
-        _same_build(dst, store.manifest.build, what)
+        same_build(dst, store.manifest.build, what)
         try:
             store.check()
         except UserError:
@@ -115,7 +115,7 @@ def finished_manifest(dst, what):
         return store.manifest
     if os.path.exists(state):
         with open(state, encoding="utf-8") as file:
-            _same_build(dst, json.load(file), what)
+            same_build(dst, json.load(file), what)
     elif os.path.exists(os.path.join(dst, shard_name(0))):
         raise UserError(
             f"{dst} holds {shard_name(0)}, but not from a build of this program: choose another directory"
@@ -123,7 +123,8 @@ def finished_manifest(dst, what):
     return None
 
 
-def _same_build(dst, there, here):
+def same_build(dst, there, here):
+    """UserError that lists what differs between the build in ``dst`` and the one asked for."""
     if there == here:
         return
     names = {"num_images": "images in the source", "listing": "source listing"}
@@ -180,6 +181,11 @@ def sync(file):
     """Put on disk what was written."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def record_name(number):
+    """The name of a finished shard's record, below the destination."""
+    return f"{STATE_DIR}/{number:06d}.json"
 
 
 def record_path(state, number):

@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 import simplejpeg
 from PIL import Image
 
@@ -11,11 +12,12 @@ JPEG_MAGIC = b"\xff\xd8"
 JPEG_QUALITY = 95
 
 
-def prepare_image(data):
+def prepare_image(data, short_side=0):
     """The bytes to store and what was changed: (JPEG bytes, None or a reason). Raises CorruptSample.
 
     The judge is the strict decoder of training. A JPEG that it reads passes byte for byte; CMYK JPEGs and
-    other formats become RGB JPEGs of quality 95 with full colour resolution (4:4:4).
+    other formats become RGB JPEGs of quality 95 with full colour resolution (4:4:4). ``short_side``: images whose
+    shorter side has more pixels are made that small (antialiased), and so re-encoded.
     """
     if not data:
         raise CorruptSample("empty file")
@@ -25,6 +27,12 @@ def prepare_image(data):
         # PIL names the object in memory that it could not read, another one in each run.
         reason = "not an image" if "cannot identify image file" in str(error) else str(error)
         raise CorruptSample(reason) from None
+    height, width = pixels.shape[:2]
+    if short_side and min(height, width) > short_side:
+        scale = short_side / min(height, width)
+        size = max(short_side, round(width * scale)), max(short_side, round(height * scale))
+        small = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
+        return encode_jpeg(np.asarray(small)), f"{width} x {height} made {size[0]} x {size[1]}"
     if not data.startswith(JPEG_MAGIC):
         with Image.open(io.BytesIO(data), formats=FALLBACK_FORMATS) as image:
             return encode_jpeg(pixels), f"{image.format} re-encoded as JPEG"

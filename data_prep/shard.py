@@ -9,12 +9,14 @@ import json
 import os
 import tarfile
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from caco_scale.data.shards import BLOCK, ShardIndex, ShardInfo
 from caco_scale.data.views import CorruptSample
 from data_prep.destination import (
     STATE_DIR,
     file_sha256,
+    record_name,
     record_path,
     shard_name,
     sync,
@@ -37,6 +39,9 @@ class Job:
     images: list[tuple[int, Image]]
     source: object
     dst: str
+    short_side: int = 0
+    remote: object = None  # a Remote: the shard goes there, and ``dst`` is only where it is made
+    kept: dict | None = None  # the record of the shard, if it is in the object store already
 
     @property
     def state(self):
@@ -49,7 +54,7 @@ class Job:
 
 def build_shard(job):
     """Build a shard, unless its record and its files agree; returns (record, was it there before)."""
-    record = _kept_record(job)
+    record = job.kept if job.remote else _kept_record(job)
     if record:
         return record, True
     name = shard_name(job.number)
@@ -73,8 +78,20 @@ def build_shard(job):
         name, len(samples), output.num_bytes, output.hash.hexdigest(), index_name, len(index), index_hash
     )
     record = {"info": asdict(info), "fixed": fixed, "rejected": rejected}
-    write_record(job.state, job.number, record)
+    if job.remote:
+        _upload(job, info, record)
+    else:
+        write_record(job.state, job.number, record)
     return record, False
+
+
+def _upload(job, info, record):
+    """The tar in parts, then its index, then the record: what has one is whole."""
+    for name in (info.name, info.index_name):
+        path = Path(job.dst, name)
+        job.remote.write(name, path)
+        path.unlink()
+    job.remote.write(record_name(job.number), json.dumps(record).encode())
 
 
 class _HashingFile:
@@ -95,7 +112,7 @@ def _write_samples(job, shard, output):
     for slot, (label, image) in enumerate(job.images, job.first):
         key, note = f"{slot:08d}", {"source": image.name}
         try:
-            data, reason = prepare_image(job.source.read(image.file))
+            data, reason = prepare_image(job.source.read(image.file), job.short_side)
         except CorruptSample as error:
             rejected.append({"key": f"{shard}/{key}", "source": image.name, "reason": str(error)})
             continue

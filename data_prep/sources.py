@@ -17,6 +17,7 @@ import shutil
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from caco_scale.data.remote import is_remote
 from caco_scale.data.shards import whole_tar_members
 from caco_scale.errors import UserError, one_line
 
@@ -170,18 +171,42 @@ def without_wrapper(listing):
     )
 
 
-def open_source(path, scratch):
-    """The source at ``path``; a compressed tar is decompressed once, to one file in ``scratch``."""
-    path = os.fspath(path)
+def open_source(path, scratch, kind="auto", labels=None, md5="auto", split=None):
+    """The source at ``path``: a folder of class folders, a tar of one, ImageNet's archives, or parquet files.
+
+    scratch: a folder for what cannot be read in place (a compressed tar, parquet). kind: ``auto``, ``folder``,
+    ``tar`` or ``parquet``. labels: for a tar of images without folders, where their classes are. md5: see
+    :func:`~data_prep.imagenet.check_md5`. split: of a parquet directory.
+    """
+    from data_prep import imagenet, parquet  # not above: they import this module
+
+    path = os.path.expanduser(os.fspath(path))
+    if is_remote(path):
+        raise UserError(f"the source {path} is not on this machine: give a folder or a tar on its disks")
+    if kind == "parquet":
+        os.makedirs(scratch, exist_ok=True)
+        return parquet.ParquetSource(path, scratch, split)
     if os.path.isdir(path):
         return FolderSource(path)
     if not os.path.exists(path):
         raise UserError(f"the source {path} does not exist: give a folder of class folders, or a tar of one")
+    if os.path.isfile(path):
+        imagenet.check_md5(path, md5)
     decompress = compression(path)
     if decompress:
         return TarSource(_decompressed(path, decompress, scratch), path)
     _check_tar(path, path)
+    if labels:
+        names = [os.path.basename(file.name) for file in TarSource(path, path).scan().files]
+        return imagenet.FlatTarSource(path, path, imagenet.read_labels(labels, names))
+    if imagenet.is_tar_of_tars(path):
+        return imagenet.TarOfTarsSource(path, path)
     return TarSource(path, path)
+
+
+def needs_scratch(path, kind="auto", **_):
+    """Will ``open_source`` write into its scratch folder?"""
+    return kind == "parquet" or compression(path) is not None
 
 
 def compression(path):

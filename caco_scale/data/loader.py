@@ -201,9 +201,9 @@ def _decoded_samples(job, samples):
 
 def _training_batches(job, samples):
     """Join the samples of each step into one batch: crops, parameters, keys."""
-    for step, group in itertools.groupby(samples, lambda sample: sample["__step__"]):
-        epoch = step // job.order.steps_per_epoch
-        size = job.order.global_batch_size // job.world_size
+    samples, size = iter(samples), job.order.global_batch_size // job.world_size
+    for step in _mine(job.steps):
+        epoch, group = step // job.order.steps_per_epoch, itertools.islice(samples, size)
         crops = [torch.empty(size, spec.size, spec.size, 3, dtype=torch.uint8) for spec in job.views]
         ids, keys, corrupt = [], [], []
         for chunk in _chunks(group):

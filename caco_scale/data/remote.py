@@ -31,6 +31,7 @@ PART_BYTES = 8 << 20  # of a multipart upload
 PROGRESS_BYTES = 1 << 16  # a failed attempt that brought this much is not counted against the budget
 CONNECT_SECONDS = 10
 FIRST_DELAY_SECONDS, LAST_DELAY_SECONDS = 0.1, 20.0
+REFUSED = (400, 401, 403, 405, 407)  # statuses that no retry mends
 THREADS = 16  # requests in flight in one process
 
 _user = None  # the process that has used obstore
@@ -101,7 +102,7 @@ class Remote:
     def client(self):
         global _user
         if _user not in (None, os.getpid()):
-            raise RuntimeError(
+            raise UserError(
                 "this process was forked from one that had used obstore, where it would hang: "
                 "start it with the methods forkserver or spawn"
             )
@@ -222,12 +223,14 @@ class Remote:
     def delete(self, names):
         import obstore
 
+        names = list(names)
+
         def delete():
             self.count("requests")
-            obstore.delete(self.client(), list(names))
+            obstore.delete(self.client(), names)
 
         if names:
-            self._retried(", ".join(list(names)[:2]), delete, verb="deleted")
+            self._retried(", ".join(names[:2]), delete, verb="deleted")
 
     # Retries
 

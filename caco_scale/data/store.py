@@ -349,7 +349,7 @@ class RemoteStore(Store):
     def _index_bytes(self, info):
         if self.local_index:
             return self.local_index._index_bytes(info)
-        return self.remote.read(info.index_name, 0, info.index_num_bytes)
+        return b"".join(self.remote.stream(info.index_name, 0, info.index_num_bytes, whole=True))
 
     def read(self, shard, start, num_bytes):
         """``num_bytes`` of a shard from ``start``: from this node's copy, else as a range of the object."""

@@ -1,0 +1,85 @@
+"""A directory of Hugging Face parquet files as a source: images as they are stored, bytes not re-encoded.
+
+Parquet is read row group by row group, while a build reads images in random order. So the images are copied once
+to one file in the scratch folder, and read from there by offset.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from caco_scale.errors import UserError, one_line
+from data_prep.sources import File, Listing, TarSource
+
+PACKED, NOTE = "source.tar", "source.json"  # names that the scratch folder of a build is cleaned of
+
+
+class ParquetSource(TarSource):
+    """Images of the ``image`` column (a struct with ``bytes``, or the bytes), classes of the ``label`` column."""
+
+    def __init__(self, path, scratch, split=None):
+        super().__init__(os.path.join(scratch, PACKED), path)
+        self.files = [
+            str(file)
+            for file in sorted(Path(path).rglob("*.parquet"))
+            if split is None or file.name.startswith(f"{split}-") or file.parent.name == split
+        ]
+        if not self.files:
+            raise UserError(f"{path} has no parquet files" + (f" of the split {split}" if split else ""))
+        self.origin = [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in self.files]
+        self.note = os.path.join(scratch, NOTE)
+
+    def scan(self):
+        there = None
+        if os.path.exists(self.note) and os.path.exists(self.path):
+            there = json.loads(Path(self.note).read_text())
+        if there is None or there["origin"] != self.origin:
+            there = {"origin": self.origin, "files": self._unpack()}
+            Path(self.note).write_text(json.dumps(there))
+        listing = Listing()
+        for name, size, offset in there["files"]:
+            listing.add(File(name, size, offset))
+        return listing
+
+    def _unpack(self):
+        try:
+            import pyarrow
+            import pyarrow.parquet as parquet
+        except ImportError:
+            raise UserError(
+                "--format parquet needs pyarrow: pip install pyarrow (or caco_scale[parquet])"
+            ) from None
+        found, offset = [], 0
+        with open(self.path, "wb") as packed:
+            for number, path in enumerate(self.files):
+                try:
+                    for data, name in self._rows(parquet.ParquetFile(path)):
+                        found.append([f"{name}/{number:05d}_{len(found):08d}.jpg", len(data), offset])
+                        offset += packed.write(data)
+                except (pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
+                    raise UserError(
+                        f"{path} cannot be read as images with labels: {one_line(error)}"
+                    ) from None
+        return found
+
+    @staticmethod
+    def _rows(file):
+        """(bytes, class name) of every row."""
+        names = _class_names(file.schema_arrow.metadata)
+        for batch in file.iter_batches(batch_size=64, columns=["image", "label"]):
+            rows = batch.to_pydict()
+            for image, label in zip(rows["image"], rows["label"], strict=True):
+                data = image["bytes"] if isinstance(image, dict) else image
+                if data is None or label is None:
+                    raise ValueError("a row without image bytes or label")
+                name = names[label] if names else f"{label:05d}" if isinstance(label, int) else str(label)
+                yield data, name.replace("/", "_")
+
+
+def _class_names(metadata):
+    """The names that the data set's card has for its labels, prefixed so that their order stays; None without."""
+    info = json.loads((metadata or {}).get(b"huggingface", b"{}"))
+    names = info.get("info", {}).get("features", {}).get("label", {}).get("names")
+    if not names or list(names) == sorted(names):
+        return names
+    return [f"{number:05d}_{name}" for number, name in enumerate(names)]

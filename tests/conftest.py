@@ -1,0 +1,24 @@
+"""Fixtures that several files share."""
+
+import pytest
+from s3_server import BUCKET, CannotStart, SwiftServer, credentials
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A real S3 server with an empty bucket, for the whole session."""
+    try:
+        with SwiftServer(tmp_path_factory.mktemp("swift")) as server:
+            yield server
+    except CannotStart as error:
+        pytest.skip(f"no S3 server: {error}")
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """The address of the bucket; the environment names the server and its keys."""
+    for name, value in credentials(s3_server.endpoint).items():
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_SKIP_SIGNATURE"):
+        monkeypatch.delenv(name, raising=False)
+    return f"s3://{BUCKET}"
