@@ -1,38 +1,52 @@
 """Does a shard set agree with its manifest? Fast: sizes, indexes, counts. Full: every byte and image."""
 
+import hashlib
 import multiprocessing
 import os
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import numpy as np
 
+from caco_scale.data.remote import Remote, is_remote
 from caco_scale.data.shards import MANIFEST_NAME, index_tar, read_sample
-from caco_scale.data.store import LocalStore
+from caco_scale.data.store import LocalStore, mend, open_store
 from caco_scale.errors import UserError
-from data_prep.destination import file_sha256
+from data_prep.imagenet import check_expected
 from data_prep.sources import SPLITS, is_image
 
-FIX = (
-    "delete the bad shards and run the same `python -m data_prep build` again: it builds only what is missing"
-)
 
+def verify(path, full=False, workers=None, expect=None):
+    """Check the shard set in ``path``, or the sets of its splits; returns [(directory or address, manifest)].
 
-def verify(path, full=False, workers=None):
-    """Check the shard set in ``path``, or the sets of its splits; returns [(directory, manifest)].
-
-    ``full`` also reads every shard: sha256 of tar and index, the index against the tar, every image decoded.
-    Raises UserError naming the first bad shard and how many are bad.
+    path: a directory or the address of a folder of an object store. ``full`` also reads every shard: sha256 of
+    tar and index, the index against the tar, every image decoded. ``expect``: a name of
+    :data:`~data_prep.imagenet.EXPECTED` that a set must be. Raises UserError naming the first bad shard and how
+    many are bad.
     """
+    results = [(place, _verify_set(place, full, workers)) for place in _sets(path)]
+    for place, manifest in results:
+        if expect:
+            check_expected(manifest, expect, place)
+    return results
+
+
+def _sets(path):
+    path = os.fspath(path)
+    if is_remote(path) or "{" in path:
+        if "{" not in path and Remote(path).size(MANIFEST_NAME) is None:
+            splits = [f"{path.rstrip('/')}/{split}" for split in SPLITS]
+            return [split for split in splits if Remote(split).size(MANIFEST_NAME) is not None] or [path]
+        return [path]
     path = os.path.abspath(os.path.expanduser(os.fspath(path)))
     splits = [os.path.join(path, split) for split in SPLITS]
     sets = [path] if os.path.exists(os.path.join(path, MANIFEST_NAME)) else []
-    sets = sets or [split for split in splits if os.path.exists(os.path.join(split, MANIFEST_NAME))] or [path]
-    return [(directory, _verify_set(directory, full, workers)) for directory in sets]
+    return sets or [split for split in splits if os.path.exists(os.path.join(split, MANIFEST_NAME))] or [path]
 
 
-def _verify_set(path, full, workers):
-    store = LocalStore(path)
+def bad_shards(store, full, workers=None):
+    """([(shard number, what is wrong with it)], images per class in the others)."""
     manifest = store.manifest
     numbers = range(len(manifest.shards))
     workers = min(len(os.sched_getaffinity(0)) if workers is None else workers, len(numbers)) if full else 1
@@ -44,14 +58,20 @@ def _verify_set(path, full, workers):
         context.set_forkserver_preload(["data_prep.verify"])
         with ProcessPoolExecutor(workers, context) as pool:
             results = list(pool.map(check, numbers))
-    bad = [
-        (shard.name, problem) for shard, (problem, _) in zip(manifest.shards, results, strict=True) if problem
-    ]
+    bad = [(number, problem) for number, (problem, _) in enumerate(results) if problem]
+    return bad, sum((labels for _, labels in results), np.zeros(len(manifest.classes), np.int64))
+
+
+def _verify_set(path, full, workers):
+    store = open_store(path, "none")
+    manifest = store.manifest
+    bad, counts = bad_shards(store, full, workers)
     if bad:
+        number, problem = bad[0]
         raise UserError(
-            f"{path}: {len(bad)} of {len(numbers)} shards are bad, first {bad[0][0]} ({bad[0][1]}): {FIX}"
+            f"{path}: {len(bad)} of {len(manifest.shards)} shards are bad, first {manifest.shards[number].name} "
+            f"({problem}): {mend(path)}"
         )
-    counts = sum((labels for _, labels in results), np.zeros(len(manifest.classes), np.int64))
     if counts.tolist() != list(manifest.class_counts):
         raise UserError(
             f"{path}: the labels in the shards are not counted as in {MANIFEST_NAME}: build the set again"
@@ -64,27 +84,55 @@ def check_shard(store, number, full=False):
     info = store.manifest.shards[number]
     none = np.zeros(len(store.manifest.classes), np.int64)
     try:
-        for name, expected in ((info.name, info.num_bytes), (info.index_name, info.index_num_bytes)):
-            size = os.path.getsize(os.path.join(store.path, name))
-            if size != expected:
-                return f"{name} has {size:,} bytes, {expected:,} expected", none
-        path = os.path.join(store.path, info.name)
-        if full and file_sha256(path) != info.sha256:
-            return "its sha256 differs", none
+        problem = _wrong_size(store, info)
+        if problem:
+            return problem, none
         index = store.index(number)
         labels = index.labels[index.labels >= 0]
         if len(labels) and labels.max() >= len(none):
             return f"label {labels.max()} with {len(none)} classes", none
-        if full and index_tar(path).to_bytes() != index.to_bytes():
-            return "its index is not that of the tar", none
         if full:
-            for position in range(len(index)):
-                _decode(read_sample(index, position, store.read(number, *index.span(position))))
+            problem = _wrong_bytes(store, number, index)
+            if problem:
+                return problem, none
         return None, np.bincount(labels, minlength=len(none))
     except OSError as error:
         return f"{os.path.basename(error.filename)}: {error.strerror}", none
     except ValueError as error:
         return str(error), none
+
+
+def _wrong_size(store, info):
+    for name, expected in ((info.name, info.num_bytes), (info.index_name, info.index_num_bytes)):
+        if isinstance(store, LocalStore):
+            folder = store.shards_at if name == info.name else store.path
+            size = os.path.getsize(os.path.join(folder, name))
+        else:
+            own_index = store.local_index and name == info.index_name
+            size = expected if own_index else store.remote.size(name)
+        if size is None:
+            return f"{name}: no such object"
+        if size != expected:
+            return f"{name} has {size:,} bytes, {expected:,} expected"
+    return None
+
+
+def _wrong_bytes(store, number, index):
+    """What is wrong with the content of a shard, read once into a temporary file."""
+    info, digest = store.manifest.shards[number], hashlib.sha256()
+    with tempfile.TemporaryFile() as file:
+        for chunk in store.chunks(number):
+            digest.update(chunk)
+            file.write(chunk)
+        if digest.hexdigest() != info.sha256:
+            return "its sha256 differs"
+        file.seek(0)
+        if index_tar(file).to_bytes() != index.to_bytes():
+            return "its index is not that of the tar"
+        for position in range(len(index)):
+            start, size = index.span(position)
+            _decode(read_sample(index, position, os.pread(file.fileno(), size, start)))
+    return None
 
 
 def _decode(sample):

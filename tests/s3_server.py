@@ -256,6 +256,7 @@ class FaultProxy(_Server):
     def __init__(self, upstream, faults=(), every=3, stall_seconds=4):
         self.upstream = urllib.parse.urlsplit(upstream).netloc
         self.faults, self.every, self.stall_seconds = faults, every, stall_seconds
+        self.gone = False  # set: no request is answered any more
         self.injected, self.requests, self.lock = Counter(), 0, threading.Lock()
         proxy = self
 
@@ -286,6 +287,9 @@ class FaultProxy(_Server):
             return fault
 
     def answer(self, handler):
+        if self.gone:
+            handler.close_connection = True
+            return handler.connection.shutdown(socket.SHUT_RDWR)
         fault = self.choose(handler)
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         if fault == "503":

@@ -106,7 +106,7 @@ def test_a_store_that_is_gone_ends_the_run_with_one_line_and_a_whole_checkpoint(
     process = start(few)
     while progress(tmp_path / "run") < (1, SWITCH + 2) and process.poll() is None:
         process.stdout.readline()
-    proxy.close()
+    proxy.gone = True
     output, _ = process.communicate(timeout=240)
     assert process.returncode != 0, output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]

@@ -324,9 +324,9 @@ def _final_error(error, what, verb, reason):
         return MissingObject(f"{what} does not exist ({reason})")
     if isinstance(error, exceptions.AlreadyExistsError | exceptions.PreconditionError):
         return ObjectExists(f"{what} exists already")
-    if isinstance(
-        error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError | PermissionError
-    ):
+    status = re.search(r"status code: (\d+)", reason)
+    refused = exceptions.PermissionDeniedError | exceptions.UnauthenticatedError | PermissionError
+    if isinstance(error, refused) or (status and int(status[1]) in REFUSED):
         return UserError(
             f"{what} may not be {verb} ({reason}): check the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE, "
             "AWS_SKIP_SIGNATURE=true for a public bucket, GOOGLE_..., AZURE_...)"

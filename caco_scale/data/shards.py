@@ -45,7 +45,7 @@ def expand_braces(pattern):
     match = re.fullmatch(r"([^{}]*)\{([^{}]*)\}([^{}]*)", name)
     if not match or "{" in folder or "}" in folder:
         raise UserError(
-            f"{pattern} is not a pattern like s3://bucket/train-{{000..012}}.tar: one pair of braces, in the file's name"
+            f"{pattern} is not a pattern like s3://bucket/train-{{000..012}}.tar: one pair of braces, in the name"
         )
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[2])
     if numbers:
