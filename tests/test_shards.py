@@ -94,10 +94,9 @@ def test_a_shard_without_samples(tmp_path):
 def test_foreign_tar_without_labels_and_with_other_members(tmp_path):
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as tar:
-        for name, kind in (("d", tarfile.DIRTYPE), ("d/link.jpg", tarfile.SYMTYPE)):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/passwd"
-            tar.addfile(info)
+        info = tarfile.TarInfo("d")
+        info.type = tarfile.DIRTYPE
+        tar.addfile(info)
         for name in ("README", "__meta__/x.json", "d/1.jpg", "d/1.txt", "d/2.cls"):
             info = tarfile.TarInfo(name)
             info.size = 3
@@ -105,6 +104,16 @@ def test_foreign_tar_without_labels_and_with_other_members(tmp_path):
     index = index_tar(path)
     assert list(index.keys) == ["d/1", "d/2"]
     assert index.labels.tolist() == [-1, -1]  # none, and not an integer
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_a_tar_with_a_link_or_a_device_is_refused(tmp_path, kind):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        info = tarfile.TarInfo("d/1.jpg")
+        info.type, info.linkname = kind, "/etc/passwd"
+        tar.addfile(info)
+    with pytest.raises(UserError, match=r"'d/1\.jpg' is a link or a device"):
+        index_tar(tmp_path / "x.tar")
 
 
 @pytest.mark.parametrize("keep", [1, 511, 512, 600, 1024, 2048, 3072, 5120 - 1])

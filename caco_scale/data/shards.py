@@ -6,6 +6,7 @@ in training. The manifest names the shards with counts, sizes and hashes, and is
 with one is complete.
 """
 
+import io
 import json
 import re
 import tarfile
@@ -228,7 +229,7 @@ class ShardIndex:
 
     def to_bytes(self):
         """Magic, length of a JSON header, header, keys, arrays: the same bytes on every machine."""
-        keys = self._joined.encode()
+        keys = self._joined.encode("utf-8", "surrogateescape")
         arrays = [[name, self._arrays[name].dtype.str, len(self._arrays[name])] for name in self._ARRAYS]
         header = json.dumps(
             {"keys": len(keys), "extensions": list(self._extensions), "arrays": arrays}
@@ -244,7 +245,7 @@ class ShardIndex:
                 raise ValueError("it does not begin as one")
             at = 16 + int.from_bytes(data[8:16], "little")
             header = json.loads(data[16:at])
-            keys = data[at : at + header["keys"]].decode()
+            keys = data[at : at + header["keys"]].decode("utf-8", "surrogateescape")
             at += header["keys"]
             arrays = {}
             for name, dtype, length in header["arrays"]:
@@ -278,14 +279,20 @@ def whole_tar_members(file, name):
     tarfile alone takes a tar that is cut at a header for a shorter one.
     """
     end = count = 0
+    num_bytes = file.seek(0, io.SEEK_END)
+    file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
+                if member.size < 0 or member.offset_data + member.size > num_bytes:
+                    raise EOFError(f"{member.name!r} claims {member.size:,} bytes")
                 yield member
                 tar.members.clear()  # tarfile keeps every member it met
                 end = tar.offset
                 count += 1
-    except (tarfile.TarError, EOFError) as error:
+    except UserError:
+        raise
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{name} is not a whole tar ({one_line(error)}, after {count:,} files)") from None
     file.seek(end)
     if file.read(BLOCK) != bytes(BLOCK):
@@ -302,6 +309,11 @@ def _index_file(file, name):
     samples = []
     for member in whole_tar_members(file, name):
         name_parts = re.fullmatch(KEY_AND_EXTENSION, member.name)
+        if not (member.isreg() or member.isdir()):
+            raise UserError(
+                f"{name}: {member.name!r} is a link or a device: nothing is read from where it points, write the tar "
+                "with the files themselves (tar --hard-dereference --dereference)"
+            )
         if not member.isreg() or not name_parts or re.match(META_FILES, member.name):
             continue
         if member.issparse():
@@ -311,7 +323,7 @@ def _index_file(file, name):
             samples.append([key, member.offset, 0, -1, []])
         sample = samples[-1]
         if any(extension == other for other, _, _ in sample[4]):
-            raise UserError(f"{name}: two files {member.name} in one sample")
+            raise UserError(f"{name}: two files {member.name!r} in one sample")
         sample[2] = member.offset_data + _padded(member.size) - sample[1]
         sample[4].append((extension, member.offset_data - sample[1], member.size))
         if extension == "cls":

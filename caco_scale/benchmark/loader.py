@@ -1,0 +1,233 @@
+"""The loader against torchvision's ImageFolder with PIL transforms, on the same JPEGs, in one run.
+
+Each contender has a process of its own and the rounds take turns, so that whatever else the machine does meets
+all alike. What counts is images per second of CPU time, of which a training machine has too little; the median of
+the rounds. Both make the two views of the method from every image. The loader's workers stop at uint8 crops and
+leave colour and blur to the training device ("crops"); "all on the CPU" is with that work, too.
+"""
+
+import functools
+import http.server
+import io
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from caco_scale.errors import UserError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DRAWN_IMAGES, DRAWN_CLASSES, DRAWN_SIZE = 240, 8, (375, 500)
+
+
+def measure(images, rounds, batch, size):
+    """``{"images": ..., "rows": [...], "ratios": {...}}`` of a folder of class folders (None: drawn JPEGs)."""
+    with tempfile.TemporaryDirectory(prefix="caco-benchmark-") as folder:
+        if images is None:
+            images = draw_images(Path(folder, "images"))
+        shards = Path(folder, "shards")
+        from data_prep.build import build
+
+        [(_, manifest, _)] = build(images, shards, samples_per_shard=64, workers=1)
+        server = multiprocessing.get_context("spawn").Process(
+            target=serve, args=(str(shards), f"{folder}/port")
+        )
+        server.start()
+        try:
+            url = _address(f"{folder}/port", server)
+            count = manifest.num_samples // batch * batch
+            if not count:
+                raise UserError(
+                    f"{images} has {manifest.num_samples} images, fewer than one batch of {batch}"
+                )
+            ours = functools.partial(read_batches, batch=batch, size=size)
+            contenders = {
+                "ImageFolder + PIL": functools.partial(
+                    read_image_folder, str(images), count=count, size=size
+                ),
+                "loader, crops": functools.partial(ours, str(shards), "none"),
+                "loader, all on the CPU": functools.partial(ours, str(shards), "none", augmented=True),
+                "loader, web, no cache": functools.partial(ours, url, "none"),
+                "loader, web, cold cache": functools.partial(ours, url, f"{folder}/cold", cold=True),
+                "loader, web, warm cache": functools.partial(ours, url, f"{folder}/warm"),
+            }
+            rows = _rounds(contenders, rounds)
+        finally:
+            server.terminate()
+            server.join()
+        mean_bytes = round(manifest.num_bytes / manifest.num_samples)
+    base = rows[0]["images_per_cpu_second"]
+    ratios = {row["what"]: round(row["images_per_cpu_second"] / base, 2) for row in rows}
+    for row in rows:
+        row["ratio"] = ratios[row["what"]]
+    return {"images": count, "mean_bytes": mean_bytes, "rounds": rounds, "rows": rows, "ratios": ratios}
+
+
+def _rounds(contenders, rounds):
+    """Every contender once to warm up and then ``rounds`` times, in turn; the median of each figure."""
+    context = multiprocessing.get_context("spawn")
+    pools = {name: ProcessPoolExecutor(1, context) for name in contenders}
+    results = {name: [] for name in contenders}
+    try:
+        for number in range(rounds + 1):
+            for name, contender in contenders.items():
+                figures = pools[name].submit(timed, contender).result()
+                if number:
+                    results[name].append(figures)
+    finally:
+        for pool in pools.values():
+            pool.shutdown()
+    rows = []
+    for name, measured in results.items():
+        median = {key: statistics.median(figures[key] for figures in measured) for key in measured[0]}
+        rows.append({"what": name, **{key: round(value, 1) for key, value in median.items()}})
+    return rows
+
+
+def timed(contender):
+    """Figures of one round in this process: per CPU second and second, and the most memory it has held so far."""
+    import torch
+
+    torch.set_num_threads(1)
+    start, start_cpu = time.perf_counter(), time.process_time()
+    count = contender()
+    cpu, wall = time.process_time() - start_cpu, time.perf_counter() - start
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"images_per_cpu_second": count / cpu, "images_per_second": count / wall, "peak_mb": memory / 1e6}
+
+
+def read_image_folder(folder, count, size):
+    """Two views of ``count`` images as the usual training script makes them."""
+    from PIL import ImageFilter, ImageOps
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    blur = transforms.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))))
+    solarize = transforms.Lambda(ImageOps.solarize)
+
+    def view(blur_p, solarize_p):
+        return transforms.Compose(
+            [
+                transforms.RandomResizedCrop(size, (0.2, 1.0)),
+                transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+                transforms.RandomGrayscale(0.2),
+                transforms.RandomApply([blur], blur_p),
+                transforms.RandomApply([solarize], solarize_p),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(MEAN, STD),
+            ]
+        )
+
+    first, second = view(1.0, 0.0), view(0.1, 0.2)
+    data = ImageFolder(folder, transform=lambda image: (first(image), second(image)))
+    for number in random.sample(range(len(data)), count):
+        data[number]
+    return count
+
+
+def read_batches(url, cache_dir, *, batch, size, augmented=False, cold=False):
+    """Two views of one epoch from a shard set, in this process. ``cold``: the cache directory is emptied before."""
+    from caco_scale.data.augment import augment
+    from caco_scale.data.loader import train_batches
+    from caco_scale.data.order import Order
+    from caco_scale.data.store import open_store
+    from caco_scale.data.views import ViewSpec
+
+    if cold:
+        shutil.rmtree(cache_dir, ignore_errors=True)
+    store = open_store(url, cache_dir)
+    if not cold:
+        for shard in range(len(store.manifest.shards)):
+            store.fetch(shard)
+    order = Order([shard.num_samples for shard in store.manifest.shards], seed=0, global_batch_size=batch)
+    views = [
+        ViewSpec(size, (0.2, 1.0), blur_p=1.0),
+        ViewSpec(size, (0.2, 1.0), blur_p=0.1, solarize_p=0.2),
+    ]
+    topology = {"rank": 0, "world_size": 1, "workers": 0, "seed": 0}
+    count = 0
+    for made in train_batches(store, order, views, start_step=0, num_steps=order.steps_per_epoch, **topology):
+        count += len(made.keys)
+        if augmented:
+            for crops, params in zip(made.crops, made.params, strict=True):
+                augment(crops, params, MEAN, STD)
+    return count
+
+
+def draw_images(folder):
+    """An image folder of drawn JPEGs with the size and detail of photographs (about 100 kB each)."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    height, width = DRAWN_SIZE
+    for number in range(DRAWN_IMAGES):
+        place = folder / f"class{number % DRAWN_CLASSES}"
+        place.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 255, (24, 32, 3)).astype(np.uint8))
+        image = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+        image = np.clip(image + rng.normal(0, 14, image.shape), 0, 255).astype(np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(image).save(out, "JPEG", quality=88)
+        (place / f"{number:04d}.jpg").write_bytes(out.getvalue())
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------
+# A web server on this machine stands for the object store
+
+
+def serve(folder, port_file):
+    """Serve the files of a folder, ranges included, until terminated; writes its port to ``port_file``."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def __init__(self, *args):
+            super().__init__(*args, directory=folder)
+
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            part, path = self.headers.get("Range"), self.translate_path(self.path)
+            if not part or not os.path.isfile(path):
+                return super().do_GET()
+            first, last = (int(number) for number in part.removeprefix("bytes=").split("-"))
+            with open(path, "rb") as file:
+                data = os.pread(file.fileno(), last - first + 1, first)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{os.path.getsize(path)}")
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Last-Modified", self.date_time_string(os.path.getmtime(path)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    Path(port_file + ".new").write_text(str(server.server_address[1]))
+    os.replace(port_file + ".new", port_file)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    server.serve_forever()
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(0)
+
+
+def _address(port_file, process):
+    while not os.path.exists(port_file):
+        process.join(0.05)
+        if process.exitcode is not None:
+            raise UserError("the web server of the benchmark did not start")
+    return f"http://127.0.0.1:{Path(port_file).read_text()}"

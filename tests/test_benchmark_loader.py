@@ -1,0 +1,43 @@
+"""The loader's benchmark runs, reads what it says, and names the machine. No figure is asserted."""
+
+import json
+import subprocess
+import sys
+
+from launch import environment
+
+
+def test_the_loader_benchmark_writes_its_json(tmp_path):
+    import numpy as np
+    from PIL import Image
+    from shard_sets import smooth_image
+
+    for number in range(12):
+        (tmp_path / f"images/c{number % 2}").mkdir(parents=True, exist_ok=True)
+        image = smooth_image(np.random.default_rng(number), 60, 80)
+        Image.fromarray(image).save(tmp_path / f"images/c{number % 2}/{number}.jpg")
+    words = ["loader", "--images", tmp_path / "images", "--rounds", 1, "--batch", 6, "--size", 32]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "caco_scale.benchmark",
+            *map(str, words),
+            "--save",
+            str(tmp_path / "out.json"),
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "out.json").read_text())
+    assert json.loads(done.stdout.splitlines()[-1]) == saved
+    assert saved["images"] == 12
+    assert saved["machine"]["processor"]
+    assert saved["machine"]["cores"] >= 1
+    assert len(saved["rows"]) == 6
+    assert saved["ratios"]["ImageFolder + PIL"] == 1
+    assert all(row["images_per_cpu_second"] > 0 and row["peak_mb"] > 0 for row in saved["rows"])
