@@ -107,7 +107,7 @@ def test_repair_builds_what_is_bad_again(tree, s3, tmp_path):
     assert files_of(tmp_path / "set") == files
     (tree / "ant" / "000.jpg").write_bytes(encoded(999))
     (tmp_path / "set/000001.tar").unlink()
-    with pytest.raises(UserError, match="another build|another sha256"):
+    with pytest.raises(UserError, match=r"another build|another sha256"):
         repair(tree, tmp_path / "set", workers=1)
 
 
@@ -395,7 +395,7 @@ def hostile_tars(count=300):
 
 def test_hostile_tars_are_read_whole_or_refused_in_one_line(tmp_path):
     """Every one of 300: an index of all its samples, or one UserError. Never another exception, a hang, a loss."""
-    refusals, read = 0, 0
+    refusals, read = [], 0
     for name, data in hostile_tars():
         path = tmp_path / f"{name}.tar"
         path.write_bytes(data)
@@ -403,8 +403,7 @@ def test_hostile_tars_are_read_whole_or_refused_in_one_line(tmp_path):
         try:
             found = index_tar(path)
         except UserError as error:
-            assert "\n" not in str(error)
-            refusals += 1
+            refusals.append(str(error))
         else:
             read += 1
             # No file is lost: all of the twelve that have a name and an extension.
@@ -419,8 +418,9 @@ def test_hostile_tars_are_read_whole_or_refused_in_one_line(tmp_path):
                 assert 0 <= start <= start + size <= len(data)
         assert sorted(p.name for p in tmp_path.iterdir()) == before
         path.unlink()
-    assert refusals + read == 300
-    assert refusals >= 90
+    assert len(refusals) + read == 300
+    assert not any("\n" in refusal for refusal in refusals)
+    assert len(refusals) >= 90
     assert read >= 60
 
 

@@ -88,6 +88,7 @@ def test_images_that_do_not_decode_are_replaced_up_to_a_limit(flags, tmp_path):
     last = error.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert "do not decode, more than data.max_corrupt 0.001" in last
+    assert f"python -m data_prep repair SRC {shards}" in last
     assert (tmp_path / "run/corrupt.jsonl").exists()
     code, error = pretrain({**flags, "data.max_corrupt": 0.5, "run.dir": str(tmp_path / "run2")}, tmp_path)
     assert code == 0, error

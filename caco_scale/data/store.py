@@ -8,6 +8,7 @@ A read of a remote shard never waits for a whole shard: it takes the node's cach
 range of the object, while ``prefetch`` fetches the shards of coming steps in the background.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -464,4 +465,9 @@ def _cache_directory(name):
     """The path of ``data.cache_dir``; ``auto`` is this user's folder on the node's own disk."""
     if name not in ("", "auto"):
         return os.path.abspath(os.path.expanduser(name))
-    return os.path.join(tempfile.gettempdir(), f"caco_scale-cache-{os.getuid()}")
+    path = os.path.join(tempfile.gettempdir(), f"caco_scale-cache-{os.getuid()}")
+    with contextlib.suppress(OSError):  # what is wrong with the place is said where it is used
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        if os.stat(path).st_uid != os.getuid():
+            raise UserError(f"{path} belongs to another user: give another data.cache_dir")
+    return path
