@@ -470,7 +470,7 @@ class Trainer:
                 "rankme": rank_of_features,
                 "skipped": self.skipped,
                 "corrupt": len(self.corrupt),
-                **({f"data_{name}": self.read[name] for name in COUNTERS} if self.read else {}),
+                **({f"data_{name}": self.read[name] for name in COUNTERS} if self.data.store.remote else {}),
             },
         )
         if self.alarm is None:

@@ -86,9 +86,9 @@ def _open_pattern(pattern, *options):
 
 
 class Store:
-    """What all stores share: manifest, indexes, counters."""
+    """What all stores share: manifest, indexes, counters; ``remote`` and ``cache`` where there are any."""
 
-    cache = None
+    remote = cache = None
 
     def _begin(self):
         self._indexes, self._index_locks, self._intact = OrderedDict(), {}, set()
