@@ -331,9 +331,7 @@ def _apply_flags(config, arguments, prog):
     import tyro
 
     if any(a in ("-h", "--help") for a in arguments):
-        return tyro.cli(
-            Config, args=["--help"], default=config, prog=prog, config=(tyro.conf.FlagConversionOff,)
-        )
+        return _print_help(config, prog)
     known = flatten(config)
     for i, argument in enumerate(arguments):
         if not argument.startswith("--"):
@@ -341,9 +339,8 @@ def _apply_flags(config, arguments, prog):
             continue
         flag = argument[2:].split("=")[0].replace("-", "_")
         if flag not in known or flag == "recipe":
-            raise UserError(
-                f"unknown flag {argument.split('=')[0]}{nearest(flag, known)}: --help lists them all"
-            )
+            meant = nearest(f"--{flag}", [f"--{name}" for name in known if name != "recipe"])
+            raise UserError(f"unknown flag {argument.split('=')[0]}{meant}: --help lists them all")
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
@@ -352,6 +349,28 @@ def _apply_flags(config, arguments, prog):
             )
     except SystemExit:
         raise UserError(_first_paragraph(output.getvalue()) or "the flags cannot be read") from None
+
+
+def _print_help(config, prog):
+    """Every field but the recipe's name, which is the first word of the command line and no flag; then exit 0."""
+    import tyro
+
+    sections = [
+        (f.name, f.type, dataclasses.field(default=getattr(config, f.name)))
+        for f in dataclasses.fields(config)
+        if f.name != "recipe"
+    ]
+    words = (
+        f"RECIPE: {', '.join(recipe_names())}, or the path of a YAML file. "
+        f"The values below are those of {config.recipe}."
+    )
+    return tyro.cli(
+        dataclasses.make_dataclass("Config", sections, frozen=True),
+        args=["--help"],
+        prog=f"{prog} [RECIPE]",
+        description=words,
+        config=(tyro.conf.FlagConversionOff,),
+    )
 
 
 def _first_paragraph(message):

@@ -18,10 +18,10 @@ from pathlib import Path
 from caco_scale.errors import UserError, exit_on_user_error, one_line
 
 REQUIRED = (
-    *("torch", "torchvision", "accelerate", "webdataset", "numpy", "simplejpeg"),
+    *("torch", "torchvision", "accelerate", "webdataset", "obstore", "numpy", "simplejpeg"),
     *("safetensors", "tensorboard", "tyro", "rich", "pyyaml", "pillow"),
 )
-LOWEST = {"torch": (2, 11), "accelerate": (1, 10), "numpy": (2, 0)}
+LOWEST = {"torch": (2, 11), "accelerate": (1, 10), "numpy": (2, 0), "webdataset": (1, 0), "tyro": (1, 0)}
 DEEPSPEED = ("deepspeed", "transformers")  # accelerate's DeepSpeed plugin imports transformers at every stage
 
 

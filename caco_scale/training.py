@@ -377,6 +377,8 @@ class Trainer:
         started = time.monotonic()
         if self.step == 0 and self.config.eval.baselines and self.data.val_store:
             self._evaluate_baselines()
+        if self.step and self.step not in self.knn:
+            self._evaluate_if_due()
         batches = iter(self.data.batches(self.step, self.end))
         stop = None
         self._note_small_cache()
@@ -385,9 +387,8 @@ class Trainer:
                 batch = next(batches)
             self._train_on(batch)
             stop = self._agree_on_stop(batch)
-            if (
-                not stop or self.step == self.end
-            ):  # a scheduler that stops a run does not wait for an evaluation
+            # A scheduler that stops a run does not wait for an evaluation: the resumed run makes up for it.
+            if not stop or self.step == self.end:
                 self._evaluate_if_due()
             every = self.config.run.save_every
             if self.step == self.end or stop or (every and self.step % every == 0):

@@ -193,6 +193,10 @@ def open_source(path, scratch, kind="auto", labels=None, md5="auto", split=None)
     if os.path.isfile(path):
         imagenet.check_md5(path, md5)
     decompress = compression(path)
+    if labels and decompress:
+        raise UserError(
+            f"--labels is for an uncompressed tar of images without folders: unpack {path} to a .tar first"
+        )
     if decompress:
         return TarSource(_decompressed(path, decompress, scratch), path)
     _check_tar(path, path)

@@ -12,6 +12,13 @@ from rich.table import Table
 from caco_scale.errors import UserError, exit_on_user_error
 
 
+class _Parser(argparse.ArgumentParser):
+    """A typo is one line, exit code 2."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see python -m caco_scale.benchmark --help")
+
+
 def describe_machine():
     """What a figure without it would be worth nothing: processor, cores, memory, versions, load."""
     import torch
@@ -50,7 +57,7 @@ def show(title, rows, machine):
 
 @exit_on_user_error
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m caco_scale.benchmark", description=__doc__)
+    parser = _Parser(prog="python -m caco_scale.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     loader = commands.add_parser(
         "loader", help="two views of JPEGs against torchvision's ImageFolder and PIL"

@@ -46,7 +46,7 @@ def open_store(url, cache_dir="auto", cache_bytes=0, patience=None):
     url = os.fspath(url)
     if not url:
         raise UserError(
-            "data.shards is empty: give the directory of a shard set (`python -m data_prep build`)"
+            "data.shards is empty: give the directory or address of a shard set (`python -m data_prep build` makes one)"
         )
     if url.startswith("pipe:") or "|" in url:
         raise UserError(
