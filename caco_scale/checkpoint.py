@@ -190,8 +190,8 @@ def _older(path):
     match = re.fullmatch(r"step_(\d{8,})", path.name)
     older = [step for step in steps(path.parent) if match and step < int(match[1])]
     if not older:
-        return "; there is no older one beside it: start afresh with --run.resume never"
-    return f"; resume from an older one with --run.resume {step_path(path.parent, older[-1])}"
+        return f"; there is no older one beside it: remove {path} or give another run.dir to start afresh"
+    return f"; remove {path} and the run resumes from {step_path(path.parent, older[-1]).name}"
 
 
 def _damaged(path, file, reason):
@@ -571,6 +571,13 @@ class Checkpointer:
         sizes = {name: size for part in files for name, size in part.items()} | {
             ".metadata": table.stat().st_size
         }
+        for name, size in sizes.items():
+            seen = (temporary / name).stat().st_size if (temporary / name).is_file() else None
+            if seen != size:
+                raise UserError(
+                    f"a process on another machine wrote {name} ({size} bytes), of which this one sees {seen}: "
+                    "run.dir must lie on a file system that all machines share"
+                )
         with open(temporary / "values.json", "w") as stream:
             json.dump({**values, "files": sizes}, stream, indent=1)
         for path in (table, temporary / "values.json", temporary):

@@ -335,12 +335,20 @@ def _apply_flags(config, arguments, prog):
     known = flatten(config)
     for i, argument in enumerate(arguments):
         if not argument.startswith("--"):
-            arguments[i] = {"true": "True", "false": "False"}.get(argument, argument)
             continue
-        flag = argument[2:].split("=")[0].replace("-", "_")
+        name, equals, value = argument.partition("=")
+        flag = name[2:].replace("-", "_")
         if flag not in known or flag == "recipe":
-            meant = nearest(f"--{flag}", [f"--{name}" for name in known if name != "recipe"])
-            raise UserError(f"unknown flag {argument.split('=')[0]}{meant}: --help lists them all")
+            meant = nearest(
+                f"--{flag}", [f"--{known_name}" for known_name in known if known_name != "recipe"]
+            )
+            raise UserError(f"unknown flag {name}{meant}: --help lists them all")
+        if isinstance(known[flag], bool):  # YAML's words for it are taken too
+            words = {"true": "True", "false": "False"}
+            if equals:
+                arguments[i] = f"{name}={words.get(value.lower(), value)}"
+            elif i + 1 < len(arguments):
+                arguments[i + 1] = words.get(arguments[i + 1].lower(), arguments[i + 1])
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
@@ -411,6 +419,8 @@ def check(config):
         low, high = flat[name]
         if not 0 < low <= high <= 1:
             raise UserError(f"{name} is {low} {high}: give two shares of the area, 0 < least <= most <= 1")
+    if config.run.seed >= 2**63:
+        raise UserError(f"run.seed is {config.run.seed}: give a number below 2^63")
     if config.optim.warmup_epochs >= config.optim.epochs:
         raise UserError(
             f"optim.warmup_epochs {config.optim.warmup_epochs:g} must be below optim.epochs {config.optim.epochs}"

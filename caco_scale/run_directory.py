@@ -10,17 +10,21 @@ survive a machine that dies. NaN and infinities are written as ``null``: JSON ha
 shows the gap.
 """
 
+import fcntl
 import json
 import math
 import os
 import platform
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 from caco_scale.errors import UserError
+
+LOCK_SECONDS = 10
 
 RECORDED_PACKAGES = (
     "caco_scale",
@@ -215,15 +219,34 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.metrics = self.path / "metrics.jsonl"
-        self._metrics_file = None
+        self._metrics_file = self._lock = None
         if is_main:
             try:
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
+                self._lock = open(self.path / ".lock", "a")  # noqa: SIM115, held as long as the run
             except OSError as error:
                 raise UserError(
                     f"cannot create the run directory {self.path}: {error.strerror}; "
                     "name another place with run.dir"
                 ) from error
+            self._be_alone()
+
+    def _be_alone(self):
+        """Hold the directory's lock until this process ends, however: two runs in one would undo each other's work."""
+        deadline = (
+            time.monotonic() + LOCK_SECONDS
+        )  # a predecessor that was just killed may still be on its way out
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{self.path} is in use by another running process: end that one, or give another run.dir"
+                    ) from None
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                return None
 
     def write_config(self, text):
         if self.is_main:
@@ -232,6 +255,12 @@ class RunDirectory:
     def write_environment(self, environment):
         if self.is_main:
             write_atomically(self.path / "environment.json", to_json(environment, indent=2) + "\n")
+
+    def next_attempt(self):
+        """The number that :meth:`start_attempt` will give; None off the main rank."""
+        if not self.is_main:
+            return None
+        return (last_json_line(self.path / "attempts.jsonl") or {"attempt": 0})["attempt"] + 1
 
     def start_attempt(self, *, world_size, resumed_step=None, command=None):
         """Record this start of the run, clear the markers, cut the metrics back. Returns its number, from 1.
@@ -242,8 +271,7 @@ class RunDirectory:
         """
         if not self.is_main:
             return None
-        path = self.path / "attempts.jsonl"
-        attempt = (last_json_line(path) or {"attempt": 0})["attempt"] + 1
+        path, attempt = self.path / "attempts.jsonl", self.next_attempt()
         record = {"attempt": attempt, "time": _now(), "world_size": world_size, "resumed_step": resumed_step}
         attempts = JsonLines(path)
         attempts.append({**record, "command": list(sys.argv) if command is None else command})
@@ -265,7 +293,7 @@ class RunDirectory:
         """Drop the lines of later steps than ``step`` (and cut lines), atomically."""
         if not self.is_main or not self.metrics.exists():
             return
-        self.close()
+        self._close_metrics()
         kept = [record for record in read_json_lines(self.metrics) if record.get("step", step) <= step]
         write_atomically(self.metrics, "".join(to_json(record) + "\n" for record in kept))
 
@@ -275,6 +303,12 @@ class RunDirectory:
             self._metrics_file.sync()
 
     def close(self):
+        """Close the files and give the directory free for another process."""
+        self._close_metrics()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _close_metrics(self):
         if self._metrics_file is not None:
             self._metrics_file.close()
             self._metrics_file = None

@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from caco_scale.errors import UserError, one_line
 from caco_scale.run_directory import to_plain
 
 
@@ -265,7 +266,18 @@ class Telemetry:
         self._run.append_metrics({"step": step, **record})
         for name, value in record.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._board.add_scalar(name, value, step)
+                with self._board_errors():
+                    self._board.add_scalar(name, value, step)
+
+    @contextlib.contextmanager
+    def _board_errors(self):
+        """TensorBoard's writer thread keeps an error of the disk and raises it at the next call."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._run.tensorboard}: {error.strerror}; free or mend that place"
+            ) from error
 
     def note(self, text):
         """One line for people, above the bar."""
@@ -285,11 +297,15 @@ class Telemetry:
         """What was logged is on the disk when this returns: call it before a checkpoint is complete."""
         if self.is_main:
             self._run.flush()
-            self._board.flush()
+            with self._board_errors():
+                self._board.flush()
 
     def close(self):
         if self.is_main:
             self._display.close()  # first: the terminal must come back whatever happens below
-            self.flush()
-            self._board.close()
+            try:
+                self.flush()
+                self._board.close()
+            except (OSError, UserError) as error:  # must not hide the error that the run may be ending by
+                print(f"warning: the records may lack their end: {one_line(error)}", file=sys.stderr)
             self._run.close()

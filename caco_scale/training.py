@@ -29,7 +29,7 @@ from caco_scale.distributed.strategy import build_strategy, check_combination
 from caco_scale.errors import UserError
 from caco_scale.evaluate.features import pixels
 from caco_scale.evaluate.knn import evaluate_knn
-from caco_scale.method.bank import ShardedBank
+from caco_scale.method.bank import MIN_TEMPERATURE, ShardedBank
 from caco_scale.method.encoders import build_backbone
 from caco_scale.method.model import Encoder, QueryKeyModel
 from caco_scale.method.projector import build_projector
@@ -65,8 +65,13 @@ def run(config, signals):
     directory = RunDirectory(config.run.dir, accelerator.is_main_process)
     end = min(schedule.total_steps, config.run.max_steps or schedule.total_steps)
     checkpointer = checkpoint.Checkpointer(directory.checkpoints, keep=config.run.keep_checkpoints)
-    resumed = find_checkpoint(config, directory, checkpointer.latest(), data)
+    newest = checkpointer.latest()
+    resumed = find_checkpoint(config, directory, newest, data)
     if resumed and checkpoint.read_values(resumed)["step"] >= end:
+        if (
+            resumed == newest and directory.done_step() is None
+        ):  # killed between its last checkpoint and the marker
+            directory.mark_done(checkpoint.read_values(resumed)["step"])
         accelerator.print(
             f"{config.run.dir} has finished its {end:,} steps: a larger --optim.epochs or --run.max_steps continues it"
         )
@@ -80,6 +85,7 @@ def run(config, signals):
 def resolve(config, accelerator):
     """Settle what depends on the machine, and make the demo's data."""
     config = resolve_precision(config, accelerator.device)
+    check_temperatures(config)
     if config.recipe == "demo" and config.data.shards == configuration.load_recipe("demo").data.shards:
         if accelerator.is_main_process:
             from data_prep.demo import build_demo
@@ -94,6 +100,15 @@ def resolve_precision(config, device):
     if config.precision.compute != "auto":
         return config
     return configuration.replace(config, precision__compute="bf16" if device.type == "cuda" else "fp32")
+
+
+def check_temperatures(config):
+    """Refuse a temperature that the bank would refuse only at the end of its warm-up."""
+    lowest = MIN_TEMPERATURE[parameter_dtype(config)]
+    for name in ("loss.temperature", "bank.temperature", "bank.warmup_temperature"):
+        value = configuration.flatten(config)[name]
+        if value < lowest:
+            raise UserError(f"{name} is {value:g}: give at least {lowest} (exp(-2 / T) must stay a number)")
 
 
 class TrainingData:
@@ -122,12 +137,18 @@ class TrainingData:
         if data.val_shards and (config.eval.knn_every or config.eval.baselines):
             self.val_store = open_store(data.val_shards, data.cache_dir, data.cache_bytes, patience)
             self.val_store.check()
+            check_knn(config.eval.knn_k, self.store.manifest, self.val_store)
         self.batch_size = share_of(data.global_batch_size, world_size)
         micro = data.micro_batch_size or self.batch_size
         if self.batch_size % micro:
             raise UserError(
                 f"data.micro_batch_size {micro} does not divide the {self.batch_size} images that each of "
                 f"{world_size} process(es) has of a global batch of {data.global_batch_size}"
+            )
+        if micro * world_size < 2:
+            raise UserError(
+                "BatchNorm needs at least 2 images in a forward over all processes: raise data.micro_batch_size or "
+                f"data.global_batch_size {data.global_batch_size}"
             )
         self.micro_batch_size = micro
 
@@ -151,6 +172,17 @@ class TrainingData:
             seed=self.config.run.seed,
             workers=self.config.data.workers,
         )
+
+
+def check_knn(k, manifest, val_store):
+    """Refuse before training an evaluation that would fail after many epochs of it."""
+    if val_store.manifest.classes != manifest.classes:
+        raise UserError(
+            f"{val_store.url} has {len(val_store.manifest.classes)} classes, the training set {len(manifest.classes)}, "
+            "or other names: build both from trees with the same class folders, or leave data.val_shards empty"
+        )
+    if k > manifest.num_samples:
+        raise UserError(f"eval.knn_k {k} is more than the {manifest.num_samples:,} training images: lower it")
 
 
 def share_of(global_batch_size, world_size):
@@ -256,16 +288,23 @@ def find_checkpoint(config, directory, newest, data):
     path = newest if config.run.resume == "auto" else Path(config.run.resume)
     if path is None:
         return None
+    if (
+        newest
+        and newest != path
+        and checkpoint.read_values(newest).get("branched_from") == str(path.absolute())
+    ):
+        path = newest  # the branch has gone on since: the same command resumes it
     values = checkpoint.read_values(path)
-    if newest and checkpoint.read_values(newest)["step"] > values["step"]:
+    if newest and int(newest.name.removeprefix("step_")) > values["step"]:
         raise UserError(
             f"run.resume goes back to step {values['step']} but {config.run.dir} already holds {newest.name}: "
             "give another run.dir for the branch, or remove the newer checkpoints"
         )
     saved = configuration.from_dict(values["config"], f"{path} config")
     changed = configuration.differences(saved, config)
-    done = directory.done_step()
-    if done is not None and done == values["step"] and config.optim.epochs > saved.optim.epochs:
+    if (
+        values["step"] >= values["end"] and config.optim.epochs > saved.optim.epochs
+    ):  # finished, and now extended
         changed = [change for change in changed if not change.startswith("optim.epochs:")]
     if changed:
         raise UserError(
@@ -305,6 +344,7 @@ class Trainer:
             seed=config.run.seed,
             exchange=config.bank.exchange,
         )
+        self.branched_from = None  # the checkpoint of another run that this one began with
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.read = Counter()  # what the stores did since this start, over all ranks
         self.corrupt = {}  # key -> why it did not decode
@@ -324,7 +364,17 @@ class Trainer:
     def _open_records(self, resumed, accelerator):
         """Run directory, telemetry and audit of this attempt."""
         config = self.config
-        self.directory.write_config(configuration.to_yaml(config))
+        attempt = all_max(self.directory.next_attempt() or 0)
+        self.audit = None
+        if config.data.audit:  # the last that can fail by a user's mistake: nothing is changed before
+            self.audit = AuditLog(
+                config.data.audit,
+                rank=self.strategy.rank,
+                world_size=self.strategy.world_size,
+                attempt=attempt,
+            )
+        # Where a run began is no part of the recipe, and the same file resumes it.
+        self.directory.write_config(configuration.to_yaml(configuration.replace(config, run__resume="auto")))
         state_bytes = self.strategy.optimizer_state_bytes()
         places = gather_objects((str(self.device), socket.gethostname(), state_bytes))
         self.directory.write_environment(
@@ -336,10 +386,9 @@ class Trainer:
                 optimizer_state_bytes=[num_bytes for _, _, num_bytes in places],
             )
         )
-        attempt = self.directory.start_attempt(
+        self.directory.start_attempt(
             world_size=accelerator.num_processes, resumed_step=self.step if resumed else None
         )
-        attempt = all_max(attempt or 0)
         self.telemetry = Telemetry(
             self.directory,
             total_steps=self.end,
@@ -347,14 +396,6 @@ class Trainer:
             images_per_step=config.data.global_batch_size,
             start_step=self.step,
         )
-        self.audit = None
-        if config.data.audit:
-            self.audit = AuditLog(
-                config.data.audit,
-                rank=self.strategy.rank,
-                world_size=self.strategy.world_size,
-                attempt=attempt,
-            )
         if config.eval.knn_every and not self.data.val_store:
             self.telemetry.note("no kNN evaluation: data.val_shards is empty")
         self.telemetry.note(f"resumed from {resumed} at step {self.step:,}" if resumed else "fresh start")
@@ -387,16 +428,20 @@ class Trainer:
                 batch = next(batches)
             self._train_on(batch)
             stop = self._agree_on_stop(batch)
-            # A scheduler that stops a run does not wait for an evaluation: the resumed run makes up for it.
-            if not stop or self.step == self.end:
-                self._evaluate_if_due()
             every = self.config.run.save_every
             if self.step == self.end or stop or (every and self.step % every == 0):
                 self._save()
+            # After the save, which an evaluation that fails must not cost; a scheduler that stops a run does not
+            # wait for one: the resumed run makes up for it.
+            if not stop or self.step == self.end:
+                self._evaluate_if_due()
         self.checkpointer.wait()
         if stop and self.step < self.end:
             self.directory.mark_interrupted(self.step, stop)
-            self.telemetry.note(f"stopped by {stop} after step {self.step:,}: the same command resumes here")
+            again = "the same command resumes here"
+            if self.config.run.resume == "never":
+                again = "resume here with --run.resume auto"
+            self.telemetry.note(f"stopped by {stop} after step {self.step:,}: {again}")
         else:
             self.directory.mark_done(self.step)
             self._summarise(time.monotonic() - started)
@@ -446,8 +491,8 @@ class Trainer:
         if self.skipped_in_a_row >= self.config.run.max_skipped:
             raise UserError(
                 f"step {self.step}: {self.skipped_in_a_row} steps in a row were not finite (run.max_skipped "
-                f"{self.config.run.max_skipped}): resume from an earlier checkpoint with a lower optim.lr, "
-                "or with precision.compute fp32"
+                f"{self.config.run.max_skipped}): start again in another run.dir with a lower optim.lr, or with "
+                "precision.compute fp32"
             )
 
     def _log(self, hp, result):
@@ -573,6 +618,8 @@ class Trainer:
             self.audit.flush()
         values = {
             "step": self.step,
+            "end": self.end,
+            "branched_from": self.branched_from,
             "epoch": self.step / self.data.order.steps_per_epoch,
             "config": configuration.to_dict(self.config),
             "fingerprint": self.data.fingerprint,
@@ -587,6 +634,8 @@ class Trainer:
 
     def _restore(self, path):
         values = self.strategy.restore(path, self.bank)
+        own = path.absolute().parent == self.directory.checkpoints.absolute()
+        self.branched_from = values["branched_from"] if own else str(path.absolute())
         self.step = values["step"]
         self.skipped, self.skipped_in_a_row = values["skipped"], values["skipped_in_a_row"]
         self.corrupt, self.last_epoch_bank = values["corrupt"], values["last_epoch_bank"]

@@ -604,7 +604,7 @@ def test_a_damaged_file_is_named_with_the_next_older_checkpoint(tmp_path, file, 
     message = str(caught.value)
     assert str(tmp_path / "step_00000005") in message
     assert file in message
-    assert f"--run.resume {tmp_path}/step_00000004" in message
+    assert f"remove {tmp_path}/step_00000005 and the run resumes from step_00000004" in message
     assert "\n" not in message
 
 

@@ -21,6 +21,8 @@ def test_underscores_and_hyphens_and_lower_case_booleans():
     for flag in ("--eval.knn_every", "--eval.knn-every"):
         assert parse(["demo", flag, "7"]).eval.knn_every == 7
     assert parse(["--precision.compile", "true"]).precision.compile is True
+    assert parse(["--precision.compile=true"]).precision.compile is True
+    assert parse(["--data.shards", "true"]).data.shards == "true"
 
 
 def test_no_recipe_is_the_demo():
@@ -72,6 +74,7 @@ def test_the_papers_recipes_have_the_papers_numbers():
         (["--bank.size", "0"], "bank.size is 0: give a number above 0"),
         (["--optim.lr", "-1"], "optim.lr"),
         (["--optim.lr", "nan"], "optim.lr is nan"),
+        (["--run.seed", str(2**63)], "below 2"),
         (["--views.jitter_p", "1.5"], "a probability is at most 1"),
         (["--views.scale", "0.9", "0.2"], "0 < least <= most <= 1"),
         (["--optim.epochs", "5", "--optim.warmup_epochs", "5"], "must be below optim.epochs 5"),

@@ -59,6 +59,26 @@ def test_micro_batches_that_do_not_divide_the_share(flags, tmp_path):
     assert_one_line(result, "data.micro_batch_size 3 does not divide the 8 images")
 
 
+def test_one_image_at_a_time_has_no_batch_statistics(flags, tmp_path):
+    assert_one_line(
+        pretrain({**flags, "data.micro_batch_size": 1}, tmp_path), "BatchNorm", "at least 2 images"
+    )
+
+
+def test_an_evaluation_that_would_fail_epochs_later(flags, tmp_path):
+    flags = {**flags, "eval.knn_every": 5, "data.val_shards": flags["data.shards"]}
+    assert_one_line(pretrain({**flags, "eval.knn_k": 49}, tmp_path), "eval.knn_k 49", "48 training images")
+    other = make_shard_set(tmp_path / "other", num_images=48, classes=3)
+    assert_one_line(
+        pretrain({**flags, "data.val_shards": other}, tmp_path), "has 3 classes", "training set 4"
+    )
+
+
+def test_a_temperature_that_only_the_main_schedule_would_meet(flags, tmp_path):
+    result = pretrain({**flags, "precision.compute": "fp32", "loss.temperature": 0.01}, tmp_path)
+    assert_one_line(result, "loss.temperature is 0.01", "at least 0.02")
+
+
 def test_fewer_images_than_a_batch(flags, tmp_path):
     assert_one_line(pretrain({**flags, "data.global_batch_size": 64}, tmp_path), "48 images", "64")
 

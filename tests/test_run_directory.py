@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import caco_scale
+from caco_scale import run_directory
 from caco_scale.errors import UserError
 from caco_scale.run_directory import (
     JsonLines,
@@ -95,6 +96,7 @@ def test_attempts_grow_and_survive_a_cut_line(tmp_path):
     assert run.start_attempt(world_size=3, resumed_step=40, command=["train"]) == 2
     with open(run.path / "attempts.jsonl", "ab") as file:
         file.write(b'{"attempt": 3, "ti')
+    run.close()
     assert RunDirectory(run.path, is_main=True).start_attempt(world_size=1, resumed_step=60) == 3
     attempts = list(read_json_lines(run.path / "attempts.jsonl"))
     assert [(line["attempt"], line["world_size"], line["resumed_step"]) for line in attempts] == [
@@ -119,7 +121,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     assert [line["step"] for line in metrics(run)] == [10, 20, 30, 30, 31]
     assert len(run.metrics.read_bytes().splitlines()) == 5
     assert metrics(run)[-1]["loss"] is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoints", "metrics.jsonl"]
 
 
 def test_an_attempt_cuts_metrics_and_removes_markers(tmp_path):
@@ -209,3 +211,12 @@ def test_a_file_in_the_way_is_one_line(tmp_path):
         UserError, match=r"cannot create the run directory .*; name another place with run.dir"
     ):
         RunDirectory(tmp_path / "run", is_main=True)
+
+
+def test_two_runs_in_one_directory_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0.1)
+    first = RunDirectory(tmp_path, is_main=True)
+    with pytest.raises(UserError, match="in use by another running process"):
+        RunDirectory(tmp_path, is_main=True)
+    first.close()
+    RunDirectory(tmp_path, is_main=True).close()

@@ -155,9 +155,22 @@ def test_a_signal_ends_in_a_checkpoint_and_the_resumed_run_is_the_same_bit_for_b
 def test_a_done_run_says_so_and_continues_with_more_steps(flags, tmp_path):
     flags = {**flags, "run.dir": tmp_path / "run", "run.max_steps": 4}
     launch(flags)
+    (tmp_path / "run/DONE").unlink()  # as if killed between the last checkpoint and the marker
     assert "has finished its 4 steps" in launch(flags)
+    assert json.loads((tmp_path / "run/DONE").read_text())["step"] == 4
     launch({**flags, "run.max_steps": 5})
     assert json.loads((tmp_path / "run/DONE").read_text())["step"] == 5
+
+
+def test_a_branch_of_another_run_goes_on_by_the_same_command(flags, uninterrupted, tmp_path):
+    """Its run.resume names where it began; once it has checkpoints of its own, those are resumed."""
+    source = uninterrupted / "run/checkpoints" / f"step_{STEPS:08d}"
+    flags = {**flags, "run.dir": tmp_path / "branch", "run.resume": source}
+    launch({**flags, "run.max_steps": STEPS + 1})
+    launch({**flags, "run.max_steps": STEPS + 2})
+    attempts = list(read_json_lines(tmp_path / "branch/attempts.jsonl"))
+    assert [attempt["resumed_step"] for attempt in attempts] == [STEPS, STEPS + 1]
+    assert json.loads((uninterrupted / "run/DONE").read_text())["step"] == STEPS  # untouched
 
 
 def test_gradient_accumulation_and_multi_crop_train_on_two_processes(flags, tmp_path):
