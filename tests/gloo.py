@@ -9,8 +9,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _rank_main(rank, world_size, store_path, function, args, results):
+def set_environment(environment):
+    """For a child of the fork server, whose own environment is that of its start, perhaps an earlier test's."""
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def _rank_main(rank, world_size, store_path, function, args, results, environment):
     torch.set_num_threads(1)
+    set_environment(environment)
     # As a launcher would: accelerate takes the world size from here, not from the process group.
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{world_size}"}
     os.environ |= {"LOCAL_WORLD_SIZE": f"{world_size}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -42,7 +49,8 @@ def run_ranks(function, world_size, *args):
         results = context.SimpleQueue()
         processes = [
             context.Process(
-                target=_rank_main, args=(rank, world_size, f"{folder}/store", function, args, results)
+                target=_rank_main,
+                args=(rank, world_size, f"{folder}/store", function, args, results, dict(os.environ)),
             )
             for rank in range(world_size)
         ]

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from gloo import set_environment
 from s3_server import FAULTS, FaultProxy, WebServer
 from shard_sets import make_shard_set
 from test_loader import STEPS, assert_same, batches, joined
@@ -83,7 +84,7 @@ def test_reads_as_from_disk_with_and_without_a_cache(uploaded, shards, expected,
 def test_a_fork_server_child_reads_and_a_forked_one_refuses(uploaded, expected):
     store = open_store(uploaded, "none")
     assert contents(store) == expected  # this process has used obstore
-    with multiprocessing.get_context("forkserver").Pool(2) as pool:
+    with multiprocessing.get_context("forkserver").Pool(2, set_environment, (dict(os.environ),)) as pool:
         assert pool.map(contents, [store] * 2) == [expected] * 2
     with multiprocessing.get_context("fork").Pool(1) as pool:
         with pytest.raises(UserError, match="forkserver"):
