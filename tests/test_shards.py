@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -151,7 +151,7 @@ def test_an_index_cannot_hold_objects(tmp_path):
         ShardIndex.from_bytes(data.replace(b'"|i1"', b'"|O8"', 1))
 
 
-SHARD = ShardInfo("000000.tar", 3, 10240, "ab", "000000.idx", 300, "cd")
+SHARD = ShardInfo("000000.tar", 3, 10240, "ab" * 32, "000000.idx", 300, "cd" * 32)
 NOTE = {"key": "000000.tar/00000003", "source": "cat/x.jpg", "reason": "empty file"}
 MANIFEST = Manifest(("cat", "dog"), (1, 2), 3, 10240, (SHARD,), [], [NOTE], {"seed": 0})
 
@@ -170,6 +170,12 @@ def test_manifest_round_trip():
         ({"class_counts": [3]}, "sums disagree"),
         ({"shards": [{"name": "000000.tar"}]}, "damaged"),
         ({"shards": 7}, "damaged"),
+        ({"shards": [asdict(SHARD) | {"sha256": "../../" + "a" * 58}]}, "damaged.*is not a sha256"),
+        ({"shards": [asdict(SHARD) | {"index_sha256": "A" * 64}]}, "damaged.*is not a sha256"),
+        ({"shards": [asdict(SHARD) | {"sha256": 7}]}, "damaged"),
+        ({"shards": [asdict(SHARD) | {"index_num_bytes": -1}]}, "damaged.*-1 is not a number"),
+        ({"shards": [asdict(SHARD) | {"num_samples": 3.0}]}, r"damaged.*3\.0 is not a number"),
+        ({"class_counts": [-1, True]}, "damaged.*-1 is not a number"),
     ],
 )
 def test_bad_manifests(change, words):

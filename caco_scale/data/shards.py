@@ -22,6 +22,7 @@ FORMAT = "caco_scale shard set"
 VERSION = 1
 INDEX_MAGIC = b"CACOIDX1"
 MAX_PATTERN_SHARDS = 1_000_000
+SHA256 = r"[0-9a-f]{64}"
 BLOCK = 512  # bytes of a tar block
 # webdataset's rules (tariterators.py; importing that would import torch): the key of a file ends at the first
 # dot of its name, the rest is the extension; files with names of the second kind are passed over.
@@ -128,8 +129,17 @@ class Manifest:
         return manifest
 
     def _consistent(self):
+        numbers = [self.num_samples, self.num_bytes, *self.class_counts]
         for shard in self.shards:
             plain_name(shard.name), plain_name(shard.index_name)
+            # The cache makes them the names of files.
+            for sha256 in (shard.sha256, shard.index_sha256):
+                if not re.fullmatch(SHA256, sha256):
+                    raise TypeError(f"{sha256!r} of {shard.name} is not a sha256")
+            numbers += [shard.num_samples, shard.num_bytes, shard.index_num_bytes]
+        wrong = [number for number in numbers if type(number) is not int or number < 0]
+        if wrong:
+            raise TypeError(f"{wrong[0]!r} is not a number of samples or bytes")
         return (
             sum(shard.num_samples for shard in self.shards) == self.num_samples
             and sum(shard.num_bytes for shard in self.shards) == self.num_bytes
