@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from obstore.store import HTTPStore
 from s3_server import FAULTS, FaultProxy, WebServer
 from shard_sets import make_shard_set
 from test_loader import STEPS, assert_same, batches, joined
@@ -140,6 +141,14 @@ def test_keys_and_endpoint_from_a_profile(uploaded, expected, tmp_path, monkeypa
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     assert contents(open_store(uploaded, "none")) == expected
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["b.s3.eu-west-1.amazonaws.com", "x.r2.cloudflarestorage.com/b", "x.blob.core.windows.net/b", "host"],
+)
+def test_a_web_address_is_a_web_server_whoever_runs_it(host):
+    assert isinstance(Remote(f"https://{host}/set").client(), HTTPStore)
 
 
 # ---- faults

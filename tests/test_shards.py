@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from caco_scale.data.shards import Manifest, ShardIndex, ShardInfo, index_tar, plain_name, read_sample
+from caco_scale.data.shards import (
+    INDEX_MAGIC,
+    Manifest,
+    ShardIndex,
+    ShardInfo,
+    index_tar,
+    plain_name,
+    read_sample,
+)
 from caco_scale.errors import UserError
 
 
@@ -145,6 +153,19 @@ def test_damaged_indexes(tmp_path, damage):
         ShardIndex.from_bytes(damage(data))
 
 
+@pytest.mark.parametrize("label", ["9" * 32, "1700000000", "1000001"])
+def test_a_label_that_no_classes_have_is_refused(tmp_path, label):
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", b"x"), ("0.cls", label.encode())])
+    with pytest.raises(UserError, match=r"'0\.cls' has the label .*, more than 1,000,000"):
+        index_tar(path)
+
+
+def test_an_index_with_a_bottomless_header():
+    header = b"[" * 100_000
+    with pytest.raises(UserError, match="not a shard index"):
+        ShardIndex.from_bytes(INDEX_MAGIC + len(header).to_bytes(8, "little") + header)
+
+
 def test_an_index_cannot_hold_objects(tmp_path):
     data = index_tar(write_tar(tmp_path / "x.tar", SAMPLES)).to_bytes()
     with pytest.raises(UserError, match="not a shard index"):
@@ -184,7 +205,9 @@ def test_bad_manifests(change, words):
         Manifest.from_json(json.dumps(data))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"format": "caco_scale shard set", "version": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "null", "[" * 100_000, '{"format": "caco_scale shard set", "version": 1}']
+)
 def test_not_a_manifest(text):
     with pytest.raises(UserError, match=r"manifest\.json"):
         Manifest.from_json(text)

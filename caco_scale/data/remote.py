@@ -278,6 +278,10 @@ class MissingObject(UserError):
     """There is no object of that name."""
 
 
+class Unreachable(UserError):
+    """The store does not answer, or not to these credentials: that says nothing of its objects."""
+
+
 class ObjectExists(UserError):
     """There is an object of that name already, and it was to be created."""
 
@@ -297,7 +301,7 @@ class _Attempts:
             raise final from None
         self.in_a_row = 1 if progress >= PROGRESS_BYTES else self.in_a_row + 1
         if self.in_a_row > self.remote.patience.retries:
-            raise UserError(
+            raise Unreachable(
                 f"{self.what} cannot be {self.verb}: {reason} ({self.in_a_row} attempts in a row failed within "
                 f"{time.monotonic() - self.start:.0f} s): check network, address and endpoint, or raise "
                 "data.retries, then run the same command again"
@@ -327,7 +331,7 @@ def _final_error(error, what, verb, reason):
     status = re.search(r"status code: (\d+)", reason)
     refused = exceptions.PermissionDeniedError | exceptions.UnauthenticatedError | PermissionError
     if isinstance(error, refused) or (status and int(status[1]) in REFUSED):
-        return UserError(
+        return Unreachable(
             f"{what} may not be {verb} ({reason}): check the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE, "
             "AWS_SKIP_SIGNATURE=true for a public bucket, GOOGLE_..., AZURE_...)"
         )
@@ -354,7 +358,7 @@ class NoRanges(UserError):
 
 
 def _connect(url, scheme, patience):
-    from obstore.store import from_url
+    from obstore.store import HTTPStore, from_url
 
     endpoints = [os.environ.get(n, "") for n in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT")]
     options, config = {}, {}
@@ -369,10 +373,12 @@ def _connect(url, scheme, patience):
     }
     if config.pop("boto3", None):
         options["credential_provider"] = _boto3_credentials()
+    options |= {"client_options": client, "retry_config": {"max_retries": 0}}
     try:
-        return from_url(
-            url, config=config or None, client_options=client, retry_config={"max_retries": 0}, **options
-        )
+        if scheme in ("http", "https"):
+            # from_url takes the web addresses of public buckets for stores that want credentials.
+            return HTTPStore.from_url(url, **options)
+        return from_url(url, config=config or None, **options)
     except Exception as error:
         raise UserError(f"{url} cannot be opened: {_reason(error)}") from None
 
