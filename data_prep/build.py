@@ -77,6 +77,8 @@ def build(
         "workers": workers,
         "short_side": short_side,
     }
+    if is_remote(dst):
+        Remote(dst).check_writable()
     folders = lambda source: image_folders(source.scan(), src, split, skip_empty_classes)
     source_options = source_options or {}
     if is_remote(dst) or dry_run:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from launch import SMALL, launch
+from s3_server import WebServer
 from test_data_prep import CLASSES, command, encoded, files_of, processes_in, refused, start, write_tree
 
 from caco_scale.data.remote import Remote
@@ -84,6 +85,17 @@ def test_killed_twice_on_the_way_into_the_bucket(s3, tmp_path):
     done = command("build", source, target, "--samples-per-shard", 1, "--workers", 2)
     assert done.returncode == 0, done.stderr
     assert objects(target) == local_files(tmp_path / "whole")
+
+
+def test_what_a_web_server_cannot_do_is_said_at_once(tree, tmp_path):
+    build(tree, tmp_path / "sets" / "train", workers=1)
+    with WebServer(tmp_path / "sets") as server:
+        cannot = "cannot be written: give s3://, gs:// or az://"
+        refused(cannot, "build", tree, f"{server.url}/new")
+        refused(cannot, "repair", tree, f"{server.url}/train")
+        refused(cannot, "index", f"{server.url}/train/{{000000..000000}}.tar")
+        refused("a web server cannot be listed", "index", f"{server.url}/train", "--to", tmp_path / "index")
+    refused("a slash is missing: s3://bucket/set", "build", tree, "s3:/bucket/set")
 
 
 def test_a_full_disk_on_the_way_into_the_bucket(tree, s3):
@@ -233,8 +245,10 @@ def test_archives_into_the_bucket_killed_twice_verified_and_trained_on(s3, tmp_p
         process = start("build", train, target, "--samples-per-shard", 3, "--workers", 1)
         while process.poll() is None and len(remote.list(".build")) <= until:
             time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
+        assert process.poll() is None
+        process.kill()
         process.communicate()
+        assert remote.size("manifest.json") is None
     done = command("build", train, target, "--samples-per-shard", 3)
     assert done.returncode == 0, done.stderr
     done = command("verify", f"{s3}/imagenet", "--full", "--workers", 1)

@@ -58,7 +58,7 @@ def open_store(url, cache_dir="auto", cache_bytes=0, patience=None):
         )
     if "{" in url or "}" in url:
         return _open_pattern(url, cache_dir, cache_bytes, patience)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url) and not url.startswith("file://"):
+    if is_remote(url) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url) and not url.startswith("file://"):
         check_address(url)
         return RemoteStore(url, cache_dir, cache_bytes, patience)
     store = LocalStore(url)
@@ -461,6 +461,10 @@ class RemoteStore(Store):
             try:
                 chunks = lambda: self.remote.stream(info.name, 0, info.num_bytes, whole=True)
                 return self.cache.fetch(info.sha256, info.num_bytes, chunks, wait)
+            except NoRanges:  # a body was cut, and cannot be continued there: once more from its start
+                if attempt == DOWNLOADS - 1:
+                    raise
+                self.remote.count("retries")
             except DamagedDownload as error:
                 if attempt == DOWNLOADS - 1:
                     raise DamagedShard(
@@ -507,11 +511,12 @@ class RemoteStore(Store):
             self._download(shard, wait=True)
 
     def take_counters(self):
-        self.counters.update(self.remote.take_counters())
-        if self.cache is not None:
-            taken, self.cache.counters = self.cache.counters, Counter()
-            self.counters.update(taken)
-        return super().take_counters()
+        with self._lock:  # threads count meanwhile
+            self.counters.update(self.remote.take_counters())
+            if self.cache is not None:
+                taken, self.cache.counters = self.cache.counters, Counter()
+                self.counters.update(taken)
+            return super().take_counters()
 
 
 def _cache_directory(name):
