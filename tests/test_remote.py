@@ -154,6 +154,20 @@ def test_a_web_address_is_a_web_server_whoever_runs_it(host):
 # ---- faults
 
 
+def test_a_cut_body_that_cannot_be_continued_begins_anew(shards, expected, tmp_path):
+    """On a web server without ranges."""
+    with (
+        WebServer(Path(shards), ranges=False) as server,
+        FaultProxy(server.url, ("cut",), every=3) as proxy,
+    ):
+        store = open_store(proxy.url, str(tmp_path / "cache"), patience=QUICK)
+        for shard in range(4):
+            store.fetch(shard)
+        assert proxy.injected["cut"] >= 1
+        proxy.faults = ()
+        assert contents(store) == expected
+
+
 @pytest.mark.parametrize("faults", [*((fault,) for fault in FAULTS), FAULTS], ids="+".join)
 @pytest.mark.parametrize("cached", [False, True])
 def test_faults_change_nothing_and_are_counted(uploaded, expected, faults, cached, tmp_path, monkeypatch):
