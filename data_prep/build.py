@@ -77,6 +77,8 @@ def build(
         "workers": workers,
         "short_side": short_side,
     }
+    if is_remote(dst):
+        Remote(dst).check_writable()
     folders = lambda source: image_folders(source.scan(), src, split, skip_empty_classes)
     source_options = source_options or {}
     if is_remote(dst) or dry_run:
@@ -265,7 +267,7 @@ def _run(jobs, dst, workers, quiet):
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise
-            raise UserError(_full_disk(error, jobs, records, dst)) from None
+            raise UserError(_full_disk(error, jobs, records)) from None
         except BrokenProcessPool:
             raise UserError(
                 f"a worker was killed, perhaps for memory ({len(records)} of {len(jobs)} shards are finished "
@@ -274,10 +276,12 @@ def _run(jobs, dst, workers, quiet):
     return [records[number] for number in sorted(records)]
 
 
-def _full_disk(error, jobs, records, dst):
-    needed = sum(job.num_bytes() for job in jobs if job.number not in records)
+def _full_disk(error, jobs, records):
+    folder = jobs[0].dst  # where shards are made, also on their way into an object store
+    sizes = [job.num_bytes() for job in jobs if job.number not in records]
+    needed = max(sizes) if jobs[0].remote else sum(sizes)  # what is uploaded is gone from here
     return (
-        f"no space for {dst}: {error.strerror}; {free_space(dst)}, about {needed / 1e6:,.1f} MB more are needed; "
+        f"no space for {folder}: {error.strerror}; {free_space(folder)}, about {needed / 1e6:,.1f} MB more are needed; "
         f"{len(records)} of {len(jobs)} shards are finished and kept: free some and run it again"
     )
 

@@ -51,6 +51,7 @@ def destination_errors(dst):
 
 def free_space(path):
     """Words for the free space of the disk that holds ``path``, which need not exist."""
+    path = os.path.abspath(path)  # its parents end at /
     while not os.path.exists(path):
         path = os.path.dirname(path)
     return f"{shutil.disk_usage(path).free / 1e6:,.1f} MB are free there"

@@ -26,6 +26,8 @@ def repair(src, dst, workers=None, source_options=None, skip_empty_classes=False
     store = open_store(dst, "none")
     if getattr(store, "local_index", None) or store.manifest.build.get("foreign"):
         raise UserError(f"{dst} is an indexed foreign set: there is no source here to build its shards from")
+    if store.remote:
+        store.remote.check_writable()
     manifest = store.manifest
     bad, _ = bad_shards(store, full=True, workers=workers)
     if not bad:
@@ -101,6 +103,8 @@ def index(pattern, to=None, workers=None):
         os.makedirs(place, exist_ok=True)
     if is_remote(place) and place.rstrip("/") != folder.rstrip("/"):
         raise UserError(f"--to {place}: give a local directory, or leave it out to write beside the tars")
+    if is_remote(place):
+        Remote(place).check_writable()
     _refuse_manifest(place)
     shards, labels = [], Counter()
     write = (

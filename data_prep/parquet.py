@@ -6,11 +6,14 @@ to one file in the scratch folder, and read from there by offset.
 
 import json
 import os
+import re
 from pathlib import Path
 
 from caco_scale.errors import UserError, one_line
+from data_prep.destination import FULL_DISK, free_space
 from data_prep.sources import File, Listing, TarSource
 
+SPLIT_FILE = r"([A-Za-z]\w*)-\d+-of-\d+(-\w+)?\.parquet"
 PACKED, NOTE = "source.tar", "source.json"  # names that the scratch folder of a build is cleaned of
 
 
@@ -26,6 +29,13 @@ class ParquetSource(TarSource):
         ]
         if not self.files:
             raise UserError(f"{path} has no parquet files" + (f" of the split {split}" if split else ""))
+        matches = (re.fullmatch(SPLIT_FILE, os.path.basename(file)) for file in self.files)
+        splits = {match[1] for match in matches if match}
+        if split is None and len(splits) > 1:
+            raise UserError(
+                f"{path} has {len(splits)} splits ({', '.join(sorted(splits))}), which are no one set: choose one with "
+                "--split"
+            )
         self.origin = [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in self.files]
         self.note = os.path.join(scratch, NOTE)
 
@@ -49,17 +59,31 @@ class ParquetSource(TarSource):
             raise UserError(
                 "--format parquet needs pyarrow: pip install pyarrow (or caco_scale[parquet])"
             ) from None
+        unreadable = (pyarrow.ArrowException, OSError, LookupError, TypeError, ValueError, AttributeError)
+        try:
+            with open(self.path, "wb") as packed:
+                return self._copy(packed, parquet.ParquetFile, unreadable)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            folder = os.path.dirname(self.path)
+            raise UserError(
+                f"no space for {folder} to unpack the parquet files of {self.label}: {error.strerror}; "
+                f"{free_space(folder)}: free some, or set TMPDIR"
+            ) from None
+
+    def _copy(self, packed, open_parquet, unreadable):
+        """Write the images of all files one after another to ``packed``; returns [(name, bytes, offset)]."""
         found, offset = [], 0
-        with open(self.path, "wb") as packed:
-            for number, path in enumerate(self.files):
-                try:
-                    for data, name in self._rows(parquet.ParquetFile(path)):
-                        found.append([f"{name}/{number:05d}_{len(found):08d}.jpg", len(data), offset])
-                        offset += packed.write(data)
-                except (pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
-                    raise UserError(
-                        f"{path} cannot be read as images with labels: {one_line(error)}"
-                    ) from None
+        for number, path in enumerate(self.files):
+            try:
+                for data, name in self._rows(open_parquet(path)):
+                    found.append([f"{name}/{number:05d}_{len(found):08d}.jpg", len(data), offset])
+                    offset += packed.write(data)
+            except unreadable as error:
+                if isinstance(error, OSError) and error.errno in FULL_DISK:
+                    raise
+                raise UserError(f"{path} cannot be read as images with labels: {one_line(error)}") from None
         return found
 
     @staticmethod
@@ -72,6 +96,10 @@ class ParquetSource(TarSource):
                 data = image["bytes"] if isinstance(image, dict) else image
                 if data is None or label is None:
                     raise ValueError("a row without image bytes or label")
+                if isinstance(label, int) and not 0 <= label < len(names or range(label + 1)):
+                    raise ValueError(
+                        f"label {label} of {len(names or ())} classes: has this split no labels?"
+                    )
                 name = names[label] if names else f"{label:05d}" if isinstance(label, int) else str(label)
                 yield data, name.replace("/", "_")
 

@@ -9,10 +9,11 @@ from functools import partial
 
 import numpy as np
 
-from caco_scale.data.remote import Remote, is_remote
+from caco_scale.data.remote import Remote, Unreachable, is_remote
 from caco_scale.data.shards import MANIFEST_NAME, index_tar, read_sample
 from caco_scale.data.store import LocalStore, mend, open_store
 from caco_scale.errors import UserError
+from data_prep.destination import FULL_DISK, free_space
 from data_prep.imagenet import check_expected
 from data_prep.sources import SPLITS, is_image
 
@@ -80,7 +81,10 @@ def _verify_set(path, full, workers):
 
 
 def check_shard(store, number, full=False):
-    """(what is wrong with a shard or None, its images per class)."""
+    """(what is wrong with a shard or None, its images per class).
+
+    UserError where that cannot be told: the store is out of reach, the temporary directory is full.
+    """
     info = store.manifest.shards[number]
     none = np.zeros(len(store.manifest.classes), np.int64)
     try:
@@ -96,7 +100,15 @@ def check_shard(store, number, full=False):
             if problem:
                 return problem, none
         return None, np.bincount(labels, minlength=len(none))
+    except Unreachable:
+        raise
     except OSError as error:
+        if error.errno in FULL_DISK or error.filename is None:  # not of a shard: they are only read
+            folder = tempfile.gettempdir()
+            raise UserError(
+                f"no space for {folder} to check {info.name}: {error.strerror}; {free_space(folder)}, "
+                f"{info.num_bytes / 1e6:,.1f} MB are needed: free some, or set TMPDIR"
+            ) from None
         return f"{os.path.basename(error.filename)}: {error.strerror}", none
     except ValueError as error:
         return str(error), none

@@ -1,17 +1,20 @@
 """Fixtures that several files share."""
 
+import os
+
 import pytest
 from s3_server import BUCKET, CannotStart, SwiftServer, credentials
 
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
-    """A real S3 server with an empty bucket, for the whole session."""
+    """A real S3 server with an empty bucket, for the whole session; CACO_REQUIRE_S3 set: it must start."""
     try:
         with SwiftServer(tmp_path_factory.mktemp("swift")) as server:
             yield server
     except CannotStart as error:
-        pytest.skip(f"no S3 server: {error}")
+        give_up = pytest.fail if os.environ.get("CACO_REQUIRE_S3") else pytest.skip
+        give_up(f"no S3 server: {error}")
 
 
 @pytest.fixture

@@ -1,12 +1,15 @@
 """Run a function on several gloo processes and collect what each rank returns."""
 
 import os
+import time
 import traceback
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+DEADLINE_SECONDS = 300
 
 
 def set_environment(environment):
@@ -57,9 +60,19 @@ def run_ranks(function, world_size, *args):
         for process in processes:
             process.start()
         collected = {}
+        deadline = time.monotonic() + DEADLINE_SECONDS
         while len(collected) < world_size:
-            if results.empty() and not any(p.is_alive() for p in processes):
+            alive = any(
+                p.is_alive() for p in processes
+            )  # before the look: what the last one sent is there then
+            if results.empty() and not alive:
                 break
+            if time.monotonic() > deadline:
+                for process in processes:
+                    process.kill()
+                raise AssertionError(
+                    f"ranks {sorted(collected)} of {world_size} reported in {DEADLINE_SECONDS} s"
+                )
             if results.empty():
                 processes[0].join(0.02)
                 continue

@@ -1,5 +1,6 @@
 """Start the trainer as a user does, by ``accelerate launch``, and read what it left."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -86,13 +87,17 @@ def launch(flags, num_processes=1, cwd=None, code=0, **options):
 def kill_when(process, condition, number=signal.SIGKILL):
     """Signal the whole process group (launcher, ranks, loader workers) as soon as ``condition()`` holds."""
     deadline = time.monotonic() + 240
-    while not condition():
-        assert process.poll() is None, f"the run ended by itself:\n{process.stdout.read()}"
-        assert time.monotonic() < deadline, "the run never got there"
-        time.sleep(0.01)
-    os.killpg(process.pid, number)
-    output = process.communicate(timeout=120)[0]
-    return output
+    try:
+        while not condition():
+            assert process.poll() is None, f"the run ended by itself:\n{process.stdout.read()}"
+            assert time.monotonic() < deadline, "the run never got there"
+            time.sleep(0.01)
+        os.killpg(process.pid, number)
+        return process.communicate(timeout=120)[0]
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
 
 
 def progress(run_dir):

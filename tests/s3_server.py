@@ -4,13 +4,16 @@ Swift is installed once, into a virtual environment of its own in the user's cac
 are no business of the project's. What cannot be had is a reason to skip.
 """
 
+import ctypes
 import datetime
+import fcntl
 import getpass
 import hashlib
 import hmac
 import http.client
 import http.server
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +27,7 @@ from pathlib import Path
 
 ACCESS_KEY, SECRET_KEY, REGION = "test:tester", "testing", "us-east-1"
 BUCKET = "shards"
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # of <sys/prctl.h>
 
 STORAGE_CONF = """[DEFAULT]
 bind_ip = 127.0.0.1
@@ -93,19 +97,45 @@ def swift_programs():
     if (beside / "swift-proxy-server").exists():
         return beside
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = cache / "caco_scale-tests" / "swift"
-    if not (folder / "complete").exists():
-        log = []
-        for command in (
-            [sys.executable, "-m", "venv", str(folder)],
-            [str(folder / "bin/python"), "-m", "pip", "install", "-q", "swift", "pyeclib"],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-            log += (done.stdout + done.stderr).strip().splitlines()[-1:]
-            if done.returncode:
-                raise CannotStart(f"`pip install swift pyeclib` failed: {' '.join(log)}")
-        (folder / "complete").touch()
+    folder = cache / "caco_scale-tests" / f"swift-{sys.version_info.major}.{sys.version_info.minor}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f"{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs at once
+        if not _works(folder):
+            _install(folder)
     return folder / "bin"
+
+
+def _works(folder):
+    """Is a finished installation there, and does its Python still run?"""
+    if not (folder / "complete").exists():
+        return False
+    try:
+        command = [folder / "bin/python", "-c", "import swift"]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def _install(folder):
+    log = []
+    for command in (
+        [sys.executable, "-m", "venv", "--clear", str(folder)],
+        [str(folder / "bin/python"), "-m", "pip", "install", "-q", "swift", "pyeclib"],
+    ):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+        except subprocess.TimeoutExpired:
+            raise CannotStart(f"`{' '.join(command)}` took more than 600 s") from None
+        log += (done.stdout + done.stderr).strip().splitlines()[-1:]
+        if done.returncode:
+            raise CannotStart(f"`pip install swift pyeclib` failed: {' '.join(log)}")
+    (folder / "complete").touch()
+
+
+def _end_with_parent():
+    """In the child, before its program: killed tests leave no server behind."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class SwiftServer:
@@ -155,7 +185,8 @@ class SwiftServer:
             program = [str(self.programs / f"swift-{role}-server"), str(etc / f"{role}-server.conf")]
             with open(self.root / f"{role}.log", "ab") as log:
                 environment = {**os.environ, "SWIFT_DIR": str(etc)}
-                self.processes.append(subprocess.Popen(program, env=environment, stdout=log, stderr=log))
+                options = {"env": environment, "stdout": log, "stderr": log}
+                self.processes.append(subprocess.Popen(program, preexec_fn=_end_with_parent, **options))
         deadline = time.monotonic() + 120
         while not self._ready():
             if time.monotonic() > deadline or any(p.poll() is not None for p in self.processes):

@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 import webdataset as wds
 from PIL import Image
+from s3_server import WebServer
 
+from caco_scale.data.remote import Patience
 from caco_scale.data.store import open_store
 from caco_scale.errors import UserError
 from data_prep.build import build, locked
 from data_prep.demo import TEXTURES, build_demo
-from data_prep.verify import verify
+from data_prep.verify import check_shard, verify
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -551,6 +553,22 @@ def test_verify_names_the_first_bad_shard_and_counts(tree, tmp_path):
     (tmp_path / "set" / "000004.tar").unlink()
     refused("1 of 6 shards are bad, first 000004.tar (000004.tar: No such file", "verify", tmp_path / "set")
     refused("2 of 6 shards are bad, first 000002.tar", "verify", tmp_path / "set", "--full")
+
+
+def test_verify_cannot_tell_on_a_full_disk_or_without_the_store(tree, tmp_path):
+    build(tree, tmp_path / "set", workers=1)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))
+    flags = ["verify", tmp_path / "set", "--full", "--workers", 1]
+    line = refused("no space for", *flags, preexec_fn=limit)
+    assert "000000.tar" in line
+    assert "are bad" not in line
+    with WebServer(tmp_path / "set") as server:
+        store = open_store(server.url, "none", patience=Patience(0, 1))
+        assert check_shard(store, 0)[0] is None
+        (tmp_path / "set" / "000000.tar").unlink()
+        assert "no such object" in check_shard(store, 0)[0]
+    with pytest.raises(UserError, match="attempts in a row failed"):
+        check_shard(store, 0)
 
 
 def test_verify_finds_an_index_or_an_image_that_the_hashes_do_not(tree, tmp_path):

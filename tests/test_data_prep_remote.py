@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import tarfile
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from launch import SMALL, launch
+from s3_server import WebServer
 from test_data_prep import CLASSES, command, encoded, files_of, processes_in, refused, start, write_tree
 
 from caco_scale.data.remote import Remote
@@ -83,6 +85,24 @@ def test_killed_twice_on_the_way_into_the_bucket(s3, tmp_path):
     done = command("build", source, target, "--samples-per-shard", 1, "--workers", 2)
     assert done.returncode == 0, done.stderr
     assert objects(target) == local_files(tmp_path / "whole")
+
+
+def test_what_a_web_server_cannot_do_is_said_at_once(tree, tmp_path):
+    build(tree, tmp_path / "sets" / "train", workers=1)
+    with WebServer(tmp_path / "sets") as server:
+        cannot = "cannot be written: give s3://, gs:// or az://"
+        refused(cannot, "build", tree, f"{server.url}/new")
+        refused(cannot, "repair", tree, f"{server.url}/train")
+        refused(cannot, "index", f"{server.url}/train/{{000000..000000}}.tar")
+        refused("a web server cannot be listed", "index", f"{server.url}/train", "--to", tmp_path / "index")
+    refused("a slash is missing: s3://bucket/set", "build", tree, "s3:/bucket/set")
+
+
+def test_a_full_disk_on_the_way_into_the_bucket(tree, s3):
+    """The disk that is full is that of the temporary directory; a limit on the size of files stands for it."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))
+    line = refused("no space for", "build", tree, f"{s3}/full", "--workers", 1, preexec_fn=limit)
+    assert re.search(r"no space for /.*caco-build-\S+: .* MB are free there", line)
 
 
 def test_repair_builds_what_is_bad_again(tree, s3, tmp_path):
@@ -225,8 +245,10 @@ def test_archives_into_the_bucket_killed_twice_verified_and_trained_on(s3, tmp_p
         process = start("build", train, target, "--samples-per-shard", 3, "--workers", 1)
         while process.poll() is None and len(remote.list(".build")) <= until:
             time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
+        assert process.poll() is None
+        process.kill()
         process.communicate()
+        assert remote.size("manifest.json") is None
     done = command("build", train, target, "--samples-per-shard", 3)
     assert done.returncode == 0, done.stderr
     done = command("verify", f"{s3}/imagenet", "--full", "--workers", 1)
@@ -256,23 +278,40 @@ def test_archives_into_the_bucket_killed_twice_verified_and_trained_on(s3, tmp_p
 # ---- parquet
 
 
-def test_parquet_bytes_are_kept(tmp_path):
+def write_parquet(path, images, labels):
     pyarrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow")
     import pyarrow.parquet as parquet
+
+    path.parent.mkdir(exist_ok=True)
+    card = {"info": {"features": {"label": {"names": list(CLASSES)}}}}
+    images = [{"bytes": image, "path": "x.jpg"} for image in images]
+    table = pyarrow.table({"image": images, "label": labels})
+    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(card)}), path)
+
+
+def test_parquet_of_several_splits_or_without_labels_is_refused(tmp_path):
+    images = [encoded(i) for i in range(3)]
+    flags = ["build", tmp_path / "data", tmp_path / "set", "--format", "parquet"]
+    write_parquet(tmp_path / "data/train-00000-of-00001.parquet", images, [0, 1, 2])
+    write_parquet(tmp_path / "data/test-00000-of-00001.parquet", images, [-1, -1, -1])
+    refused("has 2 splits (test, train), which are no one set: choose one with --split", *flags)
+    refused("label -1 of 3 classes", *flags, "--split", "test")
+    write_parquet(tmp_path / "data/test-00000-of-00001.parquet", images, [0, 1, 3])
+    refused("label 3 of 3 classes", *flags, "--split", "test")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    refused("no space for", *flags, "--split", "train", preexec_fn=limit)
+    done = command(*flags, "--split", "train")
+    assert done.returncode == 0, done.stderr
+
+
+def test_parquet_bytes_are_kept(tmp_path):
     from test_data_prep import samples_of
 
-    (tmp_path / "data").mkdir()
-    card = {"info": {"features": {"label": {"names": list(CLASSES)}}}}
     images = [encoded(i) for i in range(12)]
     for part in range(2):
         rows = range(part, 12, 2)
-        table = pyarrow.table(
-            {
-                "image": [{"bytes": images[i], "path": f"{i}.jpg"} for i in rows],
-                "label": [i % 3 for i in rows],
-            }
-        ).replace_schema_metadata({"huggingface": json.dumps(card)})
-        parquet.write_table(table, tmp_path / f"data/train-0000{part}-of-00002.parquet")
+        path = tmp_path / f"data/train-0000{part}-of-00002.parquet"
+        write_parquet(path, [images[i] for i in rows], [i % 3 for i in rows])
     done = command(
         "build", tmp_path / "data", tmp_path / "set", "--format", "parquet", "--samples-per-shard", 5
     )

@@ -208,3 +208,14 @@ def test_errors(options, words):
 def test_a_world_size_that_does_not_divide_the_batch():
     with pytest.raises(UserError, match="24 is not divisible by the 5 processes: use 20 or 25"):
         rank_share(make().batch(0), 0, 5)
+
+
+def test_two_epochs_are_kept():
+    """Workers look over the end of an epoch and back at every step there."""
+    order = Order([40, 60], seed=0, global_batch_size=8)
+    first, second = order.epoch(0), order.epoch(1)
+    assert order.epoch(0) is first
+    assert order.epoch(1) is second
+    assert order.epoch(2) is not None
+    assert order.epoch(1) is second
+    assert np.array_equal(order.epoch(0), first)

@@ -4,11 +4,16 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import resource
+import shutil
+import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from gloo import set_environment
+from obstore.store import HTTPStore
 from s3_server import FAULTS, FaultProxy, WebServer
 from shard_sets import make_shard_set
 from test_loader import STEPS, assert_same, batches, joined
@@ -18,7 +23,7 @@ from caco_scale.data.cache import ShardCache
 from caco_scale.data.loader import evaluation_batches, train_batches
 from caco_scale.data.order import Order
 from caco_scale.data.remote import Patience, Remote
-from caco_scale.data.store import RemoteStore, open_store
+from caco_scale.data.store import DamagedShard, RemoteStore, _cache_directory, open_store
 from caco_scale.errors import UserError
 
 QUICK = Patience(retries=6, stall_seconds=1)
@@ -139,7 +144,29 @@ def test_keys_and_endpoint_from_a_profile(uploaded, expected, tmp_path, monkeypa
     assert contents(open_store(uploaded, "none")) == expected
 
 
+@pytest.mark.parametrize(
+    "host",
+    ["b.s3.eu-west-1.amazonaws.com", "x.r2.cloudflarestorage.com/b", "x.blob.core.windows.net/b", "host"],
+)
+def test_a_web_address_is_a_web_server_whoever_runs_it(host):
+    assert isinstance(Remote(f"https://{host}/set").client(), HTTPStore)
+
+
 # ---- faults
+
+
+def test_a_cut_body_that_cannot_be_continued_begins_anew(shards, expected, tmp_path):
+    """On a web server without ranges."""
+    with (
+        WebServer(Path(shards), ranges=False) as server,
+        FaultProxy(server.url, ("cut",), every=3) as proxy,
+    ):
+        store = open_store(proxy.url, str(tmp_path / "cache"), patience=QUICK)
+        for shard in range(4):
+            store.fetch(shard)
+        assert proxy.injected["cut"] >= 1
+        proxy.faults = ()
+        assert contents(store) == expected
 
 
 @pytest.mark.parametrize("faults", [*((fault,) for fault in FAULTS), FAULTS], ids="+".join)
@@ -193,6 +220,56 @@ def test_an_object_that_was_replaced_is_named_with_the_repair_command(shards, s3
         store.check()
 
 
+def wait_until_fetched(store):
+    for _ in range(1000):
+        if not store._queued:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the background is still at it")
+
+
+def test_a_shard_found_damaged_in_the_background_is_an_error_of_the_next_read(shards, tmp_path):
+    folder = shutil.copytree(shards, tmp_path / "set")
+    data = bytearray((folder / "000001.tar").read_bytes())
+    data[5000] ^= 1
+    (folder / "000001.tar").write_bytes(data)
+    with WebServer(folder) as server:
+        store = open_store(server.url, str(tmp_path / "cache"), patience=QUICK)
+        store.prefetch([0, 1])
+        wait_until_fetched(store)
+        assert store.read(0, 0, 512) == (folder / "000000.tar").read_bytes()[:512]
+        store.take_counters()
+        store.prefetch([1])  # not fetched again and again
+        wait_until_fetched(store)
+        with pytest.raises(DamagedShard, match=r"shard 000001\.tar .*damaged.*data_prep repair"):
+            store.read(1, 0, 512)
+        assert "requests" not in store.take_counters()
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_full_disk_of_the_cache_ends_the_caching_and_not_the_reading(shards, expected, tmp_path, ranges):
+    """A limit on the size of files stands for the disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with WebServer(Path(shards), ranges) as server:
+        store = open_store(server.url, str(tmp_path / "cache"), patience=QUICK)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            with pytest.warns(UserWarning, match=r"nothing more is cached: data\.cache_dir .*free or mend"):
+                store.fetch(0)
+            store.take_counters()
+            store.fetch(0)
+            store.prefetch([0])
+            assert "requests" not in store.take_counters()
+            if ranges:
+                assert contents(store) == expected
+            else:
+                with pytest.raises(UserError, match=r"data\.cache_dir .*free or mend"):
+                    store.read(0, 0, 512)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"lock"}
+
+
 # ---- the cache
 
 
@@ -214,6 +291,29 @@ def test_the_longest_unopened_goes_first_and_the_limit_holds(tmp_path):
     assert cache.counters["evictions"] == 1
     assert not cache.fetch("f" * 64, 3001, lambda: iter([]))  # never fits
     assert {path.suffix for path in tmp_path.iterdir()} <= {".tar", ".ok", ""}
+
+
+def test_what_is_not_the_caches_own_is_never_touched(tmp_path):
+    shard, part = "0" * 64 + ".tar", "1" * 64 + ".part"
+    for name in ("x.tar", "x.part", "x.ok", "lock", shard + ".tar", "A" * 64 + ".tar"):
+        (tmp_path / name).write_bytes(b"mine" * 500)
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / shard).symlink_to("x.tar")
+    (tmp_path / part).mkdir()
+    before = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    cache = ShardCache(tmp_path, 1500)
+    for n in range(3):  # each takes the place of the one before
+        filled(cache, bytes([n]) * 1000)
+    assert cache.counters["evictions"] == 2
+    assert before.items() <= {path.name: path.stat().st_size for path in tmp_path.iterdir()}.items()
+
+
+def test_a_planted_link_is_no_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"caco_scale-cache-{os.getuid()}").symlink_to("theirs")
+    with pytest.raises(UserError, match="is not a directory of this user"):
+        _cache_directory("auto")
 
 
 def test_a_copy_that_was_changed_is_never_believed(tmp_path):

@@ -3,13 +3,21 @@
 import io
 import json
 import tarfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import webdataset as wds
 
-from caco_scale.data.shards import Manifest, ShardIndex, ShardInfo, index_tar, plain_name, read_sample
+from caco_scale.data.shards import (
+    INDEX_MAGIC,
+    Manifest,
+    ShardIndex,
+    ShardInfo,
+    index_tar,
+    plain_name,
+    read_sample,
+)
 from caco_scale.errors import UserError
 
 
@@ -145,13 +153,26 @@ def test_damaged_indexes(tmp_path, damage):
         ShardIndex.from_bytes(damage(data))
 
 
+@pytest.mark.parametrize("label", ["9" * 32, "1700000000", "1000001"])
+def test_a_label_that_no_classes_have_is_refused(tmp_path, label):
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", b"x"), ("0.cls", label.encode())])
+    with pytest.raises(UserError, match=r"'0\.cls' has the label .*, more than 1,000,000"):
+        index_tar(path)
+
+
+def test_an_index_with_a_bottomless_header():
+    header = b"[" * 100_000
+    with pytest.raises(UserError, match="not a shard index"):
+        ShardIndex.from_bytes(INDEX_MAGIC + len(header).to_bytes(8, "little") + header)
+
+
 def test_an_index_cannot_hold_objects(tmp_path):
     data = index_tar(write_tar(tmp_path / "x.tar", SAMPLES)).to_bytes()
     with pytest.raises(UserError, match="not a shard index"):
         ShardIndex.from_bytes(data.replace(b'"|i1"', b'"|O8"', 1))
 
 
-SHARD = ShardInfo("000000.tar", 3, 10240, "ab", "000000.idx", 300, "cd")
+SHARD = ShardInfo("000000.tar", 3, 10240, "ab" * 32, "000000.idx", 300, "cd" * 32)
 NOTE = {"key": "000000.tar/00000003", "source": "cat/x.jpg", "reason": "empty file"}
 MANIFEST = Manifest(("cat", "dog"), (1, 2), 3, 10240, (SHARD,), [], [NOTE], {"seed": 0})
 
@@ -170,6 +191,12 @@ def test_manifest_round_trip():
         ({"class_counts": [3]}, "sums disagree"),
         ({"shards": [{"name": "000000.tar"}]}, "damaged"),
         ({"shards": 7}, "damaged"),
+        ({"shards": [asdict(SHARD) | {"sha256": "../../" + "a" * 58}]}, "damaged.*is not a sha256"),
+        ({"shards": [asdict(SHARD) | {"index_sha256": "A" * 64}]}, "damaged.*is not a sha256"),
+        ({"shards": [asdict(SHARD) | {"sha256": 7}]}, "damaged"),
+        ({"shards": [asdict(SHARD) | {"index_num_bytes": -1}]}, "damaged.*-1 is not a number"),
+        ({"shards": [asdict(SHARD) | {"num_samples": 3.0}]}, r"damaged.*3\.0 is not a number"),
+        ({"class_counts": [-1, True]}, "damaged.*-1 is not a number"),
     ],
 )
 def test_bad_manifests(change, words):
@@ -178,7 +205,9 @@ def test_bad_manifests(change, words):
         Manifest.from_json(json.dumps(data))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"format": "caco_scale shard set", "version": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "null", "[" * 100_000, '{"format": "caco_scale shard set", "version": 1}']
+)
 def test_not_a_manifest(text):
     with pytest.raises(UserError, match=r"manifest\.json"):
         Manifest.from_json(text)

@@ -120,6 +120,7 @@ def test_what_is_not_a_shard_set(tmp_path, shards):
         ("/data/{12..3}.tar", "12..3 is not a range"),
         ("/data/x | rm", "shell pipe"),
         ("s3://", "is not an address"),
+        ("s3:/bucket/set", "a slash is missing: s3://bucket/set"),
         ("s3://bucket/../other", "is not an address"),
         ("https://host/set?token=1", "is not an address"),
         ("https://me:secret@host/set", "put no password"),

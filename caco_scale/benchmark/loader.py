@@ -26,6 +26,7 @@ import numpy as np
 from caco_scale.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MOST_IMAGES = 5_000  # they are copied
 DRAWN_IMAGES, DRAWN_CLASSES, DRAWN_SIZE = 240, 8, (375, 500)
 
 
@@ -37,6 +38,7 @@ def measure(images, rounds, batch, size):
         shards = Path(folder, "shards")
         from data_prep.build import build
 
+        _check_images(images, build(images, shards, dry_run=True) if os.path.isdir(images) else [])
         [(_, manifest, _)] = build(images, shards, samples_per_shard=64, workers=1)
         server = multiprocessing.get_context("spawn").Process(
             target=serve, args=(str(shards), f"{folder}/port")
@@ -70,6 +72,18 @@ def measure(images, rounds, batch, size):
     for row in rows:
         row["ratio"] = ratios[row["what"]]
     return {"images": count, "mean_bytes": mean_bytes, "rounds": rounds, "rows": rows, "ratios": ratios}
+
+
+def _check_images(images, plan):
+    """UserError for what torchvision's ImageFolder does not read, and for more than is measured quickly."""
+    if len(plan) != 1:
+        what = f"has {len(plan)} splits" if plan else "is no folder"
+        raise UserError(f"--images {images} {what}: give one folder of class folders, such as .../val")
+    count = plan[0][1]
+    if count > MOST_IMAGES:
+        raise UserError(
+            f"--images {images} has {count:,} images, which would be copied: give a folder of at most {MOST_IMAGES:,}"
+        )
 
 
 def _rounds(contenders, rounds):

@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,7 @@ from pathlib import Path
 from caco_scale.errors import UserError
 
 HASH_BYTES = 4 << 20
+ENTRY = r"([0-9a-f]{64})\.(tar|part)"  # nothing else in the directory is ours to remove
 FREE_SHARE = 0.8  # of the disk's free space, taken when no limit is given
 
 
@@ -52,6 +54,7 @@ class ShardCache:
         return int((shutil.disk_usage(self.directory).free + held) * FREE_SHARE)
 
     def path(self, sha256, suffix=".tar"):
+        assert re.fullmatch(ENTRY, f"{sha256}.tar"), "not a sha256"
         return self.directory / f"{sha256}{suffix}"
 
     def open(self, sha256, num_bytes):
@@ -62,7 +65,11 @@ class ShardCache:
             return None
         except OSError as error:
             raise self._broken(error) from None
-        if not self._is_good(file, sha256, num_bytes):
+        try:
+            good = self._is_good(file, sha256, num_bytes)
+        except OSError:  # a disk that does not give back what it was given
+            good = False
+        if not good:
             file.close()
             self.drop(sha256)
             self.counters["damaged"] += 1
@@ -98,7 +105,8 @@ class ShardCache:
     def drop(self, sha256):
         """Forget a shard; who has it open reads on."""
         for suffix in (".tar", ".ok"):
-            self.path(sha256, suffix).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path(sha256, suffix).unlink()
 
     def fetch(self, sha256, num_bytes, chunks, wait=False):
         """Fill in a shard from ``chunks()``, an iterator of its bytes.
@@ -120,7 +128,7 @@ class ShardCache:
             raise self._broken(error) from None
 
     def _broken(self, error):
-        return UserError(
+        return UnusableCache(
             f"data.cache_dir {self.directory}: {error.strerror}: free or mend that disk, lower data.cache_bytes, or "
             "give another directory"
         )
@@ -165,7 +173,7 @@ class ShardCache:
 
     def _make_room(self, num_bytes, part):
         """Evict the longest unopened until ``num_bytes`` more fit, and reserve them; False if they cannot."""
-        with open(self.directory / "lock", "w") as lock:
+        with open(self.directory / "lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             entries = self._entries(part)
             total = sum(size for _, _, size in entries)
@@ -176,8 +184,7 @@ class ShardCache:
                     self.drop(path.stem)
                     self.counters["evictions"] += 1
                     total -= size
-                elif _abandoned(path):  # of a killed process
-                    path.unlink(missing_ok=True)
+                elif _remove_abandoned(path):
                     total -= size
             if total + num_bytes > self.limit_bytes:
                 return False
@@ -189,13 +196,19 @@ class ShardCache:
         entries = []
         for entry in os.scandir(self.directory):
             path = Path(entry.path)
-            if path.suffix in (".tar", ".part") and not (besides and _is_at(besides, path)):
+            if not re.fullmatch(ENTRY, entry.name) or not entry.is_file(follow_symlinks=False):
+                continue
+            if not (besides and _is_at(besides, path)):
                 with contextlib.suppress(FileNotFoundError):
                     size, opened = entry.stat().st_size, entry.stat().st_mtime
                     with contextlib.suppress(FileNotFoundError):
                         opened = path.with_suffix(".ok").stat().st_mtime
                     entries.append((opened, path, size))
         return sorted(entries)
+
+
+class UnusableCache(UserError):
+    """The disk refuses to keep what came, or to show what it keeps."""
 
 
 class DamagedDownload(UserError):
@@ -220,11 +233,12 @@ def _is_at(file, path):
         return False
 
 
-def _abandoned(path):
-    """Is no process at this download any more?"""
+def _remove_abandoned(path):
+    """Remove the download of a killed process; False if a process is still at it."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)  # while it is locked: nobody begins it anew meanwhile
             return True
     except (BlockingIOError, FileNotFoundError):
         return False

@@ -99,7 +99,7 @@ class Order:
         self._check(lanes)
         self.lanes = lanes or auto_lanes(global_batch_size)
         self.steps_per_epoch = self.num_samples // global_batch_size
-        self._cached = (None, None)
+        self._cached = {}  # the last two epochs: at the end of one its successor's shards are fetched ahead
 
     def _check(self, lanes):
         size = self.global_batch_size
@@ -121,11 +121,11 @@ class Order:
 
     def epoch(self, epoch):
         """The epoch's sample ids in training order, int64 (T N,), read-only; each N are a global batch."""
-        if self._cached[0] != epoch:
+        if epoch not in self._cached:
             ids = self._lay_out(epoch)
             ids.flags.writeable = False
-            self._cached = (epoch, ids)
-        return self._cached[1]
+            self._cached = dict([*self._cached.items()][-1:]) | {epoch: ids}
+        return self._cached[epoch]
 
     def _lay_out(self, epoch):
         shards = permutation(len(self.counts), self.seed, epoch, SHARDS)

@@ -46,6 +46,9 @@ class Patience:
 
 
 def is_remote(url):
+    """Is it an address, and no path? UserError for one like ``s3:/bucket``, which nobody means as a folder."""
+    if re.match(rf"({'|'.join(SCHEMES)}):/(?!/)", url):
+        raise UserError(f"{url}: a slash is missing: {url.replace(':/', '://', 1)}")
     return "://" in url and not url.startswith("file://")
 
 
@@ -139,10 +142,10 @@ class Remote:
             before = got
             try:
                 for chunk in more():
+                    if got + len(chunk) > num_bytes:
+                        raise OSError(f"the body has more than the {num_bytes:,} bytes asked for")
                     got += len(chunk)
                     self.count("bytes", len(chunk))
-                    if got > num_bytes:
-                        raise OSError(f"the body has more than the {num_bytes:,} bytes asked for")
                     yield chunk
                     if attempts.stop.is_set():
                         raise UserError(f"reading {self.url}/{name} was stopped")
@@ -196,6 +199,8 @@ class Remote:
 
     def list(self, folder=None):
         """``{name: size}`` of the objects directly below the address, or below a folder of it."""
+        if self.scheme in ("http", "https"):
+            raise UserError(f"{self.url}: a web server cannot be listed, give a pattern {{000..012}}.tar")
         import obstore
 
         def listing():
@@ -206,11 +211,17 @@ class Remote:
 
     # Writing
 
+    def check_writable(self):
+        """UserError for an address that never is, before any work is done for it."""
+        if self.scheme in ("http", "https"):
+            raise UserError(f"{self.url} cannot be written: give s3://, gs:// or az://")
+
     def write(self, name, data, create=False):
         """Store bytes, or the file at a Path in parts; it appears complete or not at all.
 
         ``create``: only if nothing has that name; UserError (:class:`ObjectExists`) otherwise.
         """
+        self.check_writable()
         import obstore
 
         def put():
@@ -221,6 +232,7 @@ class Remote:
         return self._retried(name, put, verb="written")
 
     def delete(self, names):
+        self.check_writable()
         import obstore
 
         names = list(names)
@@ -278,6 +290,10 @@ class MissingObject(UserError):
     """There is no object of that name."""
 
 
+class Unreachable(UserError):
+    """The store does not answer, or not to these credentials: that says nothing of its objects."""
+
+
 class ObjectExists(UserError):
     """There is an object of that name already, and it was to be created."""
 
@@ -297,7 +313,7 @@ class _Attempts:
             raise final from None
         self.in_a_row = 1 if progress >= PROGRESS_BYTES else self.in_a_row + 1
         if self.in_a_row > self.remote.patience.retries:
-            raise UserError(
+            raise Unreachable(
                 f"{self.what} cannot be {self.verb}: {reason} ({self.in_a_row} attempts in a row failed within "
                 f"{time.monotonic() - self.start:.0f} s): check network, address and endpoint, or raise "
                 "data.retries, then run the same command again"
@@ -327,17 +343,21 @@ def _final_error(error, what, verb, reason):
     status = re.search(r"status code: (\d+)", reason)
     refused = exceptions.PermissionDeniedError | exceptions.UnauthenticatedError | PermissionError
     if isinstance(error, refused) or (status and int(status[1]) in REFUSED):
-        return UserError(
+        return Unreachable(
             f"{what} may not be {verb} ({reason}): check the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE, "
             "AWS_SKIP_SIGNATURE=true for a public bucket, GOOGLE_..., AZURE_...)"
         )
-    if isinstance(error, exceptions.NotSupportedError | NotImplementedError):
+    if isinstance(error, exceptions.NotSupportedError | NotImplementedError) and verb == "read":
         return NoRanges(
             f"{what}: the server serves only whole files, so that a cut body cannot be continued and "
             "data.cache_dir none cannot work: give a data.cache_dir, or use a server that knows ranges"
         )
     if isinstance(
-        error, exceptions.InvalidPathError | exceptions.UnknownConfigurationKeyError | RuntimeError
+        error,
+        exceptions.InvalidPathError
+        | exceptions.NotSupportedError
+        | exceptions.UnknownConfigurationKeyError
+        | RuntimeError,
     ):
         return UserError(f"{what} cannot be {verb}: {reason}")
     if isinstance(error, ValueError | TypeError):
@@ -354,7 +374,7 @@ class NoRanges(UserError):
 
 
 def _connect(url, scheme, patience):
-    from obstore.store import from_url
+    from obstore.store import HTTPStore, from_url
 
     endpoints = [os.environ.get(n, "") for n in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT")]
     options, config = {}, {}
@@ -369,12 +389,17 @@ def _connect(url, scheme, patience):
     }
     if config.pop("boto3", None):
         options["credential_provider"] = _boto3_credentials()
+    options |= {"client_options": client, "retry_config": {"max_retries": 0}}
     try:
-        return from_url(
-            url, config=config or None, client_options=client, retry_config={"max_retries": 0}, **options
-        )
+        if scheme in ("http", "https"):
+            # from_url takes the web addresses of public buckets for stores that want credentials.
+            return HTTPStore.from_url(url, **options)
+        return from_url(url, config=config or None, **options)
     except Exception as error:
-        raise UserError(f"{url} cannot be opened: {_reason(error)}") from None
+        hint = ""
+        if scheme == "az" and not os.environ.get("AZURE_STORAGE_ACCOUNT_NAME"):
+            hint = ": set AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_KEY"
+        raise UserError(f"{url} cannot be opened: {_reason(error)}{hint}") from None
 
 
 def _s3_config(environment):

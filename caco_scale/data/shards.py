@@ -22,6 +22,8 @@ FORMAT = "caco_scale shard set"
 VERSION = 1
 INDEX_MAGIC = b"CACOIDX1"
 MAX_PATTERN_SHARDS = 1_000_000
+MAX_LABEL = 1_000_000  # a manifest counts the images of every class up to the highest label
+SHA256 = r"[0-9a-f]{64}"
 BLOCK = 512  # bytes of a tar block
 # webdataset's rules (tariterators.py; importing that would import torch): the key of a file ends at the first
 # dot of its name, the rest is the extension; files with names of the second kind are passed over.
@@ -99,7 +101,7 @@ class Manifest:
         """Parse and check a manifest. UserError: not JSON, unknown version, unsafe names, wrong sums."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{MANIFEST_NAME} is not JSON ({one_line(error)}): build the shard set again"
             ) from None
@@ -128,8 +130,17 @@ class Manifest:
         return manifest
 
     def _consistent(self):
+        numbers = [self.num_samples, self.num_bytes, *self.class_counts]
         for shard in self.shards:
             plain_name(shard.name), plain_name(shard.index_name)
+            # The cache makes them the names of files.
+            for sha256 in (shard.sha256, shard.index_sha256):
+                if not re.fullmatch(SHA256, sha256):
+                    raise TypeError(f"{sha256!r} of {shard.name} is not a sha256")
+            numbers += [shard.num_samples, shard.num_bytes, shard.index_num_bytes]
+        wrong = [number for number in numbers if type(number) is not int or number < 0]
+        if wrong:
+            raise TypeError(f"{wrong[0]!r} is not a number of samples or bytes")
         return (
             sum(shard.num_samples for shard in self.shards) == self.num_samples
             and sum(shard.num_bytes for shard in self.shards) == self.num_bytes
@@ -257,7 +268,7 @@ class ShardIndex:
             if at != len(data) or len(arrays) != len(cls._ARRAYS):
                 raise ValueError(f"{len(data)} bytes, {at} expected")
             return cls(keys, header["extensions"], arrays)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"not a shard index ({one_line(error)}): build the shard set again") from None
 
 
@@ -328,15 +339,20 @@ def _index_file(file, name):
         sample[4].append((extension, member.offset_data - sample[1], member.size))
         if extension == "cls":
             file.seek(member.offset_data)
-            sample[3] = _label(file.read(min(member.size, 32)))
+            sample[3] = _label(file.read(min(member.size, 32)), f"{name}: {member.name!r}")
     return ShardIndex.from_samples(samples)
 
 
-def _label(data):
+def _label(data, where):
     try:
-        return max(int(data), -1)
+        label = int(data)
     except ValueError:
         return -1
+    if label > MAX_LABEL:
+        raise UserError(
+            f"{where} has the label {label:,}, more than {MAX_LABEL:,}: number the classes from 0"
+        )
+    return max(label, -1)
 
 
 def read_sample(index, position, span):

@@ -13,11 +13,13 @@ import hashlib
 import io
 import os
 import re
+import stat
 import tempfile
 import threading
+import warnings
 from collections import Counter, OrderedDict
 
-from caco_scale.data.cache import DamagedDownload, ShardCache
+from caco_scale.data.cache import DamagedDownload, ShardCache, UnusableCache
 from caco_scale.data.remote import NoRanges, Patience, Remote, Threads, check_address, is_remote
 from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardIndex, expand_braces
 from caco_scale.errors import UserError
@@ -40,8 +42,9 @@ def open_store(url, cache_dir="auto", cache_bytes=0, patience=None):
     """The store that ``url`` names: a directory or the address of a shard set, or an indexed brace pattern.
 
     cache_dir: where whole shards of an object store are kept on this node; ``auto`` is a folder of this user's in
-    the node's temporary directory, ``none`` reads ranges only. cache_bytes: its limit, 0: four fifths of what is
-    free there. patience: :class:`~caco_scale.data.remote.Patience`. UserError for what is no shard set.
+    the node's temporary directory, ``none`` reads ranges only, and a range is checked by its size alone: only a
+    whole shard has a hash. cache_bytes: its limit, 0: four fifths of what is free there.
+    patience: :class:`~caco_scale.data.remote.Patience`. UserError for what is no shard set.
     """
     url = os.fspath(url)
     if not url:
@@ -55,7 +58,7 @@ def open_store(url, cache_dir="auto", cache_bytes=0, patience=None):
         )
     if "{" in url or "}" in url:
         return _open_pattern(url, cache_dir, cache_bytes, patience)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url) and not url.startswith("file://"):
+    if is_remote(url) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url) and not url.startswith("file://"):
         check_address(url)
         return RemoteStore(url, cache_dir, cache_bytes, patience)
     store = LocalStore(url)
@@ -83,6 +86,10 @@ def _open_pattern(pattern, *options):
             f"({there[0]} to {there[-1]}): give {folder}, or index the pattern to another directory"
         )
     return store
+
+
+class DamagedShard(UserError):
+    """The bytes of a shard are not the manifest's, however often they are fetched."""
 
 
 class Store:
@@ -318,6 +325,8 @@ class RemoteStore(Store):
         self._begin()
         self._lock = threading.Lock()
         self._files, self._queued, self._threads = OrderedDict(), set(), None
+        self._damaged = {}  # shard: what its download in the background has found
+        self._cache_error = None  # why nothing more is put into the cache
         self.remote = Remote(self.shards_at, self.patience)
         self.cache = None
         if self.cache_dir != "none":
@@ -353,24 +362,48 @@ class RemoteStore(Store):
         return b"".join(self.remote.stream(info.index_name, 0, info.index_num_bytes, whole=True))
 
     def read(self, shard, start, num_bytes):
-        """``num_bytes`` of a shard from ``start``: from this node's copy, else as a range of the object."""
+        """``num_bytes`` of a shard from ``start``: from this node's copy, else as a range of the object.
+
+        UserError (:class:`DamagedShard`) once a download has found that the shard is not the manifest's.
+        """
         info = self.manifest.shards[shard]
-        file = self._cached(shard, info)
-        if file is not None:
-            data = os.pread(file.fileno(), num_bytes, start)
-            if len(data) == num_bytes:
-                self.counters["hits"] += 1
-                return data
-            self._files.pop(shard, None)
-            self.cache.drop(info.sha256)  # cut by someone while it was open
-        self.counters["misses"] += 1
+        data = self._read_copy(shard, info, start, num_bytes)
+        if data is not None:
+            return data
+        if shard in self._damaged:
+            raise DamagedShard(self._damaged[shard])
+        self._count("misses")
         try:
             return self.remote.read(info.name, start, num_bytes)
         except NoRanges:
-            if self.cache is None or info.num_bytes > self.cache.limit_bytes:
-                raise
-            self._download(shard, wait=True)
-            return self.read(shard, start, num_bytes)
+            for _ in range(DOWNLOADS):  # another process may evict it before it is read
+                if not self._download(shard, wait=True):
+                    break
+                data = self._read_copy(shard, info, start, num_bytes)
+                if data is not None:
+                    return data
+            if self._cache_error:
+                raise self._cache_error from None
+            raise
+
+    def _read_copy(self, shard, info, start, num_bytes):
+        """The bytes from this node's copy of the shard, None where there is no good one."""
+        file = self._cached(shard, info)
+        if file is None:
+            return None
+        with contextlib.suppress(OSError):
+            data = os.pread(file.fileno(), num_bytes, start)
+            if len(data) == num_bytes:
+                self._count("hits")
+                return data
+        with self._lock:
+            self._files.pop(shard, None)
+        self.cache.drop(info.sha256)  # cut by someone while it was open, or the disk fails
+        return None
+
+    def _count(self, name):
+        with self._lock:
+            self.counters[name] += 1
 
     def _cached(self, shard, info):
         """The open file of a cached shard, or None."""
@@ -379,7 +412,10 @@ class RemoteStore(Store):
         with self._lock:
             file = self._files.pop(shard, None)
             if file is None:
-                file = self.cache.open(info.sha256, info.num_bytes)
+                try:
+                    file = self.cache.open(info.sha256, info.num_bytes)
+                except UnusableCache as error:
+                    self._stop_caching(error)
                 if file is None:
                     return None
                 # What was evicted takes its space until it is closed.
@@ -398,27 +434,46 @@ class RemoteStore(Store):
     def read_checked(self, shard, start, num_bytes):
         # The copy is not believed either: whoever asks has seen bytes that make no sense.
         info = self.manifest.shards[shard]
-        if shard not in self._intact and self.cache is not None and self.cache.path(info.sha256).exists():
+        if shard not in self._intact and self._has_copy(info):
             with self._lock:
                 self._files.pop(shard, None)
-            self.cache.path(info.sha256, ".ok").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.cache.path(info.sha256, ".ok").unlink()
             if self._cached(shard, info) is not None:  # hashed again
                 self._intact.add(shard)
         return super().read_checked(shard, start, num_bytes)
 
+    def _has_copy(self, info):
+        return self.cache is not None and os.path.exists(self.cache.path(info.sha256))
+
+    def _stop_caching(self, error):
+        """A full or failing disk ends no training: from now on shards without a copy are read as ranges."""
+        if self._cache_error is None:
+            self._cache_error = error
+            warnings.warn(f"nothing more is cached: {error}", stacklevel=2)
+
     def _download(self, shard, wait=False):
-        """Fetch a shard into the cache; again if its bytes are wrong, UserError if they stay so."""
+        """Fetch a shard into the cache; is it there now? Again if its bytes are wrong, DamagedShard if they stay so."""
         info = self.manifest.shards[shard]
+        if self.cache is None or self._cache_error:
+            return False
         for attempt in range(DOWNLOADS):
             try:
                 chunks = lambda: self.remote.stream(info.name, 0, info.num_bytes, whole=True)
                 return self.cache.fetch(info.sha256, info.num_bytes, chunks, wait)
+            except NoRanges:  # a body was cut, and cannot be continued there: once more from its start
+                if attempt == DOWNLOADS - 1:
+                    raise
+                self.remote.count("retries")
             except DamagedDownload as error:
                 if attempt == DOWNLOADS - 1:
-                    raise UserError(
+                    raise DamagedShard(
                         f"shard {info.name} of {self.url} is damaged: {error}: {mend(self.url)}"
                     ) from None
                 self.remote.count("retries")
+            except UnusableCache as error:
+                self._stop_caching(error)
+                return False
 
     def concurrently(self, function, items):
         return self.remote.concurrently(function, items)
@@ -430,11 +485,11 @@ class RemoteStore(Store):
 
     def prefetch(self, shards):
         """Fetch whole shards into the cache in the background; what fails is left to ``read``."""
-        if self.cache is None:
+        if self.cache is None or self._cache_error:
             return
         for shard in map(int, shards):
-            info = self.manifest.shards[shard]
-            if shard in self._files or shard in self._queued or self.cache.path(info.sha256).exists():
+            known = shard in self._files or shard in self._queued or shard in self._damaged
+            if known or self._has_copy(self.manifest.shards[shard]):
                 continue
             if self._threads is None:
                 self._threads = Threads(PREFETCH_THREADS, self.remote.cancel)
@@ -444,6 +499,8 @@ class RemoteStore(Store):
     def _prefetch(self, shard):
         try:
             self._download(shard)
+        except DamagedShard as error:
+            self._damaged[shard] = str(error)  # the next read raises it: a range alone would not show it
         except UserError:
             pass  # a read of this shard will meet the same and say it
         finally:
@@ -454,11 +511,12 @@ class RemoteStore(Store):
             self._download(shard, wait=True)
 
     def take_counters(self):
-        self.counters.update(self.remote.take_counters())
-        if self.cache is not None:
-            taken, self.cache.counters = self.cache.counters, Counter()
-            self.counters.update(taken)
-        return super().take_counters()
+        with self._lock:  # threads count meanwhile
+            self.counters.update(self.remote.take_counters())
+            if self.cache is not None:
+                taken, self.cache.counters = self.cache.counters, Counter()
+                self.counters.update(taken)
+            return super().take_counters()
 
 
 def _cache_directory(name):
@@ -468,6 +526,8 @@ def _cache_directory(name):
     path = os.path.join(tempfile.gettempdir(), f"caco_scale-cache-{os.getuid()}")
     with contextlib.suppress(OSError):  # what is wrong with the place is said where it is used
         os.makedirs(path, mode=0o700, exist_ok=True)
-        if os.stat(path).st_uid != os.getuid():
-            raise UserError(f"{path} belongs to another user: give another data.cache_dir")
+    with contextlib.suppress(OSError):
+        status = os.lstat(path)  # a link that another user planted is not followed
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            raise UserError(f"{path} is not a directory of this user: give another data.cache_dir")
     return path
