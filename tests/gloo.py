@@ -62,9 +62,8 @@ def run_ranks(function, world_size, *args):
         collected = {}
         deadline = time.monotonic() + DEADLINE_SECONDS
         while len(collected) < world_size:
-            alive = any(
-                p.is_alive() for p in processes
-            )  # before the look: what the last one sent is there then
+            # Asked before the look into the queue: what the last one sent is there then.
+            alive = any(p.is_alive() for p in processes)
             if results.empty() and not alive:
                 break
             if time.monotonic() > deadline:
