@@ -4,6 +4,7 @@ Swift is installed once, into a virtual environment of its own in the user's cac
 are no business of the project's. What cannot be had is a reason to skip.
 """
 
+import contextlib
 import ctypes
 import datetime
 import fcntl
@@ -254,6 +255,15 @@ class _Quiet(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.connections = []
+
+    def get_request(self):
+        connection, address = super().get_request()
+        self.connections.append(connection)
+        return connection, address
+
     def handle_error(self, request, client_address):
         pass  # clients that went away
 
@@ -275,6 +285,9 @@ class _Server:
     def close(self):
         self.http.shutdown()
         self.http.server_close()
+        for connection in self.http.connections:  # kept alive, a thread of its own would go on answering
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 class FaultProxy(_Server):
