@@ -18,6 +18,7 @@ import itertools
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
+import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -339,7 +340,7 @@ def _stream(stages, workers):
         collate_fn=_as_is,
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=end_with_trainer,
+        worker_init_fn=functools.partial(_start_worker, dict(os.environ)),
         pin_memory=torch.cuda.is_initialized(),  # pages locked for copies to the GPU that the trainer uses
         generator=torch.Generator(),  # else it would draw from the global one, whose state is the trainer's
     )
@@ -352,6 +353,13 @@ def _stream(stages, workers):
 
 def _as_is(payload):
     return payload  # torch would turn the arrays into tensors
+
+
+def _start_worker(environment, worker_id):
+    """In a new worker: the trainer's environment of now (keys of a store, ...), not that of the server's start."""
+    os.environ.clear()
+    os.environ.update(environment)
+    end_with_trainer(worker_id)
 
 
 def _unwrap(payloads):
