@@ -6,7 +6,6 @@ field names and win over the recipe. The docstring under a field is its ``--help
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import typing
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Literal
 
 import yaml
 
-from caco_scale.errors import UserError, one_line
+from caco_scale.errors import UserError, did_you_mean, one_line
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -245,12 +244,6 @@ def recipe_names():
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def nearest(name, names):
-    """`` (did you mean X?)`` for the name that looks most like ``name``, or an empty string."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
 def load_recipe(name):
     """The Config of a recipe's name or of a YAML file's path."""
     path = RECIPES / f"{name}.yaml"
@@ -258,7 +251,7 @@ def load_recipe(name):
         path = Path(name)
         if not path.is_file():
             raise UserError(
-                f"no recipe {name!r}{nearest(name, recipe_names())}: give one of {', '.join(recipe_names())}, "
+                f"no recipe {name!r}{did_you_mean(name, recipe_names())}: give one of {', '.join(recipe_names())}, "
                 "or the path of a YAML file"
             )
     try:
@@ -277,7 +270,7 @@ def _from_dict(cls, values, source, prefix=""):
     for key, value in values.items():
         if key not in types:
             names = flatten(Config()) if prefix else types
-            raise UserError(f"{source}: unknown field {prefix}{key}{nearest(prefix + str(key), names)}")
+            raise UserError(f"{source}: unknown field {prefix}{key}{did_you_mean(prefix + str(key), names)}")
         if dataclasses.is_dataclass(types[key]):
             if not isinstance(value, dict):
                 raise UserError(f"{source}: {key} is a section, not a value ({value!r})")
@@ -339,7 +332,7 @@ def _apply_flags(config, arguments, prog):
         name, equals, value = argument.partition("=")
         flag = name[2:].replace("-", "_")
         if flag not in known or flag == "recipe":
-            meant = nearest(
+            meant = did_you_mean(
                 f"--{flag}", [f"--{known_name}" for known_name in known if known_name != "recipe"]
             )
             raise UserError(f"unknown flag {name}{meant}: --help lists them all")

@@ -113,12 +113,12 @@ def check_launch(config):
 
 def check_arithmetic(config, world_size, data=None):
     """How the global batch and the bank are shared out -> findings. ``data``: a ``TrainingData`` if there is one."""
+    from caco_scale.data.order import share_size
     from caco_scale.distributed.collectives import shard_range
-    from caco_scale.training import share_of
 
     total = config.data.global_batch_size
     try:
-        share = share_of(total, world_size)
+        share = share_size(total, world_size)
     except UserError as error:
         return [fail(one_line(error))]
     micro = config.data.micro_batch_size or share
@@ -151,8 +151,8 @@ def check_arithmetic(config, world_size, data=None):
 
 def check_data(config, rank, world_size):
     """The shard set as training opens it -> (findings, TrainingData or None)."""
+    from caco_scale.assemble import TrainingData
     from caco_scale.config import load_recipe
-    from caco_scale.training import TrainingData
 
     own = config.recipe == "demo" and config.data.shards == load_recipe("demo").data.shards
     if own and not Path(config.data.shards, "manifest.json").exists():
@@ -219,7 +219,7 @@ def examine(config):
     findings += launch
     if accelerator is None:
         return findings + check_storage(config)
-    from caco_scale.training import resolve_precision
+    from caco_scale.assemble import resolve_precision
 
     config = resolve_precision(config, accelerator.device)
     rank, world_size = accelerator.process_index, accelerator.num_processes

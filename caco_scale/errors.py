@@ -1,5 +1,6 @@
 """The one error a user sees: a single line with the numbers in it and the fix, exit code 2, no traceback."""
 
+import difflib
 import functools
 import os
 import signal
@@ -12,6 +13,12 @@ RANK_PATIENCE_SECONDS = 20
 
 class UserError(ValueError):
     """A user's mistake. The message is one line: what is wrong, the numbers in it, and what to do."""
+
+
+def did_you_mean(name, names):
+    """`` (did you mean X?)`` for the name that looks most like ``name``, or an empty string."""
+    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def one_line(error):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from caco_scale.assemble import build_encoder
 from caco_scale.method.bank import CHUNK_BYTES_GPU
-from caco_scale.training import build_encoder
 
 OPTIMIZER_SLOTS = {"lars": 1, "sgd": 1, "adamw": 2}  # tensors of a parameter's size
 PARTITIONED = {  # what each strategy divides by R

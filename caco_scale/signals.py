@@ -1,8 +1,7 @@
 """Signals that ask a run to stop: they set a flag, and all ranks act on it together at a step boundary.
 
 SIGUSR1, SIGTERM and the first SIGINT (Ctrl-C) mean: write a checkpoint at the next step and end well. The
-second SIGINT kills at once. torch is imported by :func:`agree` only, so that the handlers stand before a
-slow import.
+second SIGINT kills at once. Nothing heavy is imported, so that the handlers stand before torch is.
 
 Who is sent a signal is not always who should be. A cluster signals every process of a job step;
 ``accelerate launch`` passes a SIGTERM or SIGINT on to the whole process group of each trainer (and kills
@@ -53,22 +52,6 @@ class Signals:
                 signal.raise_signal(signal.SIGINT)
             self._interrupted = True
         self.requested = self.requested or signal.Signals(number).name
-
-
-def agree(flags, group=None):
-    """Flags that any rank has raised, the same on every rank -> list of int (the maximum over ranks of each).
-
-    One all-reduce of a few bytes. ``group``: a gloo group, so that no GPU is synchronised; without a
-    process group the flags come back as they are. Every rank must call it at the same step.
-    """
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return list(flags)
-    agreed = torch.tensor(flags)
-    dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
-    return agreed.tolist()
 
 
 def follow_launcher():

@@ -1,6 +1,5 @@
-"""Build the parts of a run from its config; the loop that trains, evaluates, saves, stops and resumes.
+"""The loop that trains, evaluates, saves, stops and resumes. Data and method meet here.
 
-Data and method meet only here. Shapes: N global batch, B this rank's share of it, b a micro-batch, H pixels.
 Checkpoints and metrics count finished steps: ``step_00000100`` and the metrics line of step 100 stand after 100
 updates. The audit names a step by its place in the order, 0 for the first, as ``Order.batch`` does.
 """
@@ -11,17 +10,19 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import torch
-
 from caco_scale import checkpoint
 from caco_scale import config as configuration
+from caco_scale.assemble import (
+    MicroBatches,
+    TrainingData,
+    build_model,
+    build_schedule,
+    parameter_dtype,
+    resolve,
+)
 from caco_scale.audit import AuditLog
-from caco_scale.data.augment import augment
-from caco_scale.data.loader import cache_is_large_enough, start_fork_server, train_batches
-from caco_scale.data.order import Order
-from caco_scale.data.remote import Patience
-from caco_scale.data.store import COUNTERS, mend, open_store
-from caco_scale.data.views import ViewSpec
+from caco_scale.data.loader import cache_is_large_enough, start_fork_server
+from caco_scale.data.store import COUNTERS, mend
 from caco_scale.diagnostics import CollapseAlarm, embedding_std, rankme
 from caco_scale.distributed.collectives import all_max, gather_objects
 from caco_scale.distributed.launch import launched_strategy, start_processes
@@ -29,11 +30,8 @@ from caco_scale.distributed.strategy import build_strategy, check_combination
 from caco_scale.errors import UserError
 from caco_scale.evaluate.features import pixels
 from caco_scale.evaluate.knn import evaluate_knn
-from caco_scale.method.bank import MIN_TEMPERATURE, ShardedBank
-from caco_scale.method.encoders import build_backbone
-from caco_scale.method.model import Encoder, QueryKeyModel
-from caco_scale.method.projector import build_projector
-from caco_scale.optim.schedule import Schedule, hyper_parameters
+from caco_scale.method.bank import ShardedBank
+from caco_scale.optim.schedule import hyper_parameters
 from caco_scale.run_directory import JsonLines, RunDirectory, describe_environment
 from caco_scale.step import train_step
 from caco_scale.telemetry import Telemetry
@@ -80,198 +78,6 @@ def run(config, signals):
         config, signals, accelerator, data, schedule, directory, checkpointer, end, resumed
     ) as trainer:
         trainer.train()
-
-
-def resolve(config, accelerator):
-    """Settle what depends on the machine, and make the demo's data."""
-    config = resolve_precision(config, accelerator.device)
-    check_temperatures(config)
-    if config.recipe == "demo" and config.data.shards == configuration.load_recipe("demo").data.shards:
-        if accelerator.is_main_process:
-            from data_prep.demo import build_demo
-
-            build_demo(Path(config.data.shards).parent)
-        accelerator.wait_for_everyone()
-    return config
-
-
-def resolve_precision(config, device):
-    """``precision.compute`` auto -> bf16 on CUDA, fp32 on a CPU."""
-    if config.precision.compute != "auto":
-        return config
-    return configuration.replace(config, precision__compute="bf16" if device.type == "cuda" else "fp32")
-
-
-def check_temperatures(config):
-    """Refuse a temperature that the bank would refuse only at the end of its warm-up."""
-    lowest = MIN_TEMPERATURE[parameter_dtype(config)]
-    for name in ("loss.temperature", "bank.temperature", "bank.warmup_temperature"):
-        value = configuration.flatten(config)[name]
-        if value < lowest:
-            raise UserError(f"{name} is {value:g}: give at least {lowest} (exp(-2 / T) must stay a number)")
-
-
-class TrainingData:
-    """The shard set, its order, and this rank's part of it.
-
-    Raises:
-        UserError: no or damaged shards, a batch that the processes or micro-batches do not divide.
-    """
-
-    def __init__(self, config, rank, world_size):
-        self.config, self.rank, self.world_size = config, rank, world_size
-        data = config.data
-        patience = Patience(data.retries, data.stall_seconds)
-        self.store = open_store(data.shards, data.cache_dir, data.cache_bytes, patience)
-        self.store.check()
-        shards = self.store.manifest.shards
-        self.order = Order(
-            [shard.num_samples for shard in shards],
-            seed=config.run.seed,
-            global_batch_size=data.global_batch_size,
-            lanes=data.lanes,
-            window=data.window,
-        )
-        self.fingerprint = self.order.fingerprint([shard.sha256 for shard in shards])
-        self.val_store = None
-        if data.val_shards and (config.eval.knn_every or config.eval.baselines):
-            self.val_store = open_store(data.val_shards, data.cache_dir, data.cache_bytes, patience)
-            self.val_store.check()
-            check_knn(config.eval.knn_k, self.store.manifest, self.val_store)
-        self.batch_size = share_of(data.global_batch_size, world_size)
-        micro = data.micro_batch_size or self.batch_size
-        if self.batch_size % micro:
-            raise UserError(
-                f"data.micro_batch_size {micro} does not divide the {self.batch_size} images that each of "
-                f"{world_size} process(es) has of a global batch of {data.global_batch_size}"
-            )
-        if micro * world_size < 2:
-            raise UserError(
-                "BatchNorm needs at least 2 images in a forward over all processes: raise data.micro_batch_size or "
-                f"data.global_batch_size {data.global_batch_size}"
-            )
-        self.micro_batch_size = micro
-
-    def take_counters(self):
-        """What this rank's stores and their workers did since the last call: {name: number}."""
-        total = Counter(self.store.take_counters())
-        if self.val_store:
-            total.update(self.val_store.take_counters())
-        return dict(total)
-
-    def batches(self, start, end):
-        """This rank's :class:`~caco_scale.data.loader.Batch` of every step from ``start`` up to ``end``."""
-        return train_batches(
-            self.store,
-            self.order,
-            view_specs(self.config.views),
-            rank=self.rank,
-            world_size=self.world_size,
-            start_step=start,
-            num_steps=end,
-            seed=self.config.run.seed,
-            workers=self.config.data.workers,
-        )
-
-
-def check_knn(k, manifest, val_store):
-    """Refuse before training an evaluation that would fail after many epochs of it."""
-    if val_store.manifest.classes != manifest.classes:
-        raise UserError(
-            f"{val_store.url} has {len(val_store.manifest.classes)} classes, the training set {len(manifest.classes)}, "
-            "or other names: build both from trees with the same class folders, or leave data.val_shards empty"
-        )
-    if k > manifest.num_samples:
-        raise UserError(f"eval.knn_k {k} is more than the {manifest.num_samples:,} training images: lower it")
-
-
-def share_of(global_batch_size, world_size):
-    """Images of a global batch that each process has."""
-    if global_batch_size % world_size:
-        lower = global_batch_size // world_size * world_size
-        raise UserError(
-            f"data.global_batch_size {global_batch_size} cannot be divided by {world_size} processes: "
-            f"give {lower or world_size} or {lower + world_size}, or another number of processes"
-        )
-    return global_batch_size // world_size
-
-
-def view_specs(views):
-    """The global views and the local crops, in the order of a step, as the loader takes them."""
-    shared = {"jitter": views.jitter, "jitter_p": views.jitter_p, "grayscale_p": views.grayscale_p}
-    global_views = [
-        ViewSpec(size=views.size, scale=views.scale, blur_p=blur, solarize_p=solarize, **shared)
-        for blur, solarize in zip(views.blur_p, views.solarize_p, strict=True)
-    ]
-    local = ViewSpec(size=views.local_size, scale=views.local_scale, blur_p=views.local_blur_p, **shared)
-    return global_views + [local] * views.num_local_crops
-
-
-class MicroBatches:
-    """A batch's augmented views on the training device, one micro-batch at a time: lists of (b, 3, H, H)."""
-
-    def __init__(self, batch, size, device, dtype, views):
-        self._batch, self._size, self._device, self._dtype, self._views = batch, size, device, dtype, views
-
-    def __len__(self):
-        return len(self._batch.keys) // self._size
-
-    def __iter__(self):
-        for start in range(0, len(self._batch.keys), self._size):
-            rows = slice(start, start + self._size)
-            yield [
-                augment(
-                    crops[rows].to(self._device, non_blocking=True),
-                    {name: p[rows] for name, p in params.items()},
-                    self._views.mean,
-                    self._views.std,
-                    dtype=self._dtype,
-                )
-                for crops, params in zip(self._batch.crops, self._batch.params, strict=True)
-            ]
-
-
-def build_schedule(config, order):
-    return Schedule(
-        num_samples=order.num_samples,
-        global_batch_size=config.data.global_batch_size,
-        steps_per_epoch=order.steps_per_epoch,
-        epochs=config.optim.epochs,
-        base_lr=config.optim.lr,
-        lr_warmup_epochs=config.optim.warmup_epochs,
-        bank_size=config.bank.size,
-        bank_rule=config.bank.rule,
-        bank_lr=config.bank.lr,
-        bank_warmup_epochs=config.bank.warmup_epochs,
-        bank_warmup_ramp_steps=config.bank.warmup_ramp_steps,
-        temperature=config.loss.temperature,
-        bank_temperature=config.bank.temperature,
-        key_momentum=config.ema.momentum,
-        warmup_temperature=config.bank.warmup_temperature,
-    )
-
-
-def build_encoder(config):
-    """Backbone and projector as ``config.model`` says, with random weights."""
-    backbone, num_features = build_backbone(config.model.arch, config.model.stem)
-    projector = build_projector(num_features, config.model.projector_hidden, config.model.embedding_dim)
-    return Encoder(backbone, projector)
-
-
-def build_model(config):
-    """Query and key encoder with seeded weights, the same on every rank and at every world size."""
-    torch.manual_seed(config.run.seed)
-    model = QueryKeyModel(
-        build_encoder(config),
-        autocast_dtype=torch.bfloat16 if config.precision.compute == "bf16" else None,
-        channels_last=config.precision.channels_last and torch.cuda.is_available(),
-    )
-    return model.to(parameter_dtype(config))
-
-
-def parameter_dtype(config):
-    """Of parameters, bank and images; bf16 is the forward's alone."""
-    return torch.float64 if config.precision.compute == "fp64" else torch.float32
 
 
 def find_checkpoint(config, directory, newest, data):

@@ -1,7 +1,6 @@
 """The command line: ``python -m data_prep {build,verify,repair,index,demo}``, also installed as ``caco-shards``."""
 
 import argparse
-import difflib
 import os
 import sys
 import time
@@ -9,7 +8,7 @@ import time
 from rich.console import Console
 
 from caco_scale.data.store import LocalStore
-from caco_scale.errors import UserError, exit_on_user_error
+from caco_scale.errors import UserError, did_you_mean, exit_on_user_error
 from data_prep.build import build
 from data_prep.progress import print_summary, printable
 from data_prep.verify import histogram, verify
@@ -122,9 +121,8 @@ def parse(arguments):
         known = [
             "--" + name.replace("_", "-") for name in vars(options) if name not in ("command", "src", "dst")
         ]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"{options.command} knows {', '.join(known)}"
-        raise UserError(f"unknown argument {unknown[0]!r}: {hint}")
+        hint = did_you_mean(unknown[0].split("=")[0], known)
+        raise UserError(f"unknown argument {unknown[0]!r}{hint}: {options.command} knows {', '.join(known)}")
     return options
 
 

@@ -6,7 +6,6 @@ themselves. What a listing means (splits, classes, images) is decided once, for 
 """
 
 import bz2
-import difflib
 import errno
 import gzip
 import hashlib
@@ -19,7 +18,7 @@ from typing import NamedTuple
 
 from caco_scale.data.remote import is_remote
 from caco_scale.data.shards import whole_tar_members
-from caco_scale.errors import UserError, one_line
+from caco_scale.errors import UserError, did_you_mean, one_line
 
 # torchvision's list and the other usual names of what PIL reads; what a file IS is decided by its content.
 IMAGE_EXTENSIONS = (
@@ -308,8 +307,7 @@ def image_folders(listing, where, split=None, skip_empty_classes=False):
             raise UserError(f"{where} has no split {split!r}: its top folders are classes ({_some(roots)})")
         return {None: _folder(listing, where, "", skip_empty_classes)}
     if split is not None and split not in roots:
-        near = difflib.get_close_matches(split, roots, 1)
-        raise UserError(f"{where} has no split {split!r}, only {_some(near or roots)}")
+        raise UserError(f"{where} has no split {split!r}{did_you_mean(split, roots)}, only {_some(roots)}")
     folders = {
         root: _folder(listing, where, root + "/", skip_empty_classes)
         for root in roots

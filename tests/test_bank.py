@@ -470,7 +470,7 @@ def test_nothing_waits_for_the_device():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"exchange": "logit"}, ["logit", "did you mean 'logits'"]),
+        ({"exchange": "logit"}, ["logit", "did you mean logits?"]),
         ({"size": 0}, ["at least one row"]),
         ({"dtype": torch.bfloat16}, ["bfloat16", "torch.float32"]),
     ],
@@ -484,7 +484,7 @@ def test_a_bank_that_cannot_be(settings, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"rule": "caca"}, ["'caca'", "did you mean 'caco'"]),
+        ({"rule": "caca"}, ["'caca'", "did you mean caco?"]),
         ({"temperature": 0.019}, ["temperature 0.019", "0.02"]),
         ({"bank_temperature": 0.0}, ["bank temperature 0.0", "0.02"]),
         ({"temperature": float("nan")}, ["temperature nan"]),

@@ -506,7 +506,7 @@ def test_a_full_disk_while_decompressing(tree, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["build", "a", "b", "--sed", "1"], "unknown argument '--sed': did you mean --seed?"),
+        (["build", "a", "b", "--sed", "1"], "unknown argument '--sed' (did you mean --seed?)"),
         (["build", "a", "b", "--sample_per_shard=1"], "did you mean --samples-per-shard?"),
         (["build", "a", "b", "--zzz"], "build knows --format"),
         (["build", "a", "b", "--seed", "x"], "invalid int value: 'x'"),

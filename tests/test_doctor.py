@@ -73,7 +73,7 @@ def test_partitioning_divides_what_it_should():
 
 
 def test_activations_are_what_the_forward_really_saves():
-    from caco_scale.training import build_encoder
+    from caco_scale.assemble import build_encoder
 
     config = replace(
         load_recipe("demo"), precision__compute="fp32", views__num_local_crops=1, views__local_size=16

@@ -135,8 +135,8 @@ def test_vit_refuses_sizes_that_patches_do_not_tile(vit):
 @pytest.mark.parametrize(
     ("arch", "stem", "message"),
     [
-        ("resnet5O", "imagenet", "nearest is 'resnet50'"),
-        ("vit_b16", "imagenet", "nearest is 'vit_b_16'"),
+        ("resnet5O", "imagenet", "did you mean resnet50?"),
+        ("vit_b16", "imagenet", "did you mean vit_b_16?"),
         ("resnet18", "cifer", "no stem 'cifer'"),
         ("vit_b_16", "cifar", "'cifar' is for ResNets"),
     ],

@@ -191,7 +191,7 @@ def test_a_group_may_be_empty(name):
 
 
 def test_unknown_optimizer_names_the_nearest():
-    with pytest.raises(UserError, match="no optimizer 'adamv'; the nearest is 'adamw'"):
+    with pytest.raises(UserError, match="no optimizer 'adamv' \\(did you mean adamw\\?\\)"):
         build_optimizer("adamv", make_net(), 0.1)
 
 

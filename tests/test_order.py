@@ -206,7 +206,7 @@ def test_errors(options, words):
 
 
 def test_a_world_size_that_does_not_divide_the_batch():
-    with pytest.raises(UserError, match="24 is not divisible by the 5 processes: use 20 or 25"):
+    with pytest.raises(UserError, match="24 cannot be divided by 5 processes: give 20 or 25"):
         rank_share(make().batch(0), 0, 5)
 
 

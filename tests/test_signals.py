@@ -1,4 +1,4 @@
-"""Signals: a flag, agreed by all ranks; loader processes that survive them; a trainer that follows its launcher."""
+"""Signals: a flag; loader processes that survive them; a trainer that follows its launcher."""
 
 import os
 import signal
@@ -8,9 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from gloo import run_ranks
 
-from caco_scale.signals import LAUNCHER, Signals, agree
+from caco_scale.signals import LAUNCHER, Signals
 
 ROOT = Path(__file__).parent.parent
 
@@ -88,15 +87,6 @@ def test_the_second_ctrl_c_kills_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == -signal.SIGINT
     process.communicate()
-
-
-def agree_on(rank, world_size):
-    return agree([rank == 1, 0, rank])
-
-
-def test_all_ranks_see_a_flag_that_one_has():
-    assert run_ranks(agree_on, 3) == [[1, 0, 2]] * 3
-    assert agree([0, 1]) == [0, 1]
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -65,16 +65,20 @@ def sample_keys(seed, epoch, sample_ids, view):
     return mix64(mix64(key64(seed, epoch, VIEWS) ^ ids) ^ key64(view))
 
 
-def rank_share(batch_ids, rank, world_size):
-    """Rank r's part of a global batch, ``[r N/R, (r+1) N/R)``. UserError when R does not divide N."""
-    size = len(batch_ids)
-    if size % world_size:
+def share_size(global_batch_size, world_size):
+    """Images of a global batch that each process has, N / R. UserError when R does not divide N."""
+    if global_batch_size % world_size:
+        lower = global_batch_size // world_size * world_size
         raise UserError(
-            f"data.global_batch_size {size} is not divisible by the {world_size} processes: "
-            f"use {size // world_size * world_size or world_size} or "
-            f"{(size // world_size + 1) * world_size}, or another number of processes"
+            f"data.global_batch_size {global_batch_size} cannot be divided by {world_size} processes: "
+            f"give {lower or world_size} or {lower + world_size}, or another number of processes"
         )
-    share = size // world_size
+    return global_batch_size // world_size
+
+
+def rank_share(batch_ids, rank, world_size):
+    """Rank r's part of a global batch, ``[r N/R, (r+1) N/R)``; :func:`share_size` raises when R does not divide N."""
+    share = share_size(len(batch_ids), world_size)
     return batch_ids[rank * share : (rank + 1) * share]
 
 

@@ -17,7 +17,6 @@ Global tensors have the samples in rank order first and the views second: (N, V,
 and a key view j ≠ i; what there is per pair is (N, V, 2), and a pair that does not exist has weight 0.
 """
 
-import difflib
 import math
 from dataclasses import dataclass
 
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from caco_scale.distributed import collectives
-from caco_scale.errors import UserError
+from caco_scale.errors import UserError, did_you_mean
 
 RULES = ("caco", "adco", "moco")
 EXCHANGES = ("statistics", "logits")
@@ -562,5 +561,4 @@ def _known(name, names, what):
 
 
 def _unknown(name, names, what):
-    nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
-    return f"unknown {what} {name!r}: did you mean {nearest!r}? There are {', '.join(names)}"
+    return f"unknown {what} {name!r}{did_you_mean(name, names)}: give one of {', '.join(names)}"

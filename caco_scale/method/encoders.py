@@ -5,7 +5,6 @@ Parameter names are torchvision's own, so that an exported state dict loads ther
 Shapes: B batch, F features (the width of a ViT's tokens), H and W an image's height and width.
 """
 
-import difflib
 import math
 
 import torch
@@ -15,7 +14,7 @@ from torchvision import models
 from torchvision.models import vision_transformer
 from torchvision.models.resnet import BasicBlock
 
-from caco_scale.errors import UserError
+from caco_scale.errors import UserError, did_you_mean
 
 RESNETS = tuple(
     name
@@ -35,10 +34,9 @@ def build_backbone(arch, stem="imagenet"):
     Raises UserError on a name that is not known and on a ViT with the ``cifar`` stem.
     """
     if arch not in ARCHITECTURES:
-        nearest = difflib.get_close_matches(arch, ARCHITECTURES, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"model.arch: no architecture {arch!r}; the nearest is {nearest!r} "
-            f"(known: {', '.join(ARCHITECTURES)})"
+            f"model.arch: no architecture {arch!r}{did_you_mean(arch, ARCHITECTURES)}: "
+            f"give one of {', '.join(ARCHITECTURES)}"
         )
     if stem not in STEMS:
         raise UserError(f"model.stem: no stem {stem!r}; use one of {', '.join(STEMS)}")

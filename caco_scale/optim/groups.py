@@ -1,12 +1,10 @@
 """Parameter groups, the choice of an optimizer, and its state by parameter name (what a checkpoint holds)."""
 
-import difflib
-
 import torch
 from torch.distributed.tensor import DTensor
 
 from caco_scale.distributed.partition import flat_part, local_part
-from caco_scale.errors import UserError
+from caco_scale.errors import UserError, did_you_mean
 from caco_scale.optim.lars import LARS
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
@@ -37,9 +35,8 @@ def build_optimizer(name, module, weight_decay):
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=weight_decay)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay)
-    nearest = difflib.get_close_matches(name, OPTIMIZERS, n=1, cutoff=0.0)[0]
     raise UserError(
-        f"optim.name: no optimizer {name!r}; the nearest is {nearest!r} (known: {', '.join(OPTIMIZERS)})"
+        f"optim.name: no optimizer {name!r}{did_you_mean(name, OPTIMIZERS)}: give one of {', '.join(OPTIMIZERS)}"
     )
 
 
