@@ -23,7 +23,6 @@ work. A partitioned optimizer (ZeRO, FSDP2) gives the flat ranges it owns of the
 """
 
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -52,6 +51,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
 
+from caco_scale.atomic import flush_to_disk
 from caco_scale.distributed.partition import flat_part, is_zero3, whole_shape
 from caco_scale.errors import UserError, one_line
 from caco_scale.optim.groups import named_state
@@ -197,20 +197,6 @@ def _older(path):
 def _damaged(path, file, reason):
     reason = one_line(reason) or type(reason).__name__
     return UserError(f"checkpoint {path} is damaged: {file}: {reason[:200]}{_older(path)}")
-
-
-def _sync(path):
-    """Flush one file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if (
-            error.errno != errno.EINVAL or not Path(path).is_dir()
-        ):  # some network file systems sync no folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -562,7 +548,7 @@ class Checkpointer:
         )
         files = list(temporary.glob(f"__{self._rank}_*.distcp"))
         for file in files:
-            _sync(file)
+            flush_to_disk(file)
         return {file.name: file.stat().st_size for file in files}
 
     def _commit(self, temporary, final, values, files):
@@ -581,12 +567,12 @@ class Checkpointer:
         with open(temporary / "values.json", "w") as stream:
             json.dump({**values, "files": sizes}, stream, indent=1)
         for path in (table, temporary / "values.json", temporary):
-            _sync(path)
+            flush_to_disk(path)
         old = final.with_name(f"{final.name}.old.tmp")
         if final.exists():  # the same step again, after a resume from an older checkpoint
             os.rename(final, old)
         os.rename(temporary, final)
-        _sync(self.directory)
+        flush_to_disk(self.directory)
         if old.exists():
             shutil.rmtree(old)
 

@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from caco_scale.atomic import write_atomically
 from caco_scale.errors import UserError
 
 LOCK_SECONDS = 10
@@ -55,27 +56,12 @@ def to_json(value, **options):
     return json.dumps(to_plain(value), allow_nan=False, **options)
 
 
-def write_atomically(path, text):
-    """Replace a file by ``text``; after a crash it holds the whole old or the whole new text."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+def _replace(path, text):
+    """Replace a file by ``text``, atomically."""
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        write_atomically(path, text.encode())
     except OSError as error:
         raise _cannot_write(path, error) from error
-
-
-def _sync_folder(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cannot_write(path, error):
@@ -250,11 +236,11 @@ class RunDirectory:
 
     def write_config(self, text):
         if self.is_main:
-            write_atomically(self.path / "config.yaml", text)
+            _replace(self.path / "config.yaml", text)
 
     def write_environment(self, environment):
         if self.is_main:
-            write_atomically(self.path / "environment.json", to_json(environment, indent=2) + "\n")
+            _replace(self.path / "environment.json", to_json(environment, indent=2) + "\n")
 
     def next_attempt(self):
         """The number that :meth:`start_attempt` will give; None off the main rank."""
@@ -295,7 +281,7 @@ class RunDirectory:
             return
         self._close_metrics()
         kept = [record for record in read_json_lines(self.metrics) if record.get("step", step) <= step]
-        write_atomically(self.metrics, "".join(to_json(record) + "\n" for record in kept))
+        _replace(self.metrics, "".join(to_json(record) + "\n" for record in kept))
 
     def flush(self):
         """Metrics so far are on the disk when this returns: call it before a checkpoint is complete."""
@@ -324,7 +310,7 @@ class RunDirectory:
     def _mark(self, name, record):
         if self.is_main:
             self.flush()
-            write_atomically(self.path / name, to_json(record) + "\n")
+            _replace(self.path / name, to_json(record) + "\n")
 
     def done_step(self):
         """The final step that DONE records, or None where the run is not done. Any rank may ask."""

@@ -22,6 +22,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from caco_scale.atomic import write_atomically
 from caco_scale.data.order import permutation
 from caco_scale.data.remote import ObjectExists, Remote, is_remote
 from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo
@@ -38,7 +39,6 @@ from data_prep.destination import (
     prepare_destination,
     same_build,
     scratch_removed,
-    write_atomically,
 )
 from data_prep.progress import BuildProgress
 from data_prep.sources import image_folders, needs_scratch, open_source

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from caco_scale.atomic import write_atomically
 from caco_scale.data.shards import MANIFEST_NAME
 from caco_scale.data.store import LocalStore
 from caco_scale.errors import UserError
@@ -157,31 +158,6 @@ def prepare_destination(dst, what):
             }
             write_record(state, number, {"info": asdict(info), **notes})
         os.unlink(path)
-
-
-def write_atomically(path, data):
-    """Write a file that appears complete or not at all, also when the machine stops."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            sync(file)
-        os.replace(temporary, path)
-    except OSError:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def sync(file):
-    """Put on disk what was written."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def record_name(number):

@@ -7,12 +7,13 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+from caco_scale.atomic import write_atomically
 from caco_scale.data.remote import Remote, is_remote
 from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo, expand_braces, index_tar, plain_name
 from caco_scale.data.store import LocalStore, open_store
 from caco_scale.errors import UserError
 from data_prep.build import describe_build, plan_shards
-from data_prep.destination import same_build, write_atomically
+from data_prep.destination import same_build
 from data_prep.sources import image_folders, open_source
 from data_prep.verify import bad_shards
 

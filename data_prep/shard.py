@@ -11,6 +11,7 @@ import tarfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from caco_scale.atomic import atomic_file, write_atomically
 from caco_scale.data.shards import BLOCK, ShardIndex, ShardInfo
 from caco_scale.data.views import CorruptSample
 from data_prep.destination import (
@@ -19,8 +20,6 @@ from data_prep.destination import (
     record_name,
     record_path,
     shard_name,
-    sync,
-    write_atomically,
     write_record,
 )
 from data_prep.images import prepare_image
@@ -59,17 +58,9 @@ def build_shard(job):
         return record, True
     name = shard_name(job.number)
     path = os.path.join(job.dst, name)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            output = _HashingFile(file)
-            samples, fixed, rejected = _write_samples(job, name, output)
-            sync(file)
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+    with atomic_file(path) as file:
+        output = _HashingFile(file)
+        samples, fixed, rejected = _write_samples(job, name, output)
     index = ShardIndex.from_samples(samples).to_bytes()
     index_name = name.removesuffix(".tar") + ".idx"
     write_atomically(os.path.join(job.dst, index_name), index)
