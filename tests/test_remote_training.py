@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import time
@@ -62,9 +63,9 @@ def losses(folder):
     return {line["step"]: line["loss"] for line in read_json_lines(folder / "run" / "metrics.jsonl")}
 
 
-def assert_same_run(folder, from_disk, shards):
+def assert_same_run(folder, from_disk, shards, flags=SMALL):
     assert incomplete_steps(folder / "audit.jsonl") == {}
-    assert read_audit(folder / "audit.jsonl") == dict(enumerate(planned_keys(shards, SMALL, STEPS)))
+    assert read_audit(folder / "audit.jsonl") == dict(enumerate(planned_keys(shards, flags, STEPS)))
     assert losses(folder) == pytest.approx(losses(from_disk), rel=1e-8)
     assert final_state(folder / "run")[1]["step"] == STEPS
 
@@ -100,6 +101,53 @@ def test_killed_with_its_cache_damaged_and_resumed_elsewhere(flags, proxy, from_
     assert_same_run(tmp_path, from_disk, shards)
     attempts = list(read_json_lines(tmp_path / "run/attempts.jsonl"))
     assert [attempt["world_size"] for attempt in attempts] == [2, 4, 1]
+
+
+# Two steps of bank warm-up, then CaCo; a batch that 1, 2, 3 and 4 processes divide.
+DIVISIBLE = {"data.global_batch_size": 12}
+
+
+@pytest.fixture(scope="module")
+def divisible_from_disk(shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("divisible")
+    audit = folder / "audit.jsonl"
+    launch({**SMALL, **DIVISIBLE, "data.shards": shards, "run.dir": folder / "run", "data.audit": audit})
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", range(4))
+@pytest.mark.parametrize("num_processes", range(1, 5))
+def test_any_number_of_processes_and_workers_reads_the_same_batches(
+    num_processes, workers, flags, divisible_from_disk, shards, tmp_path
+):
+    launch({**flags, **DIVISIBLE, "data.workers": workers}, num_processes)
+    assert_same_run(tmp_path, divisible_from_disk, shards, {**SMALL, **DIVISIBLE})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_steps_with_its_cache_deleted_damaged_or_kept(
+    seed, flags, divisible_from_disk, shards, tmp_path
+):
+    chance = random.Random(seed)
+    flags = {**flags, **DIVISIBLE, "run.save_every": chance.choice([1, 2])}
+    for attempt in range(1, 4):
+        process = start({**flags, "data.workers": chance.randint(0, 3)}, chance.randint(1, 4))
+        step = chance.randint(1, STEPS - 4)
+        kill_when(process, lambda wanted=(attempt, step): progress(tmp_path / "run") >= wanted)
+        for copy in (tmp_path / "cache").glob("*.tar"):
+            deed = chance.choice(["keep", "delete", "flip", "cut"])
+            if deed == "delete":
+                copy.unlink()
+            elif deed == "flip":
+                data = bytearray(copy.read_bytes())
+                data[chance.randrange(len(data))] ^= 0xFF
+                copy.write_bytes(data)
+            elif deed == "cut":
+                os.truncate(copy, chance.randrange(copy.stat().st_size))
+    launch(flags, num_processes=chance.randint(1, 4))
+    assert_same_run(tmp_path, divisible_from_disk, shards, {**SMALL, **DIVISIBLE})
 
 
 def test_a_store_that_is_gone_ends_the_run_with_one_line_and_a_whole_checkpoint(

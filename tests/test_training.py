@@ -4,9 +4,11 @@ Every run crosses the switch from bank warm-up to CaCo: 3 steps before it and 12
 """
 
 import json
+import random
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -125,13 +127,46 @@ def test_kill_minus_nine_before_at_and_after_the_switch_and_resume_elsewhere(fla
     for attempt, (num_processes, step) in enumerate(((2, SWITCH - 1), (1, SWITCH), (4, SWITCH + 4)), start=1):
         process = start(flags, num_processes)
         kill_when(process, lambda wanted=(attempt, step): progress(tmp_path / "run") >= wanted)
-        found = checkpoint.latest(tmp_path / "run/checkpoints")
-        if found:  # whatever moment the kill hit, what is there is whole
-            checkpoint.load_tensors(found)
+        saved_step(tmp_path / "run")
     launch(flags, num_processes=2)
     attempts = list(read_json_lines(tmp_path / "run/attempts.jsonl"))
     assert [attempt["attempt"] for attempt in attempts] == [1, 2, 3, 4]
     assert_same_run(tmp_path, uninterrupted, flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_kill_minus_nine_at_random_moments_and_resume_on_a_random_number_of_processes(
+    seed, flags, uninterrupted, tmp_path
+):
+    moments = random.Random(seed)
+    flags = {
+        **flags,
+        "run.dir": tmp_path / "run",
+        "data.audit": tmp_path / "audit.jsonl",
+        "run.save_every": moments.choice([1, 2, 3]),
+    }
+    attempt = 0
+    while attempt < 5 and saved_step(tmp_path / "run") < STEPS:
+        attempt += 1
+        process = start({**flags, "data.workers": moments.randint(0, 2)}, moments.choice([1, 2, 4]))
+        step, wait = moments.randint(1, STEPS - 2), moments.uniform(0, 0.2)
+
+        def due(wanted=(attempt, step), seconds=wait):
+            return progress(tmp_path / "run") >= wanted and not time.sleep(seconds)
+
+        kill_when(process, due)
+    launch(flags, num_processes=moments.choice([1, 2, 4]))
+    assert_same_run(tmp_path, uninterrupted, flags)
+
+
+def saved_step(run_dir):
+    """The step of the newest checkpoint, which is whole whatever moment a kill hit; -1 where there is none."""
+    found = checkpoint.latest(run_dir / "checkpoints")
+    if not found:
+        return -1
+    checkpoint.load_tensors(found)
+    return checkpoint.read_values(found)["step"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
