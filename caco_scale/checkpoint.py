@@ -32,6 +32,7 @@ import pickle
 import re
 import shutil
 import threading
+import time
 import warnings
 import zipfile
 from collections import Counter, defaultdict
@@ -417,6 +418,7 @@ class Checkpointer:
         self._rank = dist.get_rank(self._group) if self._group else 0
         self._world_size = dist.get_world_size(self._group) if self._group else 1
         self._staging, self._thread, self._error = _Staging(), None, None
+        self.completed = None  # the last complete save: (step, seconds from its beginning on)
         self._on_rank_0(self._clean, self._control)
 
     def save(self, step, state, wait=False):
@@ -426,6 +428,7 @@ class Checkpointer:
         not in the file. This rank copies its own blocks and its share of the replicated tensors.
         """
         self.wait()
+        began = time.monotonic()
         stored = {name: _stored(name, value) for name, value in state.tensors.items()}
         values = {
             **state.values,
@@ -440,7 +443,7 @@ class Checkpointer:
         planner = _SavePlanner(stored, staged)
         # Not a daemon: a process that ends meanwhile, by an error too, completes its part first.
         self._thread = threading.Thread(
-            target=self._write, args=(step, planner, event, values), name="checkpoint"
+            target=self._write, args=(step, planner, event, values, began), name="checkpoint"
         )
         self._thread.start()
         if wait:
@@ -486,7 +489,7 @@ class Checkpointer:
 
     # The background thread:
 
-    def _write(self, step, planner, event, values):
+    def _write(self, step, planner, event, values, began):
         final = step_path(self.directory, step)
         temporary = final.with_name(f"{final.name}.tmp")
         try:
@@ -495,6 +498,7 @@ class Checkpointer:
             self._on_rank_0(lambda: self._make(temporary), self._group)
             files = _together(lambda: self._write_tensors(temporary, planner), self._group)
             self._on_rank_0(lambda: self._commit(temporary, final, values, files), self._group)
+            self.completed = (step, time.monotonic() - began)
             self._on_rank_0(lambda: self._prune(step), self._group)
         except BaseException as error:
             self._error = self._failure(step, final, error)

@@ -37,6 +37,10 @@ class Run:
     """Optimizer steps between two checkpoints (one more at the end and on a signal); 0 = only those."""
     keep_checkpoints: int = 3
     """Newest checkpoints to keep; 0 = all."""
+    stop_before_end_seconds: float = 60
+    """Seconds before the end of a SLURM job, beyond a step and two saves, at which the run stops itself; 0 = off."""
+    timeout_seconds: float = 1800
+    """Seconds that a process waits in one exchange for the others, after which the run ends as hung."""
     resume: str = "auto"
     """auto (newest complete checkpoint of run.dir, else a fresh start), never, or the path of a checkpoint."""
 
@@ -393,7 +397,7 @@ def check(config):
         *("data.global_batch_size", "views.size", "views.local_size", "model.projector_hidden"),
         *("model.embedding_dim", "bank.size", "bank.temperature", "bank.warmup_temperature"),
         *("loss.temperature", "optim.epochs", "data.window", "run.max_skipped", "eval.knn_k"),
-        *("eval.knn_temperature", "data.stall_seconds"),
+        *("eval.knn_temperature", "data.stall_seconds", "run.timeout_seconds"),
     )
     for name in positive:
         if flat[name] <= 0:

@@ -303,9 +303,9 @@ class RunDirectory:
         """The run is finished: its schedule, or run.max_steps, ended with ``step`` finished steps."""
         self._mark("DONE", {"step": step, "time": _now()})
 
-    def mark_interrupted(self, step, signal):
-        """The run stopped on a signal (its name) after the complete checkpoint of ``step``."""
-        self._mark("INTERRUPTED", {"step": step, "signal": signal, "time": _now()})
+    def mark_interrupted(self, step, reason):
+        """The run stopped after the complete checkpoint of ``step``; ``reason``: a signal's name or what else asked."""
+        self._mark("INTERRUPTED", {"step": step, "reason": reason, "time": _now()})
 
     def _mark(self, name, record):
         if self.is_main:
@@ -314,11 +314,18 @@ class RunDirectory:
 
     def done_step(self):
         """The final step that DONE records, or None where the run is not done. Any rank may ask."""
+        return self._marked_step("DONE")
+
+    def interrupted_step(self):
+        """The step that INTERRUPTED records, or None where the run was not stopped. Any rank may ask."""
+        return self._marked_step("INTERRUPTED")
+
+    def _marked_step(self, marker):
         try:
-            return int(json.loads((self.path / "DONE").read_text())["step"])
+            return int(json.loads((self.path / marker).read_text())["step"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{self.path / 'DONE'} does not record a step; delete it to continue the run"
+                f"{self.path / marker} does not record a step; delete it to continue the run"
             ) from error

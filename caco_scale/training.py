@@ -24,7 +24,7 @@ from caco_scale.audit import AuditLog
 from caco_scale.data.loader import cache_is_large_enough, start_fork_server
 from caco_scale.data.store import COUNTERS, mend
 from caco_scale.diagnostics import CollapseAlarm, embedding_std, rankme
-from caco_scale.distributed.collectives import all_max, gather_objects
+from caco_scale.distributed.collectives import all_max, assert_equal_on_all_ranks, gather_objects
 from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.distributed.strategy import build_strategy, check_combination
 from caco_scale.errors import UserError
@@ -34,6 +34,7 @@ from caco_scale.method.bank import ShardedBank
 from caco_scale.optim.schedule import hyper_parameters
 from caco_scale.run_directory import JsonLines, RunDirectory, describe_environment
 from caco_scale.step import train_step
+from caco_scale.stopping import JOB_END, JobEnd, SwitchFiles, check_job_end, job_end
 from caco_scale.telemetry import Telemetry
 
 MAX_RANKME_ROWS = 512  # of the global batch: a singular value decomposition of more takes longer than a step
@@ -54,6 +55,7 @@ def run(config, signals):
         print(
             f"training sees {accelerator.num_processes} process(es), {accelerator.device}, {name}", flush=True
         )
+    refuse_to_start(config, accelerator.is_main_process)
     config = resolve(config, accelerator)
     check_combination(launched_strategy(os.environ), parameter_dtype(config), config.precision.compile)
     if config.data.workers:
@@ -65,11 +67,13 @@ def run(config, signals):
     checkpointer = checkpoint.Checkpointer(directory.checkpoints, keep=config.run.keep_checkpoints)
     newest = checkpointer.latest()
     resumed = find_checkpoint(config, directory, newest, data)
-    if resumed and checkpoint.read_values(resumed)["step"] >= end:
+    step = checkpoint.read_values(resumed)["step"] if resumed else 0
+    # One that was stopped after its last step still has its last evaluation before it.
+    if resumed and step >= end and directory.interrupted_step() != step:
         if (
             resumed == newest and directory.done_step() is None
         ):  # killed between its last checkpoint and the marker
-            directory.mark_done(checkpoint.read_values(resumed)["step"])
+            directory.mark_done(step)
         accelerator.print(
             f"{config.run.dir} has finished its {end:,} steps: a larger --optim.epochs or --run.max_steps continues it"
         )
@@ -78,6 +82,18 @@ def run(config, signals):
         config, signals, accelerator, data, schedule, directory, checkpointer, end, resumed
     ) as trainer:
         trainer.train()
+
+
+def refuse_to_start(config, is_main):
+    """Raise on every rank what speaks against a start on any: the file STOP, a job's end that is none (UserError)."""
+    complaint = None
+    try:
+        SwitchFiles(config.run.dir, is_main).refuse_stop()
+        if config.run.stop_before_end_seconds:
+            check_job_end(os.environ)
+    except UserError as error:
+        complaint = str(error)
+    assert_equal_on_all_ranks({}, "start", error=complaint)
 
 
 def find_checkpoint(config, directory, newest, data):
@@ -156,6 +172,9 @@ class Trainer:
         self.corrupt = {}  # key -> why it did not decode
         self.last_epoch_bank = None  # bank diagnostics of the last whole epoch
         self.knn = {}  # step -> percent
+        self.switches = SwitchFiles(config.run.dir, directory.is_main)
+        before_end = config.run.stop_before_end_seconds
+        self.job_end = JobEnd(job_end(os.environ) if before_end else None, before_end)
         self.alarm = None  # made when the width of the features is known
         self.features = None  # of the step's first view and micro-batch, kept by a hook for RankMe
         self.strategy.module.query.backbone.register_forward_hook(self._keep_features)
@@ -224,25 +243,27 @@ class Trainer:
         started = time.monotonic()
         if self.step == 0 and self.config.eval.baselines and self.data.val_store:
             self._evaluate_baselines()
-        if self.step and self.step not in self.knn:
-            self._evaluate_if_due()
+        if self.step and self._evaluation_is_due():
+            self._evaluate_if_it_fits()
         batches = iter(self.data.batches(self.step, self.end))
         stop = None
         self._note_small_cache()
         while self.step < self.end and not stop:
+            began = time.monotonic()
             with self.telemetry.meter.waiting():
                 batch = next(batches)
             self._train_on(batch)
-            stop = self._agree_on_stop(batch)
-            every = self.config.run.save_every
-            if self.step == self.end or stop or (every and self.step % every == 0):
+            self.job_end.took("step", time.monotonic() - began)
+            stop, save = self._agree(batch)
+            if stop or save or self._save_is_due():
                 self._save()
-            # After the save, which an evaluation that fails must not cost; a scheduler that stops a run does not
-            # wait for one: the resumed run makes up for it.
-            if not stop or self.step == self.end:
-                self._evaluate_if_due()
+            # After the save, which an evaluation that fails must not cost; what stops a run does not wait for one:
+            # the resumed run makes up for it.
+            if not stop and self._evaluation_is_due():
+                self._evaluate()
         self.checkpointer.wait()
-        if stop and self.step < self.end:
+        self._note_complete_save()
+        if stop and (self.step < self.end or self._evaluation_is_due()):
             self.directory.mark_interrupted(self.step, stop)
             again = "the same command resumes here"
             if self.config.run.resume == "never":
@@ -322,6 +343,7 @@ class Trainer:
                 "rankme": rank_of_features,
                 "skipped": self.skipped,
                 "corrupt": len(self.corrupt),
+                **({"checkpoint_seconds": saved[1]} if (saved := self.checkpointer.completed) else {}),
                 **({f"data_{name}": self.read[name] for name in COUNTERS} if self.data.store.remote else {}),
             },
         )
@@ -334,10 +356,14 @@ class Trainer:
         if warning:
             self.telemetry.warn(warning)
 
-    def _agree_on_stop(self, batch):
-        """What any rank has seen, every rank knows: a stop signal, images that do not decode, a save that failed."""
-        counters = self.data.take_counters()
-        seen = gather_objects((self.signals.requested, batch.corrupt, self.checkpointer.failed, counters))
+    def _agree(self, batch):
+        """What any rank has seen, every rank knows: requests, images that do not decode, a save that failed.
+
+        Returns: why to stop (a signal's name, STOP, SLURM_JOB_END_TIME) or None; whether a checkpoint is asked for.
+        """
+        self._note_complete_save()
+        requests, counters = self._requests(), self.data.take_counters()
+        seen = gather_objects((requests, batch.corrupt, self.checkpointer.failed, counters))
         if any(failed for _, _, failed, _ in seen):
             self.checkpointer.wait()
         for _, corrupt, _, counters in seen:
@@ -353,7 +379,18 @@ class Trainer:
                 f" (all in {self.directory.path / 'corrupt.jsonl'}): {mend(self.config.data.shards)}, or raise "
                 "the limit"
             )
-        return next((signal for signal, *_ in seen if signal), None)
+        reasons = [reason for (reason, _), *_ in seen if reason]
+        return reasons[0] if reasons else None, any(save for (_, save), *_ in seen)
+
+    def _requests(self):
+        """What this rank knows of: (why to stop or None, whether a checkpoint is asked for)."""
+        stop, save = self.switches.look()
+        if self.signals.requested:
+            return self.signals.requested, save
+        if stop:
+            return self.switches.stop.name, save
+        fits = self.job_end.leaves_time(for_evaluation=self._evaluation_is_due())
+        return None if fits else JOB_END, save
 
     def _record_corrupt(self, entry):
         if entry["key"] in self.corrupt:
@@ -369,17 +406,29 @@ class Trainer:
 
     # Evaluation
 
-    def _evaluate_if_due(self):
-        if not self.data.val_store:
-            return
-        every, steps_per_epoch = self.config.eval.knn_every, self.data.order.steps_per_epoch
-        epoch, position = divmod(self.step, steps_per_epoch)
-        if every and (self.step == self.end or (position == 0 and epoch % every == 0)):
-            self.knn[self.step] = self._encoder_knn()
-            self.telemetry.log_event(
-                self.step, {"epoch": self.step / steps_per_epoch, "knn_top1": self.knn[self.step]}
-            )
-            self.telemetry.note(f"step {self.step:,}: kNN top-1 {self.knn[self.step]:.2f}%")
+    def _evaluation_is_due(self):
+        if not self.data.val_store or self.step in self.knn:
+            return False
+        every, (epoch, position) = (
+            self.config.eval.knn_every,
+            divmod(self.step, self.data.order.steps_per_epoch),
+        )
+        return bool(every) and (self.step == self.end or (position == 0 and epoch % every == 0))
+
+    def _evaluate_if_it_fits(self):
+        """At a start: an evaluation longer than the job is left out, or no job would ever train on."""
+        if all(gather_objects(self.job_end.leaves_time(for_evaluation=True))):
+            self._evaluate()
+        else:
+            self.telemetry.warn(f"step {self.step:,}: the job is too short for the kNN evaluation: left out")
+
+    def _evaluate(self):
+        began = time.monotonic()
+        self.knn[self.step] = self._encoder_knn()
+        self.job_end.took("evaluation", time.monotonic() - began)
+        epoch = self.step / self.data.order.steps_per_epoch
+        self.telemetry.log_event(self.step, {"epoch": epoch, "knn_top1": self.knn[self.step]})
+        self.telemetry.note(f"step {self.step:,}: kNN top-1 {self.knn[self.step]:.2f}%")
 
     def _evaluate_baselines(self):
         """kNN of raw pixels and of the untrained encoder: what any later figure is to be compared with."""
@@ -417,8 +466,21 @@ class Trainer:
 
     # Checkpoints
 
+    def _save_is_due(self):
+        every = self.config.run.save_every
+        # Before an evaluation that a job's end might cut short, too.
+        cut_short = self.job_end.end is not None and self._evaluation_is_due()
+        return self.step == self.end or cut_short or bool(every and self.step % every == 0)
+
+    def _note_complete_save(self):
+        if self.checkpointer.completed:
+            step, seconds = self.checkpointer.completed
+            self.job_end.took("save", seconds)
+            self.switches.save_is_complete(step)
+
     def _save(self):
         """Stage the whole state and write it in the background; the records up to here are on disk first."""
+        self.switches.save_begins(self.step)
         self.telemetry.flush()
         if self.audit:
             self.audit.flush()
@@ -435,6 +497,7 @@ class Trainer:
             "corrupt": self.corrupt,
             "last_epoch_bank": self.last_epoch_bank,
             "knn": [[step, value] for step, value in self.knn.items()],
+            "seconds": self.job_end.seconds,
         }
         self.checkpointer.save(self.step, self.strategy.training_state(self.bank, values))
 
@@ -446,6 +509,7 @@ class Trainer:
         self.skipped, self.skipped_in_a_row = values["skipped"], values["skipped_in_a_row"]
         self.corrupt, self.last_epoch_bank = values["corrupt"], values["last_epoch_bank"]
         self.knn = dict(values["knn"])
+        self.job_end.seconds |= values.get("seconds", {})
 
     def _summarise(self, seconds):
         rows = [("steps", f"{self.step:,}"), ("minutes of this start", f"{seconds / 60:.1f}")]

@@ -131,7 +131,7 @@ def test_an_attempt_cuts_metrics_and_removes_markers(tmp_path):
         run.append_metrics({"step": step})
     run.mark_interrupted(3, "SIGUSR1")
     assert (
-        json.loads((tmp_path / "INTERRUPTED").read_text()).items() >= {"step": 3, "signal": "SIGUSR1"}.items()
+        json.loads((tmp_path / "INTERRUPTED").read_text()).items() >= {"step": 3, "reason": "SIGUSR1"}.items()
     )
     run.start_attempt(world_size=1, resumed_step=2)
     assert not (tmp_path / "INTERRUPTED").exists()

@@ -177,7 +177,7 @@ def test_a_signal_ends_in_a_checkpoint_and_the_resumed_run_is_the_same_bit_for_b
     process = start(flags, launcher=["--num_processes", "1", "--cpu"])
     output = kill_when(process, lambda: progress(tmp_path / "run") >= (1, SWITCH + 1), number)
     marker = json.loads((tmp_path / "run/INTERRUPTED").read_text())
-    assert marker["signal"] == number.name, output
+    assert marker["reason"] == number.name, output
     stopped_at = checkpoint.read_values(checkpoint.latest(tmp_path / "run/checkpoints"))["step"]
     assert SWITCH + 1 <= marker["step"] == stopped_at < STEPS
     launch(flags)

@@ -1,0 +1,135 @@
+"""What asks a run to stop or to save, beside a signal: the end of its SLURM job, and two files in its directory.
+
+Each rank answers for itself (:class:`JobEnd` by its own clock) or for all (:class:`SwitchFiles`, which rank 0 alone
+looks at, for a network file system's sake); the loop gathers the answers at every step and all ranks act on any.
+"""
+
+import math
+import os
+import time
+from collections import deque
+from pathlib import Path
+
+from caco_scale.errors import UserError
+
+JOB_END = "SLURM_JOB_END_TIME"  # seconds since 1970; set in every job by SLURM 22.05 and later
+OFF = "unset it, or give --run.stop_before_end_seconds 0"
+RECENT_STEPS = 20  # of which the slowest counts: the first of a start compiles and fills caches
+LOOK_SECONDS = 1.0  # at most so often are the files looked for
+
+
+def job_end(environment):
+    """When the job ends, in seconds since 1970, or None outside of one. UserError: the variable is no time."""
+    text = environment.get(JOB_END, "")
+    if not text:
+        return None
+    try:
+        end = float(text)
+    except ValueError:
+        end = math.nan
+    if not 0 < end < math.inf:
+        raise UserError(f"{JOB_END} is {text!r}, which is no time in seconds since 1970: {OFF}")
+    return end
+
+
+def check_job_end(environment):
+    """Before a start: UserError where the job's end is no time, or has passed and so is another job's."""
+    end = job_end(environment)
+    passed = 0 if end is None else time.time() - end
+    if passed > 0:
+        raise UserError(f"{JOB_END} was {passed:,.0f} seconds ago, this is another job's environment: {OFF}")
+
+
+class JobEnd:
+    """The end of the job against what must still fit before it: a step, two saves, a floor.
+
+    Two saves, for one may be in flight when the last one begins. ``seconds`` keeps what a save and an evaluation
+    took; it travels in checkpoints, so that a resumed run knows from its first step. Until measured they count as 0.
+
+    Args:
+        end: seconds since 1970, or None: there is none, and everything fits.
+        floor: seconds (``run.stop_before_end_seconds``); 0 = no limit either.
+        clock: seconds since 1970.
+    """
+
+    def __init__(self, end, floor, clock=time.time):
+        self.end = end if floor else None
+        self._floor, self._clock = floor, clock
+        self._steps = deque(maxlen=RECENT_STEPS)
+        self.seconds = {"save": 0.0, "evaluation": 0.0}
+
+    def took(self, what, seconds):
+        """``what``: step, save or evaluation."""
+        if what == "step":
+            self._steps.append(seconds)
+        else:
+            self.seconds[what] = seconds
+
+    def leaves_time(self, for_evaluation=False):
+        """Whether another step fits, or the evaluation and a step, and then a stop in good order."""
+        if self.end is None:
+            return True
+        needed = max(self._steps, default=0.0) + 2 * self.seconds["save"] + self._floor
+        if for_evaluation:
+            needed += self.seconds["evaluation"]
+        return self.end - self._clock() >= needed
+
+
+class SwitchFiles:
+    """``STOP`` and ``SAVE`` in the run directory, which a user makes with ``touch``.
+
+    STOP stays: a run that finds it does not start. SAVE is removed when the checkpoint that it asked for is
+    complete, unless it was touched again meanwhile: then that is another request.
+    """
+
+    def __init__(self, folder, is_main, clock=time.monotonic):
+        self.stop, self.save = Path(folder) / "STOP", Path(folder) / "SAVE"
+        self._is_main, self._clock, self._next_look = is_main, clock, -math.inf
+        self._asked = None  # the SAVE that is being answered, and the step of its checkpoint
+
+    def refuse_stop(self):
+        """Raise a UserError where STOP is there (rank 0)."""
+        if self._is_main and self.stop.exists():
+            raise UserError(f"{self.stop} is there, which stops this run: remove it to train on")
+
+    def look(self):
+        """What is newly asked for -> (whether to stop, whether to save); nothing between looks and off rank 0."""
+        if not self._is_main or self._clock() < self._next_look:
+            return False, False
+        self._next_look = self._clock() + LOOK_SECONDS
+        found = _identity(self.save)
+        return self.stop.exists(), found is not None and found != (self._asked or (None,))[0]
+
+    def save_begins(self, step):
+        """The checkpoint of ``step``, begun now, answers the SAVE that is there now."""
+        found = _identity(self.save) if self._is_main else None
+        self._asked = None if found is None else (found, step)
+
+    def save_is_complete(self, step):
+        """There is a complete checkpoint of ``step``: remove the SAVE that it answers."""
+        if self._asked is None or step < self._asked[1]:
+            return
+        # Renamed first: a touch up to here shows in its times, a later one makes a new file.
+        aside = self.save.with_name(".SAVE")
+        try:
+            os.rename(self.save, aside)
+            if _identity(aside) == self._asked[0]:
+                aside.unlink()
+            else:
+                os.replace(aside, self.save)
+        except FileNotFoundError:  # the user took it back
+            pass
+        except OSError as error:
+            raise UserError(
+                f"cannot remove {self.save}: {error.strerror}; make the run directory writable"
+            ) from error
+        self._asked = None
+
+
+def _identity(path):
+    """What changes with every touch, or None where there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

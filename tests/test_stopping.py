@@ -1,0 +1,201 @@
+"""What stops a run besides a signal: its job's end, the files STOP and SAVE; by files, by clocks, in whole runs."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from launch import SMALL, SWITCH, environment, launch, progress, start
+from shard_sets import make_shard_set
+
+from caco_scale import checkpoint
+from caco_scale.errors import UserError
+from caco_scale.run_directory import read_json_lines
+from caco_scale.stopping import JobEnd, SwitchFiles, check_job_end, job_end
+
+END = "SLURM_JOB_END_TIME"
+
+
+def test_a_job_end_is_a_time_to_come():
+    assert job_end({}) is None
+    assert job_end({END: "1800000000"}) == 1.8e9
+    for text in ("soon", "nan", "-5", "inf"):
+        with pytest.raises(UserError, match="no time in seconds"):
+            job_end({END: text})
+    check_job_end({})
+    check_job_end({END: f"{time.time() + 1000:.0f}"})
+    with pytest.raises(UserError, match=r"seconds ago.*unset it, or give --run.stop_before_end_seconds 0"):
+        check_job_end({END: "1600000000"})
+
+
+def test_what_must_fit_before_the_end():
+    now = 1000.0
+    end = JobEnd(2000.0, 60, clock=lambda: now)
+    end.seconds |= {"save": 20.0, "evaluation": 500.0}  # a resumed run knows
+    for seconds in (90.0, *[5.0] * 20):  # the first step compiled
+        end.took("step", seconds)
+    now = 2000 - 60 - 2 * 20 - 5
+    assert end.leaves_time()
+    assert not end.leaves_time(for_evaluation=True)
+    now += 1
+    assert not end.leaves_time()
+    end.took("save", 10.0)
+    assert end.leaves_time()
+    now = 1300.0
+    assert end.leaves_time(for_evaluation=True)
+    assert JobEnd(None, 60).leaves_time(for_evaluation=True)
+    assert JobEnd(1.0, 0).leaves_time()
+
+
+def test_a_touch_during_the_save_is_another_request(tmp_path):
+    now = 0.0
+    switches, other = (SwitchFiles(tmp_path, is_main, clock=lambda: now) for is_main in (True, False))
+    assert switches.look() == (False, False)
+    (tmp_path / "SAVE").touch()
+    assert switches.look() == (False, False)  # not looked for again so soon
+    now = 2.0
+    assert switches.look() == (False, True)
+    assert other.look() == (False, False)
+    switches.save_begins(10)
+    now = 4.0
+    assert switches.look() == (False, False)  # being answered
+    switches.save_is_complete(5)  # an older one
+    assert (tmp_path / "SAVE").exists()
+    os.utime(tmp_path / "SAVE")
+    now = 6.0
+    assert switches.look() == (False, True)
+    switches.save_is_complete(10)
+    assert (tmp_path / "SAVE").exists()
+    now = 8.0
+    assert switches.look() == (False, True)
+    switches.save_begins(20)
+    switches.save_is_complete(20)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "STOP").touch()
+    now = 10.0
+    assert switches.look() == (True, False)
+    with pytest.raises(UserError, match="remove it to train on"):
+        switches.refuse_stop()
+    other.refuse_stop()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    shards = make_shard_set(tmp_path_factory.mktemp("data") / "set", num_images=96, samples_per_shard=20)
+    return {**SMALL, "data.shards": shards, "run.max_steps": 0, "optim.epochs": 10_000}
+
+
+def marker(run):
+    found = json.loads((run / "INTERRUPTED").read_text())
+    assert found["step"] == checkpoint.read_values(checkpoint.latest(run / "checkpoints"))["step"]
+    return found["reason"], found["step"]
+
+
+def wait_for(process, condition):
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, f"the run ended by itself:\n{process.stdout.read()}"
+        assert time.monotonic() < deadline, "the run never got there"
+        time.sleep(0.02)
+
+
+def test_the_switch_files_of_a_run_on_two_processes(flags, tmp_path):
+    run = tmp_path / "run"
+    flags = {**flags, "run.dir": run}
+    process = start(flags, num_processes=2)
+    wait_for(process, lambda: progress(run) >= (1, SWITCH + 1))
+    for wanted in (1, 2):
+        (run / "SAVE").touch()
+        wait_for(process, lambda: not (run / "SAVE").exists())
+        assert len(checkpoint.steps(run / "checkpoints")) == wanted
+    (run / "STOP").touch()
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    reason, step = marker(run)
+    assert reason == "STOP"
+    assert "error: " + str(run / "STOP") in launch(flags, code=1)
+    (run / "STOP").unlink()
+    launch({**flags, "run.max_steps": step + 2})
+    assert not (run / "INTERRUPTED").exists()
+    assert max(line.get("checkpoint_seconds", 0) for line in read_json_lines(run / "metrics.jsonl")) > 0
+
+
+def train(flags, variables=None, code=0):
+    """One process without a launcher, to its end -> its output."""
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, "-m", "caco_scale.pretrain", "demo", *words],
+        env={**environment(), **(variables or {})},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_one_process_that_sees_its_jobs_end_stops_all(flags, tmp_path):
+    """Two processes started as two nodes would be: the second alone is told an end, within the time to stop."""
+    run = tmp_path / "run"
+    flags = {**flags, "run.dir": run, "run.stop_before_end_seconds": 100_000, "run.max_steps": SWITCH + 2}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    ends = ({"RANK": "0"}, {"RANK": "1", END: f"{time.time() + 50_000:.0f}"})
+    with ThreadPoolExecutor() as pool:
+        nodes = [pool.submit(train, flags, {**group, **end}) for end in ends]
+        outputs = [node.result() for node in nodes]
+    assert f"stopped by {END} after step 1" in outputs[0]
+    assert marker(run) == (END, 1)
+    flags["run.stop_before_end_seconds"] = 60
+    assert train(flags, {END: "tomorrow"}, code=2).count("\n") == 2  # training sees ..., error: ...
+    flags["run.stop_before_end_seconds"] = 0
+    train(flags, {END: "1600000000"})
+    assert json.loads((run / "DONE").read_text())["step"] == SWITCH + 2
+
+
+def test_an_evaluation_that_does_not_fit_is_left_to_the_next_job(flags, tmp_path):
+    run, last = tmp_path / "run", 2
+    one_epoch = {
+        "data.val_shards": flags["data.shards"],
+        "data.window": 16,
+        "eval.knn_every": 1,
+        "eval.knn_k": 3,
+    }
+    flags = {**flags, **one_epoch, "data.global_batch_size": 96, "bank.size": 20, "run.dir": run}
+    train({**flags, "run.max_steps": 1})
+    values = checkpoint.latest(run / "checkpoints") / "values.json"
+    text = json.loads(values.read_text())
+    assert text["seconds"] == {"save": 0.0, "evaluation": 0.0}  # neither was over when it was written
+    values.write_text(json.dumps({**text, "seconds": {"save": 1.0, "evaluation": 100_000.0}}))
+
+    ending = {END: f"{time.time() + 50_000:.0f}"}
+    flags["run.max_steps"] = last
+    output = train(flags, ending)
+    assert "step 1: the job is too short for the kNN evaluation: left out" in output
+    assert marker(run) == (END, last)
+    assert evaluated(run) == [1]
+    shutil.copytree(run, tmp_path / "copy")
+    assert f"step {last}: the job is too short" in train(
+        flags, ending
+    )  # nor into the next one: it ends all the same
+    assert evaluated(run) == [1]
+    train({**flags, "run.dir": tmp_path / "copy"})
+    assert evaluated(tmp_path / "copy") == [1, last]
+    for folder in (run, tmp_path / "copy"):
+        assert json.loads((folder / "DONE").read_text())["step"] == last
+        assert not (folder / "INTERRUPTED").exists()
+
+
+def evaluated(run):
+    return [line["step"] for line in read_json_lines(run / "metrics.jsonl") if "knn_top1" in line]
