@@ -1,5 +1,6 @@
 """The one error a user sees: a single line with the numbers in it and the fix, exit code 2, no traceback."""
 
+import argparse
 import difflib
 import functools
 import os
@@ -19,6 +20,13 @@ def did_you_mean(name, names):
     """`` (did you mean X?)`` for the name that looks most like ``name``, or an empty string."""
     close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command line; a typo in it is a :class:`UserError`."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def one_line(error):
