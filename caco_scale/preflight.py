@@ -8,7 +8,8 @@ memory errors), room in /dev/shm. Then what only several can see: who does not a
 from the others', over whose network an all-reduce fails (NCCL with GPUs, gloo over TCP without).
 
 Rank 0 prints ``bad node NAME: reason; reason`` once per bad node, and a JSON summary as its last line. If rank 0's own
-node cannot be reached, rank 1 says so. Exit codes, the same on every node that answers:
+node cannot be reached, rank 1 says so. Exit codes, the same on every node that answers (``srun --kill-on-bad-exit`` may
+make a signal's of them: go by the lines):
 
     0    every node is good
     2    a user's mistake: one line says which
@@ -173,16 +174,21 @@ def reduce_together(answer, options, name, rank, world_size):
         "1"  # to raise here, where NCCL's watchdog would abort the process
     )
     try:
-        store = dist.TCPStore(options.master_addr, options.master_port, is_master=False, timeout=patience)
+        host = dist.TCPStore(options.master_addr, options.master_port, is_master=False, timeout=patience)
+        store = dist.PrefixStore(name, host)
         dist.init_process_group(
             "nccl" if options.gpus else "gloo",
-            store=dist.PrefixStore(name, store),
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=patience,
         )
         ranks = torch.full((ELEMENTS,), rank + 1.0, device="cuda" if options.gpus else "cpu")
         dist.all_reduce(ranks)
+        store.set(f"done/{rank}", "")
+        store.wait(
+            [f"done/{other}" for other in range(world_size)], patience
+        )  # nobody leaves another in the middle
         right = bool((ranks == world_size * (world_size + 1) / 2).all())
         answer.send(right or "its sum is wrong")
     except Exception as error:  # whatever it is, it is the answer
@@ -196,6 +202,7 @@ class Meeting:
         from torch.distributed import TCPStore
 
         self.options, self._sent = options, Counter()
+        self.arrived = [0]
         self._store = TCPStore(
             options.master_addr,
             options.master_port,
@@ -208,11 +215,11 @@ class Meeting:
         self._store.set(key, json.dumps(value))
 
     def hear(self, key, seconds):
-        """What is told under ``key``, waited for; TimeoutError after ``seconds``."""
+        """What is told under ``key``, waited for; TimeoutError after ``seconds`` (at least 1)."""
         from torch.distributed import DistStoreError
 
         try:
-            self._store.wait([key], timedelta(seconds=max(seconds, 0.001)))
+            self._store.wait([key], timedelta(seconds=max(seconds, 1)))
         except DistStoreError:
             raise TimeoutError(key) from None
         return json.loads(self._store.get(key))
@@ -231,6 +238,10 @@ class Meeting:
             except TimeoutError:
                 replies[rank] = None
         return replies
+
+    def dismiss(self, code):
+        """Rank 0: the others exit with ``code``; returns when all that are there know it."""
+        self.ask({rank: ("verdict", code) for rank in self.arrived if rank}, self.options.timeout)
 
     def serve(self):
         """The other ranks: do what rank 0 asks for, until its verdict -> exit code."""
@@ -262,8 +273,9 @@ def clock_offsets(meeting, ranks):
             sent = time.time()
             there = meeting.ask({rank: ("clock",)}, meeting.options.timeout)[rank]
             received = time.time()
-            if there is not None:
-                readings.append((received - sent, there - (sent + received) / 2))
+            if there is None:
+                break
+            readings.append((received - sent, there - (sent + received) / 2))
         if readings:
             offsets[rank] = min(readings)[1]
     return offsets
@@ -277,7 +289,7 @@ def majority(values):
 
 def against_the_others(facts, offsets, max_skew):
     """Reasons that show by comparison only: {rank: [reason, ...]}; most nodes are right."""
-    reasons = {rank: [] for rank in facts}
+    reasons = {rank: [] if rank in offsets else ["arrived and then fell silent"] for rank in facts}
     for name in facts[0]["software"]:
         values = {rank: fact["software"][name] for rank, fact in facts.items()}
         usual = values[majority(values)]
@@ -332,11 +344,12 @@ def gather_facts(meeting, own):
         with contextlib.suppress(TimeoutError):
             facts[rank] = meeting.hear(f"facts/{rank}", deadline - time.monotonic())
             options.names[rank] = facts[rank]["node"]
+            meeting.arrived.append(rank)
     return facts
 
 
 def judge(meeting, own):
-    """Rank 0: hear and ask everybody -> (summary as plain values, exit code)."""
+    """Rank 0: hear and ask everybody -> the summary, plain values."""
     options = meeting.options
     options.names[0] = own["node"]
     facts = gather_facts(meeting, own)
@@ -350,7 +363,6 @@ def judge(meeting, own):
         reasons[rank].append(why)
     bad = {options.names[rank]: why for rank, why in sorted(reasons.items()) if why}
     code = BAD_NODES if bad else NO_CULPRIT if no_culprit else 0
-    meeting.ask({rank: ("verdict", code) for rank in facts if rank}, options.timeout)
     return {
         "exit_code": code,
         "nodes": options.names,
@@ -359,7 +371,7 @@ def judge(meeting, own):
         "notes": {options.names[rank]: fact["notes"] for rank, fact in facts.items() if fact["notes"]},
         "clock_seconds": {options.names[rank]: round(seconds, 3) for rank, seconds in offsets.items()},
         "software": own["software"],
-    }, code
+    }
 
 
 def speak(summary):
@@ -385,9 +397,10 @@ def run(options):
             ) from None
         return without_rank_0(options, f"no answer from {options.master_addr} port {options.master_port}")
     if options.rank == 0:
-        summary, code = judge(meeting, own)
-        speak(summary)
-        return code
+        summary = judge(meeting, own)
+        speak(summary)  # first: srun may end all when one exits
+        meeting.dismiss(summary["exit_code"])
+        return summary["exit_code"]
     try:
         meeting.tell(f"facts/{options.rank}", own)
         return meeting.serve()

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from caco_scale.errors import UserError
 
-JOB_END = "SLURM_JOB_END_TIME"  # seconds since 1970; set in every job by SLURM 22.05 and later
+JOB_END = (
+    "SLURM_JOB_END_TIME"  # seconds since 1970; where SLURM is too old to set it (22.05), slurm/lib.sh does
+)
 OFF = "unset it, or give --run.stop_before_end_seconds 0"
 RECENT_STEPS = 20  # of which the slowest counts: the first of a start compiles and fills caches
 LOOK_SECONDS = 1.0  # at most so often are the files looked for

@@ -41,7 +41,7 @@ MAX_RANKME_ROWS = 512  # of the global batch: a singular value decomposition of 
 
 
 def run(config, signals):
-    """Train as ``config`` says until the schedule's end, ``run.max_steps`` or a signal.
+    """Train as ``config`` says until the schedule's end, ``run.max_steps``, or a reason to stop before.
 
     Args:
         config: :class:`~caco_scale.config.Config`.
@@ -49,7 +49,7 @@ def run(config, signals):
     Raises:
         UserError: what the user can mend, before training where it can be known by then.
     """
-    accelerator = start_processes(config.run.world_size)
+    accelerator = start_processes(config.run.world_size, config.run.timeout_seconds)
     if accelerator.is_main_process:
         name = launched_strategy(os.environ)
         print(
@@ -239,7 +239,7 @@ class Trainer:
     # The loop
 
     def train(self):
-        """Steps until the end or a signal; then a checkpoint, a marker and a summary."""
+        """Steps until the end or a reason to stop; then a checkpoint, a marker and a summary."""
         started = time.monotonic()
         if self.step == 0 and self.config.eval.baselines and self.data.val_store:
             self._evaluate_baselines()

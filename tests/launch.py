@@ -61,8 +61,12 @@ def environment():
 
 def start(flags, num_processes=1, cwd=None, **options):
     """The started run, a process group of its own, its output in a pipe."""
+    return start_command(command(flags, num_processes, **options), cwd)
+
+
+def start_command(words, cwd=None):
     return subprocess.Popen(
-        command(flags, num_processes, **options),
+        words,
         cwd=cwd,
         env=environment(),
         stdout=subprocess.PIPE,

@@ -161,6 +161,9 @@ def test_most_nodes_are_right():
         2: [],
     }
     assert against_the_others({0: facts[0]}, {0: 0.0}, max_skew=5) == {0: []}
+    facts = {0: facts[1], 1: facts[1]}
+    assert against_the_others(facts, {0: 0.0, 1: 7.0}, max_skew=5)[1] == ["its clock is +7.0 seconds off"]
+    assert against_the_others(facts, {0: 0.0}, max_skew=5)[1] == ["arrived and then fell silent"]
 
 
 def test_what_slurm_says_is_taken_and_what_cannot_be_is_refused():

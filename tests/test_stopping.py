@@ -1,16 +1,20 @@
 """What stops a run besides a signal: its job's end, the files STOP and SAVE; by files, by clocks, in whole runs."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import psutil
 import pytest
-from launch import SMALL, SWITCH, environment, launch, progress, start
+from launch import SMALL, SWITCH, command, environment, launch, progress, start, start_command
 from shard_sets import make_shard_set
 
 from caco_scale import checkpoint
@@ -100,6 +104,19 @@ def marker(run):
     return found["reason"], found["step"]
 
 
+@contextlib.contextmanager
+def running(process):
+    """The started run, when it has passed the switch; it does not outlive a test that fails."""
+    try:
+        run = Path(process.args[process.args.index("--run.dir") + 1])
+        wait_for(process, lambda: progress(run) >= (1, SWITCH + 1))
+        yield run
+    finally:
+        if process.poll() is None:
+            process.kill()  # its ranks follow
+            process.communicate()
+
+
 def wait_for(process, condition):
     deadline = time.monotonic() + 240
     while not condition():
@@ -109,24 +126,51 @@ def wait_for(process, condition):
 
 
 def test_the_switch_files_of_a_run_on_two_processes(flags, tmp_path):
-    run = tmp_path / "run"
-    flags = {**flags, "run.dir": run}
+    flags = {**flags, "run.dir": tmp_path / "run"}
     process = start(flags, num_processes=2)
-    wait_for(process, lambda: progress(run) >= (1, SWITCH + 1))
-    for wanted in (1, 2):
-        (run / "SAVE").touch()
-        wait_for(process, lambda: not (run / "SAVE").exists())
-        assert len(checkpoint.steps(run / "checkpoints")) == wanted
-    (run / "STOP").touch()
-    output, _ = process.communicate(timeout=240)
+    with running(process) as run:
+        for wanted in (1, 2):
+            (run / "SAVE").touch()
+            wait_for(process, lambda: not (run / "SAVE").exists())
+            assert len(checkpoint.steps(run / "checkpoints")) == wanted
+        (run / "STOP").touch()
+        output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     reason, step = marker(run)
     assert reason == "STOP"
-    assert "error: " + str(run / "STOP") in launch(flags, code=1)
+    assert f"error: {run / 'STOP'} is there" in launch(flags, code=1)
     (run / "STOP").unlink()
     launch({**flags, "run.max_steps": step + 2})
     assert not (run / "INTERRUPTED").exists()
     assert max(line.get("checkpoint_seconds", 0) for line in read_json_lines(run / "metrics.jsonl")) > 0
+
+
+def test_a_signal_to_every_process_of_a_job_step(flags, tmp_path):
+    """As SLURM sends it: launcher, ranks and loader workers alike; the batch script has the launcher ignore it."""
+    words = command({**flags, "run.dir": tmp_path / "run"}, num_processes=2)
+    process = start_command(["bash", "-c", "trap '' USR1; exec \"$@\"", "bash", *words])
+    with running(process) as run:
+        step = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        assert (
+            len(step) >= 1 + 2 * 3
+        )  # the launcher; two ranks, each with its fork server and a loader worker
+        for member in step:
+            member.send_signal(signal.SIGUSR1)
+        output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert marker(run)[0] == "SIGUSR1"
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_run(flags, tmp_path):
+    process = start({**flags, "run.dir": tmp_path / "run", "run.timeout_seconds": 20}, num_processes=2)
+    with running(process):
+        ranks = [p for p in psutil.Process(process.pid).children() if "caco_scale.pretrain" in p.cmdline()]
+        assert len(ranks) == 2
+        ranks[1].suspend()
+        output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert "Timed out waiting 20000ms" in output
 
 
 def train(flags, variables=None, code=0):

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -222,12 +223,14 @@ def check_deepspeed(config, source):
 # Joining
 
 
-def start_processes(asked_world_size=0):
+def start_processes(asked_world_size=0, timeout_seconds=1800):
     """Join the launch's process group (gloo on CPU, NCCL on CUDA), check it -> accelerate's ``Accelerator``.
 
     Args:
         asked_world_size: ``run.world_size``; 0 = take what comes, but refuse a launch that speaks of several
             processes and trains as one.
+        timeout_seconds: ``run.timeout_seconds``: who waits longer for another in one exchange fails (gloo raises,
+            NCCL's watchdog aborts the process), so that a rank that hangs ends the run.
     Raises:
         UserError: training would not see the processes or the strategy that were asked for.
     """
@@ -237,7 +240,8 @@ def start_processes(asked_world_size=0):
         refuse_lost_driver(os.environ)
     # accelerate 1.15 believes to be rank 0 of 1 on a CPU unless it is told the backend; alone it refuses one.
     grouped = int(os.environ.get("WORLD_SIZE", 1)) > 1 or strategy.startswith("zero")
-    handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl")] if grouped else []
+    backend, timeout = "gloo" if on_cpu else "nccl", timedelta(seconds=timeout_seconds)
+    handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if grouped else []
     # Buffers are not broadcast (SyncBN keeps them equal); mixed precision belongs to the model's own forward.
     handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True))
     options = {"mixed_precision": "no", "dynamo_backend": "no", "kwargs_handlers": handlers}
