@@ -208,6 +208,7 @@ def test_one_process_that_sees_its_jobs_end_stops_all(flags, tmp_path):
     assert json.loads((run / "DONE").read_text())["step"] == SWITCH + 2
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_does_not_fit_is_left_to_the_next_job(flags, tmp_path):
     run, last = tmp_path / "run", 2
     one_epoch = {
