@@ -44,18 +44,22 @@ DEFAULTS = {
     "evaluate": False,
     "zero": {},  # DeepSpeed settings that differ from the launch's
     "plain_lars": False,  # LARS as it would be if nobody told it what its flat tensors are made of
+    "gain": False,  # parameters of one element, of which most ranks hold nothing; "alone": nothing else trains
 }
 
 
 class SmoothResNet(TinyResNet):
     """Without ReLU's kink: one activation within rounding of 0 would move the gradients by parts in a thousand."""
 
-    def __init__(self):
+    def __init__(self, gain=False):
         super().__init__()
         smoothen(self)
+        self.gain = nn.Parameter(torch.ones(1, 1)) if gain else None
+        self.offset = nn.Parameter(torch.zeros(1)) if gain else None
 
     def forward(self, images):
-        x = F.silu(self.bn1(self.conv1(images)))
+        x = self.bn1(self.conv1(images))
+        x = F.silu(x if self.gain is None else self.gain * x + self.offset)
         return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean(dim=(2, 3))
 
 
@@ -71,7 +75,10 @@ def smoothen(module):
 def build(case, strategy_name, accelerator):
     torch.manual_seed(0)
     projector = smoothen(build_projector(SmoothResNet.num_features, 32, case["dim"]))
-    model = QueryKeyModel(Encoder(SmoothResNet(), projector))
+    model = QueryKeyModel(Encoder(SmoothResNet(bool(case["gain"])), projector))
+    if case["gain"] == "alone":
+        for name, parameter in model.query.named_parameters():
+            parameter.requires_grad_(name in ("backbone.gain", "backbone.offset"))
     dtype = getattr(torch, case["dtype"])
     strategy = build_strategy(
         strategy_name, accelerator, model.to(dtype), case["optimizer"], case["weight_decay"]
@@ -167,6 +174,7 @@ def main(folder, cases):
             settings.update(case["zero"])
         strategy, bank = build(case, name, accelerator)
         report = {"strategy": strategy.name, "world_size": strategy.world_size} | run(case, strategy, bank)
+        report["empty_partitions"] = sum(not partition.pieces for _, partition in strategy.partitions or [])
         if case["evaluate"]:
             images = views_of(case, 99, 0, 1)[0][0]
             if strategy.rank == 0:

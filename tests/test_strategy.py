@@ -96,6 +96,7 @@ def starting(case, reference):
 
 
 def check(config, num_processes, cases, reference, folder):
+    """``config``: a file of ds_configs, named as its strategy or a variant of it (zero3_offload)."""
     train(
         folder,
         [starting(case, reference) for case in cases],
@@ -104,7 +105,7 @@ def check(config, num_processes, cases, reference, folder):
     )
     for case in cases:
         facts = report(folder, case["name"])
-        assert (facts["strategy"], facts["world_size"]) == (config, num_processes)
+        assert (facts["strategy"], facts["world_size"]) == (config.partition("_")[0], num_processes)
         if case.get("evaluate"):
             expected = report(reference, case["name"])["features"]
             assert facts["features"] == pytest.approx(expected, rel=1e-4)
@@ -180,6 +181,29 @@ def test_ranks_with_empty_shards(tmp_path):
     (tmp_path / "three").mkdir()
     train(tmp_path / "three", [case], ROOT / "ds_configs/fsdp2.yaml", 3)
     assert_same(tmp_path / "three", "narrow", tmp_path, FP64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_ranks_that_hold_nothing_of_a_partition_under_zero(config, tmp_path):
+    """Matrices and biases of one element on 3 ranks: nothing else trains, or each is a subgroup beside the rest."""
+    alone = {"name": "alone", "gain": "alone"}
+    beside = {"name": "beside", "gain": True, "zero": {"stage": 3, "sub_group_size": 1}}
+    cases = (
+        [alone, beside] if config == "zero3" else [alone, {**alone, "name": "stage1", "zero": {"stage": 1}}]
+    )
+    train(tmp_path, [{**case, "zero": {}} for case in cases])
+    (tmp_path / "three").mkdir()
+    train(tmp_path / "three", cases, ROOT / f"ds_configs/{config}.yaml", 3)
+    for case in cases:
+        assert_same(tmp_path / "three", case["name"], tmp_path, FP32)
+        empty = [report(tmp_path / "three", case["name"], rank)["empty_partitions"] for rank in range(3)]
+        assert empty == [0, 2, 2], empty
+
+
+@pytest.mark.slow
+def test_parameters_offloaded_to_the_host_by_the_projects_own_file(reference, tmp_path):
+    check("zero3_offload", 2, [LARS, ADAMW, ACCUMULATE, NOT_FINITE], reference, tmp_path)
 
 
 def test_a_chain_of_resumes_through_every_strategy(reference, tmp_path):
