@@ -3,14 +3,21 @@
 import os
 
 import pytest
+from ceph_server import CephServer
 from s3_server import BUCKET, CannotStart, SwiftServer, credentials
+
+S3_SERVERS = {"swift": SwiftServer, "ceph": CephServer}
 
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
-    """A real S3 server with an empty bucket, for the whole session; CACO_REQUIRE_S3 set: it must start."""
+    """A real S3 server with an empty bucket, for the whole session; CACO_REQUIRE_S3 set: it must start.
+
+    ``CACO_S3_SERVER``: swift (the default) or ceph.
+    """
+    name = os.environ.get("CACO_S3_SERVER", "swift")
     try:
-        with SwiftServer(tmp_path_factory.mktemp("swift")) as server:
+        with S3_SERVERS[name](tmp_path_factory.mktemp(name)) as server:
             yield server
     except CannotStart as error:
         give_up = pytest.fail if os.environ.get("CACO_REQUIRE_S3") else pytest.skip

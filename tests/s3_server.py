@@ -92,13 +92,17 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def tests_cache():
+    """Where what the tests install once is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "caco_scale-tests"
+
+
 def swift_programs():
     """The folder of Swift's programs; installs them if need be. CannotStart says why not."""
     beside = Path(sys.executable).parent
     if (beside / "swift-proxy-server").exists():
         return beside
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = cache / "caco_scale-tests" / f"swift-{sys.version_info.major}.{sys.version_info.minor}"
+    folder = tests_cache() / f"swift-{sys.version_info.major}.{sys.version_info.minor}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f"{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs at once
@@ -134,9 +138,19 @@ def _install(folder):
     (folder / "complete").touch()
 
 
-def _end_with_parent():
+def end_with_parent():
     """In the child, before its program: killed tests leave no server behind."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end_processes(processes):
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 class SwiftServer:
@@ -187,7 +201,7 @@ class SwiftServer:
             with open(self.root / f"{role}.log", "ab") as log:
                 environment = {**os.environ, "SWIFT_DIR": str(etc)}
                 options = {"env": environment, "stdout": log, "stderr": log}
-                self.processes.append(subprocess.Popen(program, preexec_fn=_end_with_parent, **options))
+                self.processes.append(subprocess.Popen(program, preexec_fn=end_with_parent, **options))
         deadline = time.monotonic() + 120
         while not self._ready():
             if time.monotonic() > deadline or any(p.poll() is not None for p in self.processes):
@@ -203,13 +217,7 @@ class SwiftServer:
             return False
 
     def __exit__(self, *_):
-        for process in self.processes:
-            process.terminate()
-        for process in self.processes:
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        end_processes(self.processes)
         self.processes = []
 
 
