@@ -33,6 +33,14 @@ CONNECT_SECONDS = 10
 FIRST_DELAY_SECONDS, LAST_DELAY_SECONDS = 0.1, 20.0
 REFUSED = (400, 401, 403, 405, 407)  # statuses that no retry mends
 THREADS = 16  # requests in flight in one process
+# Variables that may name an endpoint without TLS, which is then allowed.
+ENDPOINTS = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT",
+    "AZURE_STORAGE_ENDPOINT",
+    "AZURE_ENDPOINT",
+)
 
 _user = None  # the process that has used obstore
 
@@ -376,7 +384,7 @@ class NoRanges(UserError):
 def _connect(url, scheme, patience):
     from obstore.store import HTTPStore, from_url
 
-    endpoints = [os.environ.get(n, "") for n in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT")]
+    endpoints = [os.environ.get(name, "") for name in ENDPOINTS]
     options, config = {}, {}
     if scheme == "s3":
         config = _s3_config(os.environ)
