@@ -15,6 +15,10 @@ import torch.distributed as dist
 
 from caco_scale.errors import UserError
 
+# torch 2.14 renamed these two, and warns of the old names at every start.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def world_size(group=None):
     """Number of ranks of ``group``; 1 without a process group."""
@@ -41,7 +45,7 @@ def all_gather_rows(x, group=None):
     if world_size(group) == 1:
         return x
     gathered = x.new_empty((world_size(group) * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    _all_gather(gathered, x.contiguous(), group=group)
     return gathered
 
 
@@ -76,7 +80,7 @@ def reduce_scatter_rows(x, group=None):
         dist.all_to_all_single(blocks, x, group=group)
         return blocks.view(ranks, *shape).sum(0)
     received = x.new_empty(shape)
-    dist.reduce_scatter_tensor(received, x, group=group)
+    _reduce_scatter(received, x, group=group)
     return received
 
 
