@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-DEADLINE_SECONDS = 300
+DEADLINE_SECONDS = 600
 
 
 def set_environment(environment):
@@ -26,7 +26,7 @@ def _rank_main(rank, world_size, store_path, function, args, results, environmen
     os.environ |= {"LOCAL_WORLD_SIZE": f"{world_size}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     store = dist.FileStore(store_path, world_size)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=300)
     )
     try:
         results.put((rank, function(rank, world_size, *args), None))

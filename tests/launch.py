@@ -80,7 +80,7 @@ def launch(flags, num_processes=1, cwd=None, code=0, **options):
     """Run to the end and return the output; fails the test if the exit code is another than ``code``."""
     process = start(flags, num_processes, cwd, **options)
     try:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -90,14 +90,14 @@ def launch(flags, num_processes=1, cwd=None, code=0, **options):
 
 def kill_when(process, condition, number=signal.SIGKILL):
     """Signal the whole process group (launcher, ranks, loader workers) as soon as ``condition()`` holds."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     try:
         while not condition():
             assert process.poll() is None, f"the run ended by itself:\n{process.stdout.read()}"
             assert time.monotonic() < deadline, "the run never got there"
             time.sleep(0.01)
         os.killpg(process.pid, number)
-        return process.communicate(timeout=120)[0]
+        return process.communicate(timeout=600)[0]
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

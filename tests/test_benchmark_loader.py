@@ -33,7 +33,7 @@ def test_the_loader_benchmark_writes_its_json(tmp_path):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

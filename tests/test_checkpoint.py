@@ -350,7 +350,7 @@ main()
 def test_a_process_that_ends_by_an_error_completes_its_save_and_keeps_its_exit_code(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parent.parent)}
     command = [sys.executable, "-c", ENDS_MEANWHILE, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     assert done.stderr == "error: a mistake that shows at this step\n"
     assert (load_tensors(latest(tmp_path))["query.w"] == 1).all()

@@ -55,7 +55,7 @@ def files_of(directory):
 
 def command(*arguments, **options):
     arguments = [sys.executable, "-m", "data_prep", *map(str, arguments)]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False, **options)
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=600, check=False, **options)
 
 
 def samples_of(directory):

@@ -115,7 +115,7 @@ def examine(arguments, config=None, num_processes=2):
         ]
         launcher += ["--num_processes", str(num_processes)]
     command = [*launcher, "-m", "caco_scale.doctor", *arguments]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
 
 
 def test_a_healthy_launch_is_ready_and_a_broken_one_is_not(tmp_path):

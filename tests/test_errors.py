@@ -17,7 +17,7 @@ def pretrain(flags, cwd):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     return done.returncode, done.stderr

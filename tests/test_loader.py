@@ -212,7 +212,7 @@ def test_bytes_that_differ_from_the_manifest_are_an_error_not_a_corrupt_sample(t
 
 
 def test_ranks_that_do_not_divide_the_batch_are_an_error_at_the_call(shards):
-    with pytest.raises(UserError, match="12 is not divisible by the 5 processes"):
+    with pytest.raises(UserError, match="12 cannot be divided by 5 processes"):
         batches(shards, world_size=5)
 
 

@@ -155,14 +155,14 @@ def test_a_store_that_is_gone_ends_the_run_with_one_line_and_a_whole_checkpoint(
 ):
     few = {**flags, "data.cache_dir": "none", "run.save_every": 1, "data.retries": 2}
     process = start(few)
-    deadline = time.monotonic() + 240  # its output until then fits into the pipe
+    deadline = time.monotonic() + 600  # its output until then fits into the pipe
     while progress(tmp_path / "run") < (1, SWITCH + 2) and process.poll() is None:
         if time.monotonic() > deadline:
             os.killpg(process.pid, signal.SIGKILL)
             raise AssertionError(f"the run never got there:\n{process.communicate()[0]}")
         time.sleep(0.02)
     proxy.gone = True
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode != 0, output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, output

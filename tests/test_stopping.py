@@ -118,7 +118,7 @@ def running(process):
 
 
 def wait_for(process, condition):
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not condition():
         assert process.poll() is None, f"the run ended by itself:\n{process.stdout.read()}"
         assert time.monotonic() < deadline, "the run never got there"
@@ -134,7 +134,7 @@ def test_the_switch_files_of_a_run_on_two_processes(flags, tmp_path):
             wait_for(process, lambda: not (run / "SAVE").exists())
             assert len(checkpoint.steps(run / "checkpoints")) == wanted
         (run / "STOP").touch()
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     reason, step = marker(run)
     assert reason == "STOP"
@@ -156,7 +156,7 @@ def test_a_signal_to_every_process_of_a_job_step(flags, tmp_path):
         )  # the launcher; two ranks, each with its fork server and a loader worker
         for member in step:
             member.send_signal(signal.SIGUSR1)
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert marker(run)[0] == "SIGUSR1"
 
@@ -168,7 +168,7 @@ def test_a_rank_that_hangs_ends_the_run(flags, tmp_path):
         ranks = [p for p in psutil.Process(process.pid).children() if "caco_scale.pretrain" in p.cmdline()]
         assert len(ranks) == 2
         ranks[1].suspend()
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "Timed out waiting 20000ms" in output
 
@@ -181,7 +181,7 @@ def train(flags, variables=None, code=0):
         env={**environment(), **(variables or {})},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr

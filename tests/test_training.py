@@ -236,7 +236,7 @@ def test_baselines_train_in_the_same_loop(rule, flags, tmp_path):
 def test_the_backbone_of_a_run_is_exported_from_any_checkpoint(format, uninterrupted, tmp_path):
     target = tmp_path / "backbone"
     command = [sys.executable, "-m", "caco_scale.export", str(uninterrupted / "run"), "--to", str(target)]
-    subprocess.run([*command, "--format", format], check=True, env=environment(), timeout=120)
+    subprocess.run([*command, "--format", format], check=True, env=environment(), timeout=600)
     exported = load_file(target) if format == "safetensors" else torch.load(target, weights_only=True)
     state, _ = final_state(uninterrupted / "run")
     for name, tensor in exported.items():
