@@ -32,7 +32,7 @@ from torch import nn
 from caco_scale.checkpoint import latest, load_tensors, read_values, step_path, steps
 from caco_scale.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from caco_scale.errors import UserError, one_line
-from caco_scale.method.encoders import ARCHITECTURES, STEMS, build_backbone
+from caco_scale.method.encoders import ARCHITECTURES, build_backbone
 from caco_scale.method.projector import build_projector
 
 ENCODERS = ("query", "key")
@@ -380,8 +380,9 @@ def _differences(expected, state):
 
 def _architecture(path, state, arch, stem):
     """The (arch, stem) whose names and shapes the state dict has; UserError names the nearest and what differs."""
-    arches = [arch] if arch else ["resnet50", *(name for name in ARCHITECTURES if name != "resnet50")]
-    stems = [stem] if stem else STEMS
+    likely = ("resnet50", "tiny", "vit_b_16", "resnet18", "resnet34")
+    arches = [arch] if arch else dict.fromkeys((*likely, *ARCHITECTURES))
+    stems = [stem] if stem else [_stem(state)]
     best = None
     for candidate in ((a, s) for a in arches for s in stems if (a, s) != ("vit_b_16", "cifar") or arch):
         expected = _expected(*candidate)
@@ -403,6 +404,12 @@ def _architecture(path, state, arch, stem):
         f"{path} fits no backbone of this program; nearest is {arch} (stem {stem}), but "
         f"{'; '.join(filter(None, parts))}: give weights of one of {', '.join(ARCHITECTURES)}"
     )
+
+
+def _stem(state):
+    """The first layer that a ResNet's state dict speaks of."""
+    first = state.get("conv1.weight")
+    return "cifar" if first is not None and first.shape[2:] == (3, 3) else "imagenet"
 
 
 def _folded(names):

@@ -50,21 +50,26 @@ def extract_features(
     autocast_dtype=None,
     dtype=torch.float32,
     channels_last=False,
+    names=None,
+    unit_norm=True,
 ):
-    """Unit-norm features of all images: (features (n, F) fp32, labels (n,), sample ids (n,)), on the CPU.
+    """Features of all images: (features (n, F) fp32, labels (n,), sample ids (n,)), on the CPU.
 
     Args:
-        encode: normalised images (b, 3, s, s) -> (b, F).
+        encode: normalised images (b, 3, s, s) -> (b, F); with ``names`` a tuple of such, one per name.
         batches: of ``evaluation_batches``: (ids (b,), crops (b, s, s, 3) uint8, labels (b,)).
         module: the module that ``encode`` runs, put in eval mode meanwhile (BatchNorm uses its running
             statistics and leaves them alone); modes, buffers and random states are afterwards as before.
         autocast_dtype: as in training; None: compute in ``dtype``, the type of the images.
         channels_last: the memory format of the images, as in training.
+        names: of several kinds of features; the first result is then a dict of them.
+        unit_norm: divide every row by its norm.
 
-    Nothing crosses ranks, unless ``encode`` itself communicates. A rank without images gets a (0, 0) tensor.
+    Nothing crosses ranks, unless ``encode`` itself communicates. A rank without images gets (0, 0) tensors.
     """
     device = torch.device(device)
-    features, labels, ids = [], [], []
+    parts = {name: [] for name in names or ("features",)}
+    labels, ids = [], []
     with evaluation_mode(module), kept_random_state(device):
         for batch_ids, crops, batch_labels in batches:
             if len(batch_ids) == 0:
@@ -73,12 +78,14 @@ def extract_features(
             images = normalise(crops, mean, std, dtype, channels_last)
             with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
                 encoded = encode(images)
-            features.append(F.normalize(encoded.float(), dim=1).cpu())
+            for part, values in zip(parts.values(), encoded if names else (encoded,), strict=True):
+                part.append((F.normalize(values.float(), dim=1) if unit_norm else values.float()).cpu())
             labels.append(torch.as_tensor(batch_labels))
             ids.append(torch.as_tensor(batch_ids))
-    if not features:
-        return torch.empty(0, 0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    return torch.cat(features), torch.cat(labels), torch.cat(ids)
+    features = {name: torch.cat(part) if part else torch.empty(0, 0) for name, part in parts.items()}
+    labels = torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)
+    ids = torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64)
+    return features if names else features["features"], labels, ids
 
 
 def pixels(images):
