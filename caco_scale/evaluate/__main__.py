@@ -55,7 +55,33 @@ def parser():
         default=[0.07, 0.1, 0.2],
         help="of the votes' weights exp(similarity / T) (default: 0.07 0.1 0.2)",
     )
+    linear = _command(
+        commands, "linear", "a linear classifier on frozen features, as the paper trains it, or --fast"
+    )
+    linear.add_argument(
+        "--fast",
+        action="store_true",
+        help="store features of centre crops once and sweep learning rates on them",
+    )
+    linear.add_argument(
+        "--lr",
+        type=float,
+        nargs="+",
+        metavar="LR",
+        help="per 256 images (default: 0.025, the authors' command; --fast: 0.001 to 100, the best on held-out images)",
+    )
+    _add_training(linear, epochs="100", batch_size="4096; --fast: 1024")
     return top
+
+
+def _add_training(command, epochs, batch_size):
+    command.add_argument("--epochs", type=int, metavar="N", help=f"(default: {epochs})")
+    command.add_argument(
+        "--batch_size",
+        type=int,
+        metavar="N",
+        help=f"images per step over all processes (default: {batch_size})",
+    )
 
 
 def _command(commands, name, words):
