@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from evaluation_cases import run_of_rank
 from gloo import run_ranks
 from launch import ROOT, environment
 from shard_sets import encode, make_shard_set, smooth_image
@@ -50,14 +51,10 @@ def words(place, *more):
     return [str(word) for word in ("knn", place / "caco.pth.tar", *options, *more)]
 
 
-def knn_of_rank(rank, world_size, arguments):
-    return run_knn.run(parse(arguments))
-
-
 def test_every_figure_is_brute_forces_and_the_same_on_1_2_and_3_processes(place, tmp_path):
     more = ("--k", 1, 5, 20, "--temperature", 0.07, 0.2)
     results = [
-        run_ranks(knn_of_rank, ranks, words(place, *more, "--to", tmp_path / str(ranks)))
+        run_ranks(run_of_rank, ranks, words(place, *more, "--to", tmp_path / str(ranks)))
         for ranks in (1, 2, 3)
     ]
     figures = [result["results"] for ranks in results for result in ranks]

@@ -71,6 +71,18 @@ def parser():
         help="per 256 images (default: 0.025, the authors' command; --fast: 0.001 to 100, the best on held-out images)",
     )
     _add_training(linear, epochs="100", batch_size="4096; --fast: 1024")
+    finetune = _command(
+        commands, "finetune", "encoder and classifier trained on a share of the labels (SimCLR's protocol)"
+    )
+    finetune.add_argument(
+        "--fraction",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="of the labels, class by class, at least one of each: 0.01, 0.1, 1.0 (default: 1.0)",
+    )
+    finetune.add_argument("--lr", type=float, metavar="LR", help="per 256 images (default: 0.05)")
+    _add_training(finetune, epochs="60 for less than 5%% of the labels, else 30", batch_size="1024")
     return top
 
 
@@ -150,23 +162,28 @@ def _command(commands, name, words):
     return command
 
 
+MAY_BE_ZERO = ("workers", "seed", "world_size", "step", "mean")
+MOST = {
+    "size": 8192,
+    "seed": 2**63 - 1,
+    "workers": 1024,
+    "fraction": 1,
+    "epochs": 100_000,
+    "images_at_once": 2**20,
+}
+
+
 def check(flags):
     """Refuse numbers that no evaluation can have."""
     for name, value in vars(flags).items():
         for number in value if isinstance(value, list) else [value]:
-            least = (
-                0
-                if name in ("workers", "seed", "world_size", "step", "mean")
-                else 1
-                if isinstance(number, int)
-                else None
-            )
-            if isinstance(number, int) and number < least:
-                raise UserError(f"--{name} is {number}: give a number from {least} up")
-            if isinstance(number, float) and not (
-                0 < number < float("inf") or (name == "mean" and number == 0)
-            ):
-                raise UserError(f"--{name} is {number}: give a number above 0")
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            least = "a number from 0 up" if name in MAY_BE_ZERO else "a number above 0"
+            if not (0 < number < float("inf") or (number == 0 and name in MAY_BE_ZERO)):
+                raise UserError(f"--{name} is {number}: give {least}")
+            if number > MOST.get(name, number):
+                raise UserError(f"--{name} is {number}: give at most {MOST[name]}")
 
 
 @exit_on_user_error

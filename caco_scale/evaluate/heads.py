@@ -3,12 +3,11 @@
 Shapes: H heads, C classes, F features, B samples of this rank, N of the global batch.
 """
 
-import math
-
 import torch
 from torch.nn import functional as F
 
 from caco_scale.distributed import collectives
+from caco_scale.errors import UserError
 from caco_scale.optim.lars import lars_update, momentum_update
 from caco_scale.optim.schedule import cosine_decay
 
@@ -129,6 +128,8 @@ class Score:
     def percent(self, head=0):
         """{top1, top5, mean_per_class (of the classes that there are)} of a head, and the counts behind them."""
         total, there = int(self.images.sum()), self.images > 0
+        if total == 0:
+            raise UserError("there is no image to judge by: none of them decodes, or the set is empty")
         per_class = self.top1[head][there].double() / self.images[there]
         return {
             "top1": 100 * int(self.top1[head].sum()) / total,
@@ -148,7 +149,3 @@ def score_features(heads, features, labels, num_classes):
         if len(y):
             score.add(heads.logits(x.to(device, dtype)), y.to(device))
     return score.over_ranks(device)
-
-
-def is_finite(value):
-    return math.isfinite(float(value))

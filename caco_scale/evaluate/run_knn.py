@@ -2,6 +2,7 @@
 
 import time
 
+from caco_scale.errors import UserError
 from caco_scale.evaluate.knn import evaluate_knn
 from caco_scale.evaluate.results import CONFIDENCE, interval, show
 from caco_scale.evaluate.setting import build_setting
@@ -33,13 +34,17 @@ def run(flags):
 
 def _neighbours(asked, setting):
     """The numbers of neighbours: those asked for, else the usual ones that the training set is large enough for."""
+    images = setting.train.manifest.num_samples
+    if asked and max(asked) > images:
+        raise UserError(
+            f"--k {max(asked)} needs as many training images, but there are {images}: give at most {images}"
+        )
     if asked:
         return asked
-    images = setting.train.manifest.num_samples
     left_out = [k for k in USUAL_NEIGHBOURS if k > images]
     if left_out:
         setting.say(f"left out: k = {', '.join(map(str, left_out))}, more than the {images} training images")
-    return [k for k in USUAL_NEIGHBOURS if k <= images] or [USUAL_NEIGHBOURS[0]]
+    return [k for k in USUAL_NEIGHBOURS if k <= images] or [images]
 
 
 def _evaluate(setting, folder, ks, temperatures, names):

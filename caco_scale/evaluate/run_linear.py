@@ -267,7 +267,7 @@ def sweep(heads, train, val, epochs, batch_size, seed, folder):
     """
     device, num_classes = heads.weight.device, heads.bias.shape[1]
     ids = np.sort(np.concatenate(collectives.gather_objects(train[2].numpy())))
-    check_batch(batch_size, len(ids), 1)
+    check_batch(batch_size, len(ids), 1, " that decode")
     scale(train[0], val[0], device)
     held_out = choose_held_out(int(ids[-1]) + 1, seed)
     learner = StoredFeatures(heads, *train, held_out)

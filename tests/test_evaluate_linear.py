@@ -1,0 +1,274 @@
+"""Linear evaluation: the authors' optimizer in float64, chance on noise, 100 on labels, kills, 1 to 3 processes."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from evaluation_cases import make_place, run_of_rank, separable, words
+from gloo import run_ranks
+from launch import ROOT, environment, kill_when
+from torch.nn import functional as F
+
+from caco_scale.evaluate import loop, run_linear
+from caco_scale.evaluate.__main__ import parse
+from caco_scale.evaluate.blocks import block_ranges
+from caco_scale.evaluate.heads import LinearHeads, Score, growth
+from caco_scale.evaluate.loop import LabelledImages
+from caco_scale.evaluate.results import ResultFolder
+from caco_scale.evaluate.run_linear import FAST_LRS, sweep
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("linear") / "place")
+
+
+def authors_steps(features, labels, lr, num_steps, start):
+    """ops/LARS.py and torch's SGD as the authors' linear.py puts them together: LARC without clipping, eps 1e-8."""
+    weight, bias = (t.clone().requires_grad_(True) for t in start)
+    optimizer = torch.optim.SGD([weight, bias], lr, momentum=0.9)
+    for step in range(num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + np.cos(np.pi * step / num_steps))
+        optimizer.zero_grad()
+        F.cross_entropy(features @ weight.T + bias, labels).backward()
+        with torch.no_grad():
+            for p in (weight, bias):
+                norm, gradient_norm = p.norm(), p.grad.norm()
+                if norm != 0 and gradient_norm != 0:
+                    p.grad *= 0.001 * norm / (gradient_norm + 1e-8)
+        optimizer.step()
+    return weight.detach(), bias.detach()
+
+
+def test_the_long_protocols_optimizer_is_the_authors():
+    features, labels = separable(50)
+    features = features.double()
+    heads = LinearHeads([20.0], 4, 12, "lars", device="cpu", dtype=torch.float64, seed=3)
+    start = heads.weight[0].clone(), heads.bias[0].clone()
+    shares = torch.full((1, 50), 1 / 50, dtype=torch.float64)
+    for step in range(30):
+        heads.step(features, labels, shares, loop.cosine_decay(step, 30))
+    weight, bias = authors_steps(features, labels, 20.0, 30, start)
+    assert torch.allclose(heads.weight[0], weight, rtol=1e-6)
+    assert torch.allclose(heads.bias[0], bias, rtol=1e-6)
+    assert not torch.allclose(bias, torch.zeros(4).double(), atol=1e-3), "the bias is scaled, not frozen"
+
+
+def test_heads_side_by_side_are_heads_alone():
+    features, labels = separable(40)
+    features, rates = features.double(), [0.1, 3.0]
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(2, 40, generator=generator, dtype=torch.float64) / 40
+
+    def trained(rates, shares):
+        heads = LinearHeads(rates, 4, 12, "sgd", device="cpu", dtype=torch.float64, seed=3)
+        for _ in range(5):
+            heads.step(features, labels, shares, 1.0)
+        return heads
+
+    both = trained(rates, shares)
+    for head, rate in enumerate(rates):
+        alone = trained([rate], shares[head : head + 1])
+        assert torch.allclose(both.weight[head], alone.weight[0], rtol=1e-12)
+    loss, weight, bias = both.gradients(features, labels, shares)
+    w, b = both.weight.clone().requires_grad_(True), both.bias.clone().requires_grad_(True)
+    losses = [
+        (shares[h] * F.cross_entropy(features @ w[h].T + b[h], labels, reduction="none")).sum()
+        for h in range(2)
+    ]
+    sum(losses).backward()
+    assert torch.allclose(loss, torch.stack(losses).detach())
+    assert torch.allclose(weight, w.grad)
+    assert torch.allclose(bias, b.grad)
+
+
+def fast(folder, train, val, num_classes=4, rates=FAST_LRS, epochs=30, batch_size=64):
+    """The sweep's records on features that nothing was read for."""
+    heads = LinearHeads(
+        [rate * batch_size / 256 for rate in (*rates, *rates)],
+        num_classes,
+        train[0].shape[1],
+        "sgd",
+        device="cpu",
+        dtype=torch.float64,
+        seed=0,
+    )
+    parts = [(features.clone(), labels, torch.arange(len(labels))) for features, labels in (train, val)]
+    records = sweep(heads, *parts, epochs, batch_size, 0, ResultFolder(folder, "", "", {}, True))
+    return max(records, key=lambda record: record["held_out_top1"])
+
+
+def test_features_of_noise_are_near_chance(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    train, val = (
+        (torch.randn(n, 32, generator=generator), torch.randint(0, 10, (n,), generator=generator))
+        for n in (1000, 2000)
+    )
+    best = fast(tmp_path, train, val, num_classes=10)
+    assert 7 < best["top1"] < 13
+    assert 43 < best["top5"] < 57
+
+
+def test_the_labels_themselves_are_near_100(tmp_path):
+    labels = torch.arange(1000) % 10
+    sets = [(F.one_hot(labels[:n], 10).float(), labels[:n]) for n in (1000, 300)]
+    best = fast(tmp_path, *sets, num_classes=10)
+    assert (best["top1"], best["held_out_top1"], best["mean_per_class"]) == (
+        100.0,
+        100.0,
+        pytest.approx(100.0),
+    )
+
+
+def test_the_sweep_nears_the_best_linear_classifier(tmp_path):
+    """On Gaussian classes of one covariance the best classifier is linear and known: the nearest centre."""
+    train, val = separable(2000, noise=1.5), separable(4000, seed=1, noise=1.5)
+    centres = torch.from_numpy(np.random.default_rng(99).normal(size=(4, 12))).float()
+    ideal = 100 * (torch.cdist(val[0], centres).argmin(1) == val[1]).float().mean().item()
+    best = fast(tmp_path, train, val)
+    assert 70 < ideal < 98
+    assert best["top1"] > ideal - 1.5
+
+
+def test_no_validation_label_chooses_the_rate(tmp_path):
+    train, val = separable(300), separable(200, seed=1)
+    right = fast(tmp_path / "right", train, val)
+    wrong = fast(tmp_path / "wrong", train, (val[0], (val[1] + 1) % 4))
+    assert right["held_out_top1"] == wrong["held_out_top1"]
+    assert right["top1"] > 80
+    assert wrong["top1"] < 20
+
+
+def test_scores_by_hand():
+    score = Score(1, 6)
+    logits = torch.eye(6)[torch.tensor([0, 1, 1, 2])] + torch.linspace(0.0, 0.5, 6)
+    score.add(logits[None], torch.tensor([0, 1, 5, 0]))
+    found = score.percent()
+    assert found == {
+        "top1": 50.0,
+        "top5": 75.0,  # the last image's class 0 has the lowest of six logits
+        "mean_per_class": pytest.approx(100 * (1 / 2 + 1 + 0) / 3),
+        "right": 2,
+        "right_of_5": 3,
+        "images": 4,
+    }
+
+
+def test_growth_is_what_lars_can_reach():
+    """A gradient that never turns: the weights grow by nearly the e^growth that the warning speaks of."""
+    heads = LinearHeads([1.0], 2, 1, "lars", device="cpu", dtype=torch.float64, seed=0)
+    heads.weight[:] = torch.tensor([[0.01], [-0.01]])
+    x, y = torch.tensor([[1e-6]], dtype=torch.float64), torch.tensor([0])
+    for step in range(200):
+        heads.step(x, y, torch.ones(1, 1, dtype=torch.float64), loop.cosine_decay(step, 200))
+    reached = np.log(heads.weight.abs().max().item() / 0.01)
+    assert 0.8 < reached / growth([1.0], 200)[0] <= 1.0
+
+
+def test_blocks_cover_a_set_once():
+    for total in (1, 15, 61, 4096, 50_000):
+        blocks = block_ranges(total)
+        assert [i for block in blocks for i in block] == list(range(total))
+
+
+LONG = ("--epochs", 6, "--batch_size", 12, "--lr", 300)
+FAST = ("--fast", "--epochs", 12, "--batch_size", 12, "--lr", 0.1, 1, 10)
+
+
+@pytest.mark.parametrize("more", [LONG, FAST], ids=["long", "fast"])
+def test_one_two_and_three_processes_give_the_same_figures(place, tmp_path, more):
+    results = []
+    for ranks in (1, 2, 3):
+        options = words("linear", place, *more, "--images_at_once", 8, "--to", tmp_path / str(ranks))
+        results += run_ranks(run_of_rank, ranks, options)
+    for result in results[1:]:
+        for name in ("top1", "top5", "mean_per_class", "lr", "top1_interval"):
+            assert result[name] == results[0][name]
+        losses = [[epoch["loss"] for epoch in r.get("history", [])] for r in (result, results[0])]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert results[0]["images"] == 32
+    assert not (tmp_path / "2/features").exists()
+
+
+def test_the_learning_rates_origin_stands_in_the_result(place, tmp_path):
+    def source(*more):
+        options = words(
+            "linear", place, "--epochs", 1, "--batch_size", 32, *more, "--to", tmp_path / str(len(more))
+        )
+        result = run_linear.run(parse(options))
+        return result["lr"], result["lr_source"], result["settings"]["lr"]
+
+    assert source() == (0.025, "the authors' command (their parser's default is 0.1)", [0.025])
+    assert source("--lr", 0.1)[:2] == (
+        0.1,
+        "given by --lr (the authors' command has 0.025, their parser's default is 0.1)",
+    )
+
+
+def test_a_rate_too_low_for_lars_to_learn_is_told(place, tmp_path, capsys):
+    run_linear.run(parse(words("linear", place, "--epochs", 1, "--batch_size", 32, "--to", tmp_path)))
+    assert "warning: in 2 steps LARS lets the classifier grow by e^0.0 at most" in capsys.readouterr().out
+
+
+def test_training_images_are_random_resized_crops_and_flips(place, tmp_path):
+    from caco_scale.evaluate.setting import build_setting
+    from caco_scale.evaluate.stores import labels_of
+
+    setting = build_setting(parse(words("linear", place)))
+    images = LabelledImages(setting, setting.train, labels_of(setting.train, ""), 16)
+    epochs = [list(images.batches(start, start + 4)) for start in (0, 4)]
+    for epoch in epochs:
+        labels = torch.cat([labels for _, labels in epoch])
+        assert sorted(labels.tolist()) == sorted([0, 1, 2, 3] * 16)
+        assert epoch[0][0].shape == (16, 3, 16, 16)
+    assert not torch.equal(epochs[0][0][0], epochs[1][0][0])
+    again = next(images.batches(4, 5))
+    assert torch.equal(again[0], epochs[1][0][0]), "the same step gives the same images after a resume"
+
+
+def evaluation(options):
+    command = [sys.executable, "-m", "caco_scale.evaluate", *options]
+    return subprocess.Popen(
+        command,
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("more", [LONG, FAST], ids=["long", "fast"])
+def test_a_killed_evaluation_goes_on_and_ends_in_the_same_result(place, tmp_path, more):
+    """Killed among the blocks of features and again in the training; 2 processes take over from 1."""
+    whole = run_linear.run(parse(words("linear", place, *more, "--to", tmp_path / "whole")))
+    folder = tmp_path / "killed"
+    options = words("linear", place, *more, "--to", folder)
+    kill_when(evaluation(options), lambda: list(folder.glob("features/val/*.safetensors")), signal.SIGKILL)
+    kill_when(evaluation(options), lambda: (folder / "state.pt").exists(), signal.SIGKILL)
+    state = torch.load(folder / "state.pt", weights_only=True)["progress"]["step"]
+    assert state > 0
+    resumed = run_ranks(run_of_rank, 2, options)[0]
+    for name in ("top1", "top5", "mean_per_class", "lr"):
+        assert resumed[name] == whole[name]
+    assert json.loads((folder / "result.json").read_text())["environment"]["world_size"] == 2
+    if more is LONG:
+        assert [e["loss"] for e in resumed["history"]] == pytest.approx(
+            [e["loss"] for e in whole["history"]], rel=1e-6
+        )
+
+
+def test_a_damaged_state_is_one_line(place, tmp_path):
+    options = words("linear", place, *FAST, "--to", tmp_path)
+    run_linear.run(parse(options))
+    (tmp_path / "result.json").unlink()
+    (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"state\.pt cannot be read .*: remove it to begin anew") as caught:
+        run_linear.run(parse(options))
+    assert "\n" not in str(caught.value)
