@@ -210,7 +210,7 @@ WRONG_NUMBERS = [
     ),
     ("linear", ("--batch_size", "1.5"), "invalid int value"),
     ("linear-fast", ("--batch_size", "100"), "--batch_size 100 is more than the 64 training images"),
-    ("linear-fast", ("--lr", "1e300"), "the loss is not finite: give a lower --lr"),
+    ("linear-fast", ("--lr", "1e300"), "--lr is 1e+300: give at most 1000000.0"),
     ("finetune", ("--fraction", "0"), "--fraction is 0.0: give a number above 0"),
     ("finetune", ("--fraction", "1.5"), "--fraction is 1.5: give at most 1"),
     ("finetune", ("--fraction", "nan"), "--fraction is nan"),
@@ -220,16 +220,14 @@ WRONG_NUMBERS = [
         "more than the 8 training images that --fraction 0.1 leaves of 64: give 8 or",
     ),
     ("finetune", ("--batch_size", "1"), "BatchNorm needs at least 2"),
-    ("finetune", ("--lr", "1e200"), "the loss is not finite: give a lower --lr"),
+    ("finetune", ("--lr", "1e6", "--epochs", "9"), "the loss is not finite: give a lower --lr"),
     ("finetune", ("--k", "3"), "unknown argument --k"),
 ]
 
 
 @pytest.mark.parametrize(("command", "more", "message"), WRONG_NUMBERS)
 def test_wrong_numbers(capsys, tmp_path, place, command, more, message):
-    assert message in line_of(
-        capsys, tmp_path, place, command, more=(*more, "--epochs", "3") if "1e" in more[1] else more
-    )
+    assert message in line_of(capsys, tmp_path, place, command, more=more)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -59,6 +59,8 @@ class ResultFolder:
                 self._open()
         except UserError as error:
             complaint = str(error)
+            if self._lock is not None:
+                self._lock.close()
         assert_equal_on_all_ranks({}, "evaluation", error=complaint)
 
     def _open(self):
