@@ -13,6 +13,7 @@ from test_evaluate_linear import evaluation
 
 from caco_scale.evaluate import run_finetune
 from caco_scale.evaluate.__main__ import parse
+from caco_scale.evaluate.loop import LabelledBatch
 from caco_scale.evaluate.run_finetune import FineTuned, choose_share, usual_epochs
 from caco_scale.evaluate.setting import build_setting
 from caco_scale.weights import load_weights
@@ -57,7 +58,7 @@ def test_an_update_is_torchs_nesterov_step(place, tmp_path):
     for factor in (1.0, 0.5, 0.25):
         images = torch.randn(5, 3, 16, 16, generator=generator, dtype=torch.float64)
         labels = torch.tensor([0, 1, 2, 3, 0])
-        loss = learner.update((images, labels), factor)
+        loss = learner.update(LabelledBatch(images, labels, None, None), factor)
         optimizer.param_groups[0]["lr"] = 0.5 * factor
         optimizer.zero_grad()
         expected = torch.nn.functional.cross_entropy(reference(images), labels)
@@ -74,7 +75,7 @@ def test_an_image_that_does_not_decode_counts_nothing(place):
     setting = build_setting(parse(words("finetune", place, "--precision", "fp64")))
     learner = FineTuned(setting, rate=1.0, batch_size=4)
     images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
-    loss = learner.update((images, torch.tensor([0, -1, 2, -1])), 0.0)
+    loss = learner.update(LabelledBatch(images, torch.tensor([0, -1, 2, -1]), None, None), 0.0)
     with torch.no_grad():
         logits = learner.model.train()(images)[[0, 2]]
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 2])).item() / 2)

@@ -11,15 +11,18 @@ import torch
 from evaluation_cases import make_place, run_of_rank, separable, words
 from gloo import run_ranks
 from launch import ROOT, environment, kill_when
+from shard_sets import encode
 from torch.nn import functional as F
 
+from caco_scale.data.order import permutation
 from caco_scale.evaluate import loop, run_linear
 from caco_scale.evaluate.__main__ import parse
 from caco_scale.evaluate.blocks import block_ranges
-from caco_scale.evaluate.heads import LinearHeads, Score, growth
+from caco_scale.evaluate.heads import LinearHeads, Score, growth, score_features
 from caco_scale.evaluate.loop import LabelledImages
-from caco_scale.evaluate.results import ResultFolder
-from caco_scale.evaluate.run_linear import FAST_LRS, sweep
+from caco_scale.evaluate.run_linear import FAST_LRS, choose, choose_held_out
+from caco_scale.evaluate.setting import build_setting
+from caco_scale.evaluate.stores import labels_of
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +90,10 @@ def test_heads_side_by_side_are_heads_alone():
     assert torch.allclose(bias, b.grad)
 
 
-def fast(folder, train, val, num_classes=4, rates=FAST_LRS, epochs=30, batch_size=64):
-    """The sweep's records on features that nothing was read for."""
+def trained_heads(train, rates, num_classes, epochs=30, batch_size=64):
+    """Heads trained with SGD and a cosine on features (n, F), as ``--fast`` does."""
     heads = LinearHeads(
-        [rate * batch_size / 256 for rate in (*rates, *rates)],
+        [rate * batch_size / 256 for rate in rates],
         num_classes,
         train[0].shape[1],
         "sgd",
@@ -98,50 +101,115 @@ def fast(folder, train, val, num_classes=4, rates=FAST_LRS, epochs=30, batch_siz
         dtype=torch.float64,
         seed=0,
     )
-    parts = [(features.clone(), labels, torch.arange(len(labels))) for features, labels in (train, val)]
-    records = sweep(heads, *parts, epochs, batch_size, 0, ResultFolder(folder, "", "", {}, True))
-    return max(records, key=lambda record: record["held_out_top1"])
+    features, labels = train[0].double(), train[1]
+    shares = torch.full((len(rates), batch_size), 1 / batch_size, dtype=torch.float64)
+    steps_per_epoch = len(labels) // batch_size
+    for step in range(epochs * steps_per_epoch):
+        epoch, position = divmod(step, steps_per_epoch)
+        order = torch.from_numpy(permutation(len(labels), epoch))[position * batch_size :][:batch_size]
+        heads.step(features[order], labels[order], shares, loop.cosine_decay(step, epochs * steps_per_epoch))
+    return heads
 
 
-def test_features_of_noise_are_near_chance(tmp_path):
+def best_top1(train, val, num_classes):
+    heads = trained_heads(train, FAST_LRS, num_classes)
+    score = score_features(heads, *val, num_classes)
+    return max(score.percent(head)["top1"] for head in range(len(FAST_LRS)))
+
+
+def test_features_of_noise_are_near_chance():
     generator = torch.Generator().manual_seed(1)
     train, val = (
         (torch.randn(n, 32, generator=generator), torch.randint(0, 10, (n,), generator=generator))
-        for n in (1000, 2000)
+        for n in (1000, 4000)
     )
-    best = fast(tmp_path, train, val, num_classes=10)
-    assert 7 < best["top1"] < 13
-    assert 43 < best["top5"] < 57
+    assert 8 < best_top1(train, val, 10) < 12.5
 
 
-def test_the_labels_themselves_are_near_100(tmp_path):
+def test_the_labels_themselves_are_near_100():
     labels = torch.arange(1000) % 10
-    sets = [(F.one_hot(labels[:n], 10).float(), labels[:n]) for n in (1000, 300)]
-    best = fast(tmp_path, *sets, num_classes=10)
-    assert (best["top1"], best["held_out_top1"], best["mean_per_class"]) == (
-        100.0,
-        100.0,
-        pytest.approx(100.0),
-    )
+    assert best_top1(*((F.one_hot(labels[:n], 10).float(), labels[:n]) for n in (1000, 300)), 10) == 100
 
 
-def test_the_sweep_nears_the_best_linear_classifier(tmp_path):
+def test_the_sweep_nears_the_best_linear_classifier():
     """On Gaussian classes of one covariance the best classifier is linear and known: the nearest centre."""
     train, val = separable(2000, noise=1.5), separable(4000, seed=1, noise=1.5)
     centres = torch.from_numpy(np.random.default_rng(99).normal(size=(4, 12))).float()
     ideal = 100 * (torch.cdist(val[0], centres).argmin(1) == val[1]).float().mean().item()
-    best = fast(tmp_path, train, val)
     assert 70 < ideal < 98
-    assert best["top1"] > ideal - 1.5
+    assert best_top1(train, val, 4) > ideal - 1
 
 
-def test_no_validation_label_chooses_the_rate(tmp_path):
-    train, val = separable(300), separable(200, seed=1)
-    right = fast(tmp_path / "right", train, val)
-    wrong = fast(tmp_path / "wrong", train, (val[0], (val[1] + 1) % 4))
-    assert right["held_out_top1"] == wrong["held_out_top1"]
-    assert right["top1"] > 80
-    assert wrong["top1"] < 20
+def test_images_whose_labels_say_nothing_are_near_chance(tmp_path):
+    place = make_place(tmp_path / "place", num_images=600)
+    result = run_linear.run(parse(words("linear", place, "--fast", "--epochs", 5, "--to", tmp_path / "to")))
+    assert result["images"] == 300
+    assert 15 < result["top1"] < 35
+    assert result["top1_interval"][0] < 25 < result["top1_interval"][1]
+
+
+def test_images_of_the_classes_colours_are_near_100(tmp_path):
+    """Through the command, from a folder of PNGs, with an encoder that never trained."""
+    place = make_place(tmp_path / "place")
+    for split, number in (("train", 30), ("val", 10)):
+        for label, colour in enumerate(((220, 40, 40), (40, 220, 40), (40, 40, 220))):
+            folder = tmp_path / "colours" / split / f"c{label}"
+            folder.mkdir(parents=True)
+            for i in range(number):
+                noise = np.random.default_rng(i).integers(-20, 21, (18, 18, 3))
+                (folder / f"{i}.png").write_bytes(encode((np.array(colour) + noise).astype(np.uint8), "PNG"))
+    more = ("--fast", "--epochs", 20, "--batch_size", 16, "--to", tmp_path / "to")
+    options = words("linear", place, "--data", tmp_path / "colours", *more)
+    del options[options.index("--val") : options.index("--val") + 2]
+    result = run_linear.run(parse(options))
+    assert (result["top1"], result["images"]) == (100.0, 30)
+
+
+def scores(right, total=10):
+    """A :class:`Score` of one class of ``total`` images, of which heads have ``right``."""
+    score = Score(len(right), 1)
+    score.images[:] = total
+    score.top1[:, 0] = score.top5[:, 0] = torch.tensor(right)
+    return score
+
+
+def test_no_validation_label_chooses_the_rate():
+    held_out = scores([5, 9, 9, 7, 0, 0, 0, 0])  # the first four never saw these images
+    val = scores([0, 0, 0, 0, 10, 6, 8, 9])
+    result = choose([0.1, 1.0, 3.0, 10.0], held_out, val, [True] * 8)
+    assert (result["lr"], result["top1"]) == (1.0, 60.0), "the best when held out, of equals the lowest"
+    assert result["best_on_validation"] == {"lr": 0.1, "top1": 100.0}
+    assert [row["held_out_top1"] for row in result["results"]] == [50.0, 90.0, 90.0, 70.0]
+
+
+def test_a_classifier_that_diverged_is_left_out_and_all_of_them_are_an_error():
+    held_out, val = scores([5, 9, 0, 0]), scores([0, 0, 6, 8])
+    finite = [True, False, True, True]
+    result = choose([0.1, 1.0], held_out, val, finite)
+    assert (result["lr"], result["results"][1]) == (0.1, {"lr": 1.0, "held_out_top1": None})
+    with pytest.raises(
+        ValueError, match=r"every classifier of the sweep diverged: give lower rates with --lr than 0\.1"
+    ):
+        choose([0.1, 1.0], held_out, val, [False, True, True, False])
+
+
+def test_held_out_images_teach_the_first_heads_nothing(place):
+    setting = build_setting(parse(words("linear", place)))
+    images = LabelledImages(setting, setting.train, labels_of(setting.train, ""), 16)
+    batch = next(images.batches(0, 1))
+    held_out = choose_held_out(64, seed=0)
+    held_out[batch.ids[:4]] = True
+
+    def trained(batch):
+        heads = run_linear._build_heads(setting, [1.0, 1.0], 16, "sgd")
+        run_linear.FrozenEncoder(setting, heads, held_out).update(batch, 1.0)
+        return heads.weight
+
+    labels = batch.labels.clone()
+    labels[:4] = (labels[:4] + 1) % 4
+    one, other = trained(batch), trained(batch._replace(labels=labels))
+    assert torch.equal(one[0], other[0])
+    assert not torch.allclose(one[1], other[1])
 
 
 def test_scores_by_hand():
@@ -216,19 +284,18 @@ def test_a_rate_too_low_for_lars_to_learn_is_told(place, tmp_path, capsys):
 
 
 def test_training_images_are_random_resized_crops_and_flips(place, tmp_path):
-    from caco_scale.evaluate.setting import build_setting
-    from caco_scale.evaluate.stores import labels_of
-
     setting = build_setting(parse(words("linear", place)))
     images = LabelledImages(setting, setting.train, labels_of(setting.train, ""), 16)
     epochs = [list(images.batches(start, start + 4)) for start in (0, 4)]
     for epoch in epochs:
-        labels = torch.cat([labels for _, labels in epoch])
+        labels = torch.cat([batch.labels for batch in epoch])
         assert sorted(labels.tolist()) == sorted([0, 1, 2, 3] * 16)
-        assert epoch[0][0].shape == (16, 3, 16, 16)
-    assert not torch.equal(epochs[0][0][0], epochs[1][0][0])
+        assert epoch[0].images.shape == (16, 3, 16, 16)
+    assert not torch.equal(epochs[0][0].images, epochs[1][0].images)
     again = next(images.batches(4, 5))
-    assert torch.equal(again[0], epochs[1][0][0]), "the same step gives the same images after a resume"
+    assert torch.equal(again.images, epochs[1][0].images), (
+        "the same step gives the same images after a resume"
+    )
 
 
 def evaluation(options):

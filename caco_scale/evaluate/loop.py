@@ -6,6 +6,7 @@ Shapes: N global batch, B this rank's share, s pixels on a side.
 import io
 import pickle
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -98,6 +99,15 @@ def check_batch(batch_size, num_images, world_size, why=""):
         )
 
 
+class LabelledBatch(NamedTuple):
+    """Images (B, 3, s, s) and labels (B,) on the device, their numbers (B,) and those of the global batch (N,)."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    ids: np.ndarray
+    global_ids: np.ndarray
+
+
 class LabelledImages:
     """Random resized crops and flips of a store's images with their labels, the same at any number of processes.
 
@@ -110,7 +120,7 @@ class LabelledImages:
         self.order = Order(counts, seed=setting.seed, global_batch_size=batch_size)
 
     def batches(self, start, end):
-        """This rank's (images (B, 3, s, s), labels (B,)) of every step from ``start`` up to ``end``, on its device."""
+        """This rank's :class:`LabelledBatch` of every step from ``start`` up to ``end``."""
         setting = self.setting
         view = ViewSpec(
             size=setting.size, scale=CROP_SCALE, jitter_p=0, grayscale_p=0, blur_p=0, solarize_p=0
@@ -127,14 +137,15 @@ class LabelledImages:
             workers=setting.workers,
         )
         for batch in stream:
-            labels = self._labels(batch)
+            global_ids = self.order.batch(batch.step)
+            ids = rank_share(global_ids, setting.rank, setting.world_size)
             crops = batch.crops[0].to(setting.device, non_blocking=True)
             images = normalise(crops, setting.mean, setting.std, setting.dtype, setting.device.type == "cuda")
             flip = batch.params[0]["flip"].to(setting.device).view(-1, 1, 1, 1)
-            yield torch.where(flip, images.flip(3), images), labels.to(setting.device)
+            images = torch.where(flip, images.flip(3), images)
+            yield LabelledBatch(images, self._labels(batch, ids).to(setting.device), ids, global_ids)
 
-    def _labels(self, batch):
-        ids = rank_share(self.order.batch(batch.step), self.setting.rank, self.setting.world_size)
+    def _labels(self, batch, ids):
         labels = torch.from_numpy(self.labels[ids])
         for entry in batch.corrupt:
             print(f"warning: {entry['key']} does not decode ({entry['error']}): left out", flush=True)

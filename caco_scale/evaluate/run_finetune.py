@@ -134,7 +134,7 @@ class FineTuned:
 
     def update(self, batch, factor):
         """One step; gradients are summed over micro-batches and ranks, each sample counting 1 / global batch."""
-        images, labels = batch
+        images, labels = batch.images, batch.labels
         self.model.train()
         loss = images.new_zeros(())
         at_once = self.setting.images_at_once
