@@ -27,7 +27,7 @@ def resolve(config, accelerator):
     """Settle what depends on the machine, and make the demo's data."""
     config = resolve_precision(config, accelerator.device)
     check_temperatures(config)
-    if config.recipe == "demo" and config.data.shards == configuration.load_recipe("demo").data.shards:
+    if configuration.makes_its_data(config):
         if accelerator.is_main_process:
             from data_prep.demo import build_demo
 

@@ -248,6 +248,11 @@ def recipe_names():
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+def makes_its_data(config):
+    """Is it a demo, or a baseline of it, on the demo's own images, which the command builds?"""
+    return config.recipe.split("_")[0] == "demo" and config.data.shards == load_recipe("demo").data.shards
+
+
 def load_recipe(name):
     """The Config of a recipe's name or of a YAML file's path."""
     path = RECIPES / f"{name}.yaml"

@@ -152,10 +152,9 @@ def check_arithmetic(config, world_size, data=None):
 def check_data(config, rank, world_size):
     """The shard set as training opens it -> (findings, TrainingData or None)."""
     from caco_scale.assemble import TrainingData
-    from caco_scale.config import load_recipe
+    from caco_scale.config import makes_its_data
 
-    own = config.recipe == "demo" and config.data.shards == load_recipe("demo").data.shards
-    if own and not Path(config.data.shards, "manifest.json").exists():
+    if makes_its_data(config) and not Path(config.data.shards, "manifest.json").exists():
         return [note(f"the demo's data will be built in {Path(config.data.shards).parent}")], None
     try:
         return [ok(f"shards {config.data.shards}")], TrainingData(config, rank, world_size)

@@ -47,6 +47,33 @@ def test_every_recipe_has_a_header_with_source_hardware_command_and_score(name):
     assert ("Score:" in text and "Hardware:" in text) or name == "demo"
 
 
+@pytest.mark.parametrize(
+    ("baseline", "recipe"),
+    [
+        ("demo_moco", "demo"),
+        ("demo_adco", "demo"),
+        ("moco_r50_200ep", "caco_r50_200ep"),
+        ("adco_r50_200ep", "caco_r50_200ep"),
+    ],
+)
+def test_a_baseline_is_its_recipe_with_another_rule(baseline, recipe):
+    changed = {
+        name
+        for name, value in flatten(parse([baseline])).items()
+        if value != flatten(parse([recipe]))[name] and name not in ("recipe", "run.dir")
+    }
+    lengths = {"optim.epochs", "bank.warmup_epochs", "bank.warmup_ramp_steps"}
+    assert "bank.rule" in changed
+    assert changed <= {"bank.rule", "bank.temperature", "loss.temperature"} | lengths
+
+    def epochs(name):
+        config = parse([name])
+        return config.optim.epochs + config.bank.warmup_epochs
+
+    assert epochs(baseline) == epochs(recipe)
+    assert configuration.makes_its_data(parse([baseline])) == baseline.startswith("demo")
+
+
 def test_the_papers_recipes_have_the_papers_numbers():
     expected = {  # arXiv:2203.14370: batch, epochs, local crops
         "caco_r50_200ep": (1024, 200, 0),

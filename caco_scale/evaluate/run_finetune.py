@@ -1,0 +1,229 @@
+"""The command ``evaluate finetune``: train encoder and classifier on a share of the labels.
+
+The semi-supervised protocol of SimCLR (arXiv:2002.05709, appendix B.5): SGD with Nesterov momentum 0.9, learning rate
+0.05 per 256 images with a cosine and no warm-up, no weight decay, random resized crops and flips, 60 epochs on 1% of
+the labels and 30 on more; BatchNorm trains, over all processes. The batch is 1,024 instead of SimCLR's 4,096, of which
+1% of ImageNet would give three steps an epoch.
+
+The share is drawn class by class, at least one image of each; ``samples.txt`` lists it.
+
+Shapes: B this rank's batch, C classes, F features.
+"""
+
+import time
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from caco_scale.data.order import permutation
+from caco_scale.distributed import collectives
+from caco_scale.distributed.syncbn import convert_sync_batchnorm
+from caco_scale.errors import UserError
+from caco_scale.evaluate.features import feature_batches
+from caco_scale.evaluate.heads import INITIAL_STD, MOMENTUM, Score
+from caco_scale.evaluate.loop import NO_LABEL, LabelledImages, check_batch, fit, restore
+from caco_scale.evaluate.results import CONFIDENCE, show
+from caco_scale.evaluate.run_linear import with_intervals
+from caco_scale.evaluate.setting import build_setting
+from caco_scale.evaluate.stores import Subset, labels_of
+
+LR, BATCH_SIZE = 0.05, 1024
+EPOCHS, EPOCHS_OF_FEW, FEW = 30, 60, 0.05
+SHARE = 97  # keeps these random numbers apart from others
+SAMPLES = "samples.txt"
+
+
+def run(flags):
+    """``evaluate finetune`` -> the result's content."""
+    setting = build_setting(flags)
+    labels = labels_of(setting.train, "fine-tuning")
+    labels_of(setting.val, "fine-tuning")
+    chosen = choose_share(labels, flags.fraction, flags.seed)
+    batch_size = flags.batch_size or BATCH_SIZE
+    why = f" that --fraction {flags.fraction:g} leaves of {len(labels):,}" if flags.fraction < 1 else ""
+    check_batch(batch_size, len(chosen), setting.world_size, why)
+    if batch_size < 2:
+        raise UserError("--batch_size is 1: BatchNorm needs at least 2 images")
+    epochs = flags.epochs or usual_epochs(flags.fraction)
+    rate = flags.lr or LR
+    settings = {
+        "fraction": flags.fraction,
+        "lr": rate,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": flags.seed,
+    }
+    # BatchNorm's statistics are those of one forward: how many images that has is part of the mathematics.
+    share = batch_size // setting.world_size
+    settings["forward"] = setting.world_size * min(share, setting.images_at_once)
+    folder = setting.folder(flags, f"finetune-{flags.fraction:g}", settings)
+    setting.say(
+        f"{len(chosen):,} of {len(labels):,} labels (at least one a class), {epochs} epochs, base learning rate "
+        f"{rate:g} per 256 images ({'given by --lr' if flags.lr else 'SimCLR'})"
+    )
+    result = folder.finished()
+    if result is None:
+        began = time.monotonic()
+        names = sample_names(setting.train, chosen)
+        folder.write_bytes(SAMPLES, ("\n".join(names) + "\n").encode())
+        figures = _train(setting, folder, labels, chosen, rate, epochs, batch_size)
+        more = {"samples": len(chosen), "samples_file": SAMPLES}
+        result = setting.report(folder, time.monotonic() - began, **figures, **more)
+    else:
+        setting.say("evaluated before: the figures are those of then")
+    if setting.is_main:
+        _show(setting, folder, result)
+    return result
+
+
+def usual_epochs(fraction):
+    """SimCLR's number of epochs for a share of the labels."""
+    return EPOCHS_OF_FEW if fraction < FEW else EPOCHS
+
+
+def choose_share(labels, fraction, seed):
+    """Sample numbers of ``fraction`` of every class, at least one: ascending int64; the same for equal arguments."""
+    chosen = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        wanted = max(1, round(fraction * len(members)))
+        chosen.append(members[permutation(len(members), seed, SHARE, label)[:wanted]])
+    return np.sort(np.concatenate(chosen))
+
+
+def sample_names(store, ids):
+    """``shard/key`` of samples by their numbers in the set."""
+    first = np.concatenate([[0], np.cumsum([shard.num_samples for shard in store.manifest.shards])])
+    shards = np.searchsorted(first, ids, side="right") - 1
+    return [
+        f"{store.manifest.shards[shard].name}/{store.index(int(shard)).keys[int(number - first[shard])]}"
+        for number, shard in zip(ids, shards, strict=True)
+    ]
+
+
+class Classifier(nn.Module):
+    """A backbone with a linear classifier on its features: images (B, 3, s, s) -> logits (B, C)."""
+
+    def __init__(self, backbone, num_features, num_classes, seed):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(num_features, num_classes)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            self.head.weight.normal_(0, INITIAL_STD, generator=generator)
+            self.head.bias.zero_()
+
+    def forward(self, images):
+        return self.head(self.backbone(images))
+
+
+class FineTuned:
+    """A classifier that trains as a whole, as :func:`fit` trains it; every rank holds all of it."""
+
+    def __init__(self, setting, rate, batch_size):
+        self.setting, self.rate, self.batch_size = setting, rate * batch_size / 256, batch_size
+        weights, num_classes = setting.weights, len(setting.train.manifest.classes)
+        model = Classifier(
+            weights.backbone.requires_grad_(True), weights.num_features, num_classes, setting.seed
+        )
+        self.model = convert_sync_batchnorm(model.to(setting.device, setting.dtype), setting.device.type)
+        self.parameters = list(self.model.parameters())
+        self.velocity = [torch.zeros_like(p) for p in self.parameters]
+
+    def update(self, batch, factor):
+        """One step; gradients are summed over micro-batches and ranks, each sample counting 1 / global batch."""
+        images, labels = batch.images, batch.labels
+        self.model.train()
+        loss = images.new_zeros(())
+        at_once = self.setting.images_at_once
+        for x, y in zip(images.split(at_once), labels.split(at_once), strict=True):
+            part = (
+                F.cross_entropy(self._logits(x), y, ignore_index=NO_LABEL, reduction="sum") / self.batch_size
+            )
+            part.backward()
+            loss += part.detach()
+        gradients = [p.grad.flatten() for p in self.parameters]
+        summed = collectives.all_reduce_(torch.cat([loss.view(1), *gradients]))
+        loss, *gradients = summed.split([1, *(len(gradient) for gradient in gradients)])
+        self._step(
+            [g.view_as(p) for g, p in zip(gradients, self.parameters, strict=True)], self.rate * factor
+        )
+        return loss.item()
+
+    @torch.no_grad()
+    def _step(self, gradients, rate):
+        """Nesterov: v <- 0.9 v + g; p <- p - rate (g + 0.9 v), as torch.optim.SGD has it."""
+        torch._foreach_mul_(self.velocity, MOMENTUM)
+        torch._foreach_add_(self.velocity, gradients)
+        torch._foreach_add_(gradients, self.velocity, alpha=MOMENTUM)
+        torch._foreach_add_(self.parameters, gradients, alpha=-rate)
+        for p in self.parameters:
+            p.grad = None
+
+    def _logits(self, images):
+        setting = self.setting
+        enabled = setting.autocast_dtype is not None
+        with torch.autocast(setting.device.type, dtype=setting.autocast_dtype, enabled=enabled):
+            logits = self.model(images)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def tensors(self):
+        names = [name for name, _ in self.model.named_parameters()]
+        velocity = {f"velocity.{name}": v for name, v in zip(names, self.velocity, strict=True)}
+        return {name: tensor.detach() for name, tensor in self.model.state_dict().items()} | velocity
+
+
+def _train(setting, folder, labels, chosen, rate, epochs, batch_size):
+    store = Subset(setting.train, chosen)
+    images = LabelledImages(setting, store, labels[chosen], batch_size)
+    steps_per_epoch = images.order.steps_per_epoch
+    num_steps = epochs * steps_per_epoch
+    learner = FineTuned(setting, rate, batch_size)
+    progress = restore(folder, learner)
+    if progress.step:
+        setting.say(f"resumed at step {progress.step:,} of {num_steps:,}")
+
+    def end_epoch(epoch):
+        setting.say(f"epoch {epoch} of {epochs}")
+        return {"epoch": epoch}
+
+    fit(
+        learner,
+        lambda start: images.batches(start, num_steps),
+        progress,
+        num_steps=num_steps,
+        steps_per_epoch=steps_per_epoch,
+        folder=folder,
+        end_epoch=end_epoch,
+    )
+    figures = with_intervals(_score(setting, learner.model).percent())
+    return {
+        **figures,
+        "optimizer": "SGD, Nesterov momentum 0.9, no weight decay",
+        "history": progress.history,
+    }
+
+
+def _score(setting, model):
+    """:class:`Score` of the classifier on all validation images. Collective."""
+    score = Score(1, len(setting.val.manifest.classes))
+    batches = setting.evaluation_batches(setting.val)
+    options = {**setting.extraction(), "module": model, "unit_norm": False}
+    for logits, labels, _ in feature_batches(model, batches, **options):
+        score.add(logits[None], labels)
+    return score.over_ranks(setting.device)
+
+
+def _show(setting, folder, result):
+    row = {
+        "fraction": f"{result['settings']['fraction']:g}",
+        "labels": result["samples"],
+        "top-1 %": result["top1"],
+        f"{CONFIDENCE}% interval": result["top1_interval"],
+        "top-5 %": result["top5"],
+        "mean per class %": result["mean_per_class"],
+    }
+    notes = [f"written to {folder.path / 'result.json'}, the images used to {folder.path / SAMPLES}"]
+    show(f"fine-tuning of {setting.weights.path}", [row], notes)

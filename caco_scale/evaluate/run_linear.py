@@ -1,0 +1,275 @@
+"""The command ``evaluate linear``: a linear classifier on frozen features.
+
+As the paper does (arXiv:2203.14370, section 4; the authors' linear.py): 100 epochs of random resized crops and flips,
+batch 4,096, LARS that scales the bias too, momentum 0.9, no weight decay, cosine, the encoder in eval mode. With
+``--fast``: 10 epochs of the same images, whose features classifiers with many learning rates share in one pass (SGD
+with momentum, as DINOv2 does). Which rate counts is decided on a tenth of the training images that a second set of
+classifiers never sees, so that no validation label chooses anything.
+
+Shapes: H rates, B this rank's batch, N global, F features.
+"""
+
+import time
+
+import numpy as np
+import torch
+
+from caco_scale.data.order import permutation
+from caco_scale.errors import UserError
+from caco_scale.evaluate.blocks import features_of, remove_features
+from caco_scale.evaluate.heads import LinearHeads, growth, score_features
+from caco_scale.evaluate.loop import NO_LABEL, LabelledImages, check_batch, fit, restore
+from caco_scale.evaluate.results import CONFIDENCE, interval, show
+from caco_scale.evaluate.setting import build_setting
+from caco_scale.evaluate.stores import Subset, labels_of
+
+AUTHORS_LR = 0.025  # per 256 images, of the command that the authors publish; their parser's default is 0.1
+FAST_LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+EPOCHS, BATCH_SIZE = 100, 4096
+FAST_EPOCHS, FAST_BATCH_SIZE = 10, 256
+HELD_OUT = 83  # keeps these random numbers apart from others
+LEAST_GROWTH = 5
+
+
+def run(flags):
+    """``evaluate linear`` -> the result's content."""
+    setting = build_setting(flags)
+    batch_size = flags.batch_size or (FAST_BATCH_SIZE if flags.fast else BATCH_SIZE)
+    epochs = flags.epochs or (FAST_EPOCHS if flags.fast else EPOCHS)
+    rates, source = _rates(flags)
+    check_batch(batch_size, setting.train.manifest.num_samples, setting.world_size)
+    labels = labels_of(setting.train, "linear evaluation")
+    labels_of(setting.val, "linear evaluation")
+    name = "linear-fast" if flags.fast else "linear"
+    settings = {"lr": rates, "epochs": epochs, "batch_size": batch_size, "seed": flags.seed}
+    folder = setting.folder(flags, name, settings)
+    setting.say(f"base learning rate {', '.join(f'{rate:g}' for rate in rates)} per 256 images: {source}")
+    result = folder.finished()
+    if result is None:
+        began = time.monotonic()
+        figures = _evaluate(setting, folder, labels, rates, epochs, batch_size, flags.fast)
+        result = setting.report(folder, time.monotonic() - began, lr_source=source, **figures)
+        remove_features(folder)
+    else:
+        setting.say("evaluated before: the figures are those of then")
+    if setting.is_main:
+        _show(setting, folder, result)
+    return result
+
+
+def _rates(flags):
+    """(learning rates per 256 images, whose they are in words)."""
+    if flags.fast:
+        if flags.lr:
+            return flags.lr, "given by --lr"
+        return list(FAST_LRS), "the sweep of --fast"
+    if flags.lr and len(flags.lr) > 1:
+        raise UserError(f"--lr names {len(flags.lr)} learning rates: give one, or --fast, which sweeps many")
+    if flags.lr:
+        return (
+            flags.lr,
+            f"given by --lr (the authors' command has {AUTHORS_LR}, their parser's default is 0.1)",
+        )
+    return [AUTHORS_LR], "the authors' command (their parser's default is 0.1)"
+
+
+def _build_heads(setting, rates, batch_size, optimizer):
+    """Heads in fp64 on a CPU, where rounding then hides no difference between numbers of processes; else fp32."""
+    return LinearHeads(
+        [rate * batch_size / 256 for rate in rates],
+        len(setting.train.manifest.classes),
+        setting.weights.num_features,
+        optimizer,
+        device=setting.device,
+        dtype=torch.float64 if setting.device.type == "cpu" else torch.float32,
+        seed=setting.seed,
+    )
+
+
+class FrozenEncoder:
+    """Classifiers on the features of a frozen encoder, as :func:`fit` trains them.
+
+    ``held_out`` (n,) bool by sample number, or None. With it the heads are H rates twice: the first H do not learn
+    from those samples, the second H learn from all.
+    """
+
+    def __init__(self, setting, heads, held_out=None):
+        self.setting, self.heads, self.held_out = setting, heads, held_out
+
+    @torch.no_grad()
+    def update(self, batch, factor):
+        """-> the lowest loss of the heads that learn from all samples."""
+        known = batch.labels != NO_LABEL
+        features = self._features(batch.images[known])
+        shares = torch.from_numpy(self._shares(batch)).to(features)[:, known]
+        losses = self.heads.step(features, batch.labels[known], shares, factor)
+        losses = losses[-self.num_rates :]
+        finite = losses[losses.isfinite()]
+        return finite.min().item() if len(finite) else float("nan")
+
+    @property
+    def num_rates(self):
+        return len(self.heads.rates) // (1 if self.held_out is None else 2)
+
+    def tensors(self):
+        return self.heads.tensors()
+
+    def _shares(self, batch):
+        """What each sample counts in the mean over the global batch of each head: (heads, B)."""
+        everything = np.full((self.num_rates, len(batch.ids)), 1 / len(batch.global_ids))
+        if self.held_out is None:
+            return everything
+        seen = int((~self.held_out[batch.global_ids]).sum())
+        without = np.tile(~self.held_out[batch.ids] / max(1, seen), (self.num_rates, 1))
+        return np.concatenate([without, everything])
+
+    def _features(self, images):
+        setting = self.setting
+        enabled = setting.autocast_dtype is not None
+        with torch.autocast(setting.device.type, dtype=setting.autocast_dtype, enabled=enabled):
+            parts = [setting.weights.backbone(part) for part in images.split(setting.images_at_once)]
+        return torch.cat(parts).to(self.heads.weight.dtype)
+
+
+def _evaluate(setting, folder, labels, rates, epochs, batch_size, fast):
+    """Train the classifiers, or go on where a former start stopped -> the figures of the result."""
+    images = LabelledImages(setting, setting.train, labels, batch_size)
+    steps_per_epoch = images.order.steps_per_epoch
+    num_steps = epochs * steps_per_epoch
+    heads = _build_heads(setting, rates * 2 if fast else rates, batch_size, "sgd" if fast else "lars")
+    if not fast:
+        _warn_of_little_growth(setting, heads.rates[0], num_steps)
+    num_classes = len(setting.val.manifest.classes)
+    val = features_of(setting, setting.val, folder, "val")
+    held_out = choose_held_out(len(labels), setting.seed) if fast else None
+    learner = FrozenEncoder(setting, heads, held_out)
+    progress = restore(folder, learner)
+    if progress.step:
+        setting.say(f"resumed at step {progress.step:,} of {num_steps:,}")
+
+    def end_epoch(epoch):
+        if fast:
+            setting.say(f"epoch {epoch} of {epochs}")
+            return {"epoch": epoch}
+        score = score_features(heads, *val[:2], num_classes).percent()
+        setting.say(f"epoch {epoch} of {epochs}: top-1 {score['top1']:.2f}%, top-5 {score['top5']:.2f}%")
+        return {"epoch": epoch, **score}
+
+    fit(
+        learner,
+        lambda start: images.batches(start, num_steps),
+        progress,
+        num_steps=num_steps,
+        steps_per_epoch=steps_per_epoch,
+        folder=folder,
+        end_epoch=end_epoch,
+    )
+    if fast:
+        unseen = features_of(setting, Subset(setting.train, np.flatnonzero(held_out)), folder, "held_out")
+        scores = (score_features(heads, *part[:2], num_classes) for part in (unseen, val))
+        figures = choose(rates, *scores, heads.finite())
+    else:
+        figures = {
+            **with_intervals(progress.history[-1]),
+            "lr": rates[0],
+            "optimizer": "LARS, bias scaled too",
+        }
+    return {**figures, "history": progress.history}
+
+
+def _warn_of_little_growth(setting, rate, num_steps):
+    reach = growth([rate], num_steps)[0]
+    if reach < LEAST_GROWTH:
+        setting.say(
+            f"warning: in {num_steps:,} steps LARS lets the classifier grow by e^{reach:.1f} at most, too little to "
+            f"learn from weights of 0.01: raise --lr about {LEAST_GROWTH / reach:.0f} times, or lower --batch_size"
+        )
+
+
+def choose_held_out(num_samples, seed):
+    """A tenth of the samples, at least one: (n,) bool by sample number."""
+    held_out = np.zeros(num_samples, bool)
+    held_out[permutation(num_samples, seed, HELD_OUT)[: max(1, num_samples // 10)]] = True
+    return held_out
+
+
+def choose(rates, held_out, val, finite):
+    """The figures of a sweep; the rate is the one whose first head is best on the images that it never saw.
+
+    ``held_out``, ``val``: :class:`~caco_scale.evaluate.heads.Score` of 2H heads; ``finite``: of each, whether it still
+    is numbers. Of equal ones the lowest rate. UserError: every head diverged.
+    """
+    num_rates = len(rates)
+    rows = []
+    for head, rate in enumerate(rates):
+        if finite[head] and finite[num_rates + head]:
+            row = {
+                "lr": rate,
+                "held_out_top1": held_out.percent(head)["top1"],
+                **val.percent(num_rates + head),
+            }
+        else:
+            row = {"lr": rate, "held_out_top1": None}
+        rows.append(row)
+    usable = [row for row in rows if row["held_out_top1"] is not None]
+    if not usable:
+        raise UserError(
+            f"every classifier of the sweep diverged: give lower rates with --lr than {min(rates):g}"
+        )
+    best = max(usable, key=lambda row: row["held_out_top1"])
+    best_on_val = max(usable, key=lambda row: row["top1"])
+    return {
+        **with_intervals(best),
+        "lr": best["lr"],
+        "optimizer": "SGD, momentum 0.9, no weight decay",
+        "chosen_by": "top-1 on a tenth of the training images, by classifiers trained without them",
+        "best_on_validation": {"lr": best_on_val["lr"], "top1": best_on_val["top1"]},
+        "results": rows,
+    }
+
+
+def with_intervals(score):
+    """A score with bootstrap intervals of top-1 and top-5."""
+    kept = {name: score[name] for name in ("top1", "top5", "mean_per_class", "images")}
+    return {
+        **kept,
+        "top1_interval": interval(score["right"], score["images"]),
+        "top5_interval": interval(score["right_of_5"], score["images"]),
+        "confidence": CONFIDENCE,
+    }
+
+
+def _show(setting, folder, result):
+    protocol = "fast linear" if "results" in result else "linear (the paper's protocol)"
+    rows = result.get("results") or [result]
+    table = [
+        {
+            "lr / 256": f"{row['lr']:g}"
+            + (" <- chosen" if "results" in result and row["lr"] == result["lr"] else ""),
+            **({"held-out top-1 %": row["held_out_top1"]} if "results" in result else {}),
+            "top-1 %": row.get("top1"),
+            "top-5 %": row.get("top5"),
+            "mean per class %": row.get("mean_per_class"),
+        }
+        for row in rows
+    ]
+    notes = [
+        f"{CONFIDENCE}% intervals: " + ", ".join(_interval_text(result, name) for name in ("top1", "top5")),
+        f"base learning rate {result['lr']:g} per 256 images: {result['lr_source']}",
+    ]
+    if "results" in result:
+        best = result["best_on_validation"]
+        notes.append(
+            f"chosen by {result['chosen_by']} (the best on the validation images: lr {best['lr']:g}, "
+            f"{best['top1']:.2f}%)"
+        )
+    show(
+        f"{protocol} evaluation of {setting.weights.path}",
+        table,
+        [*notes, f"written to {folder.path / 'result.json'}"],
+    )
+
+
+def _interval_text(result, name):
+    low, high = result[f"{name}_interval"]
+    return f"{name} {result[name]:.2f}% ({low:.2f} to {high:.2f})"
