@@ -7,6 +7,7 @@ sets), incidents, configuration, environment. One process; a CUDA device is used
 Nothing in the run's directory changes but the page, which by default is RUN/report.html.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -32,9 +33,11 @@ def write_report(directories, to=None, images=None):
         raise UserError(f"{len(directories)} runs are more than can be told apart: give at most {MAX_RUNS}")
     runs = read_runs(directories)
     target = Path(to) if to else runs[0].path / "report.html"
-    if target.is_dir():
+    if os.path.isdir(target):
         raise UserError(f"{target} is a directory: give the name of a file in it")
-    if not target.parent.is_dir():
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise UserError(f"{target} is no ordinary file: give the name of one to write")
+    if not os.path.isdir(target.parent):
         raise UserError(f"{target} cannot be written: there is no directory {target.parent}")
     pictures = []
     for run in runs:

@@ -114,17 +114,17 @@ def draw_panels(panels, runs, resumes):
 
     ``resumes``: for every run the epochs at which it was resumed.
     """
-    charts = []
+    charts, end = [], max(run.epoch(run.last_step) for run in runs)
     for panel in panels:
         series = [run.series(panel.figure) for run in runs]
         if any(np.isfinite(one.value).any() for one in series):
-            charts.append(_chart(panel, runs, series, resumes))
+            charts.append(_chart(panel, runs, series, resumes, end))
     return charts
 
 
-def _chart(panel, runs, series, resumes):
+def _chart(panel, runs, series, resumes, end):
     lines = [_thinned(one, panel.factor) for one in series]
-    svg, frame = _draw(panel, runs, lines, resumes)
+    svg, frame = _draw(panel, runs, lines, resumes, end)
     values = [one.last() for one in series]
     last = [None if v is None else write_number(v * panel.factor, panel.digits, panel.unit) for v in values]
     points = [
@@ -183,7 +183,7 @@ def _thinned(series, factor):
     }
 
 
-def _draw(panel, runs, lines, resumes):
+def _draw(panel, runs, lines, resumes, end):
     """The chart as SVG text, and where its axes are: shares of width and height, and the epochs they span."""
     style = {
         "svg.fonttype": "none",
@@ -195,6 +195,7 @@ def _draw(panel, runs, lines, resumes):
         "ytick.color": "#020202",
         "xtick.major.size": 0,
         "ytick.major.size": 0,
+        "xtick.major.pad": 6,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.spines.left": False,
@@ -203,7 +204,7 @@ def _draw(panel, runs, lines, resumes):
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(WIDTH, HEIGHT))
-        axes = figure.add_axes((0.125, 0.135, 0.86, 0.82))
+        axes = figure.add_axes((0.125, 0.14, 0.86, 0.81))
         axes.grid(axis="y", color="#030303", linewidth=0.8)
         axes.set_axisbelow(True)
         _references(axes, panel, runs)
@@ -211,7 +212,7 @@ def _draw(panel, runs, lines, resumes):
             _line(axes, f"#04040{number}", run, line, epochs)
         if panel.from_zero:
             axes.set_ylim(bottom=0)
-        axes.margins(x=0.015)
+        axes.set_xlim(-0.015 * end, 1.015 * end)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         file = io.StringIO()

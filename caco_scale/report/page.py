@@ -135,6 +135,8 @@ def _facts_of(run, listed):
         )
     if last.get("rankme") is not None:
         facts["RankMe"] = (write_number(last["rankme"], 3), "effective rank of features")
+    if run.checkpoint is not None:
+        facts["newest checkpoint"] = (f"{int(run.checkpoint.name.removeprefix('step_')):,}", "step")
     skipped = int(last.get("skipped") or 0)
     facts["incidents"] = (
         f"{len(listed):,}",

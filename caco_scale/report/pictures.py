@@ -26,7 +26,7 @@ from caco_scale.evaluate.features import extract_features
 
 NUM_NEAREST = 8
 NUM_QUERIES = 8  # validation images
-NUM_ROWS = 9  # bank rows: a third each of the most used, the middle, and the least used
+NUM_ROWS = {"most used": 3, "typical": 3, "least used": 2}  # bank rows shown
 BLOCKS = 16  # runs of neighbouring images that a sample of a set is taken from
 MEMORY_BYTES = 160 << 20  # of decoded images of a set, held at once
 MAX_IMAGES = 5000
@@ -201,19 +201,16 @@ def read_encoders(path):
 
 def choose_rows(assignments, rule):
     """Bank rows to show -> list of (row, words): of the most used, the middle and the least; a queue's evenly."""
-    size, third = len(assignments), NUM_ROWS // 3
+    size, count = len(assignments), sum(NUM_ROWS.values())
     if rule != "caco" or not assignments.any():
-        rows = np.unique(np.linspace(0, size - 1, min(NUM_ROWS, size)).astype(int))
+        rows = np.unique(np.linspace(0, size - 1, min(count, size)).astype(int))
         return [(int(row), "") for row in rows]
     order = assignments.argsort(descending=True, stable=True).tolist()
-    used = int((assignments > 0).sum())
-    groups = [("most used", order[:third])]
-    middle = max(0, used // 2 - third // 2)
-    groups.append(("typical", order[middle : middle + third]))
-    groups.append(("least used", order[-third:]))
+    middle = int((assignments > 0).sum()) // 2
+    starts = {"most used": 0, "typical": middle, "least used": max(0, size - NUM_ROWS["least used"])}
     chosen = {}
-    for words, rows in groups:
-        for row in rows:
+    for words, start in starts.items():
+        for row in order[start : start + NUM_ROWS[words]]:
             chosen.setdefault(row, words)
     return list(chosen.items())
 

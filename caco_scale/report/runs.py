@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,13 +112,14 @@ class Run:
 
 
 def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Is it a finite number that a float can hold? JSON in Python knows NaN and integers of any length."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def read_run(path):
     """The :class:`Run` in a directory. UserError: no run there, damaged config, no metrics yet."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # False, too, for a name that no file can have
         raise UserError(f"no run at {path}: give a run directory, such as runs/demo")
     if not path.is_dir():
         raise UserError(f"{path} is a file: give a run directory, such as runs/demo")
@@ -127,6 +129,7 @@ def read_run(path):
         raise UserError(f"{path} is not a run directory: it has no config.yaml")
     try:
         config = configuration.load_recipe(path / "config.yaml")
+        configuration.check(config)
         metrics = [r for r in read_json_lines(path / "metrics.jsonl") if _has_step(r)]
         attempts = [r for r in read_json_lines(path / "attempts.jsonl") if is_number(r.get("attempt"))]
         corrupt = list(read_json_lines(path / "corrupt.jsonl"))
