@@ -291,8 +291,21 @@ def features_of(encode, crops):
         return F.normalize(encode((crops.permute(0, 3, 1, 2).float() / 255 - mean) / std).double(), dim=1)
 
 
+def assert_nearest(images, similarities):
+    """Are these eight pictures those with the greatest similarities (n,), in order, up to fp32's rounding? -> ids."""
+    ids = [int(image["alt"].split()[2]) for image in images]
+    assert len(set(ids)) == 8
+    assert [image["alt"] for image in images] == [
+        f"training image {number} class{number % 4}" for number in ids
+    ]
+    found = similarities[ids]
+    assert (found - similarities.topk(8).values).abs().max() < 1e-6
+    assert [float(image["caption"]) for image in images] == pytest.approx(found.tolist(), abs=0.00501)
+    return ids
+
+
 def test_the_images_nearest_to_a_row_are_those_of_a_calculation_by_hand(run, shards):
-    shown = pictures.draw_pictures(read_run(run))["rows"]
+    shown = pictures.draw_pictures(read_run(run)).rows
     keys = features_of(trained_model("tiny", "cifar").key.eval(), crops_of(shards[0]))
     rows = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(1)).double()
     assert [row["title"] for row in shown] == [f"row {n}" for n in (0, 1, 2, 4, 5, 6, 10, 11)]
@@ -300,19 +313,17 @@ def test_the_images_nearest_to_a_row_are_those_of_a_calculation_by_hand(run, sha
     assert shown[-1]["note"] == "least used: 0 of 36 positives"
     for row in shown:
         number = int(row["title"].split()[1])
-        similarities, nearest = (keys @ F.normalize(rows[number], dim=0)).topk(8)
-        assert [image["caption"] for image in row["images"]] == [f"{s:.2f}" for s in similarities]
-        assert row["images"][0]["alt"] == f"training image {int(nearest[0])} class{int(nearest[0]) % 4}"
+        assert_nearest(row["images"], keys @ F.normalize(rows[number], dim=0))
 
 
 def test_neighbours_are_those_of_a_calculation_by_hand_and_marked_by_class(run, shards):
-    shown = pictures.draw_pictures(read_run(run))["neighbours"]
+    shown = pictures.draw_pictures(read_run(run)).neighbours
     encode = trained_model("tiny", "cifar").query.backbone.eval()
     train, val = (features_of(encode, crops_of(part)) for part in shards)
     assert [row["title"] for row in shown[:4]] == ["class0", "class1", "class2", "class3"]
     for number, row in enumerate(shown[:4]):  # the first image of class c is image c
-        nearest = (train @ val[number]).topk(8).indices.tolist()
-        assert [image["same"] for image in row["images"]] == [other % 4 == number for other in nearest]
+        ids = assert_nearest(row["images"], train @ val[number])
+        assert [image["same"] for image in row["images"]] == [other % 4 == number for other in ids]
 
 
 def test_a_sample_of_a_set_is_spread_over_it():
@@ -339,12 +350,12 @@ def test_the_map_needs_its_extra_and_says_so(run, monkeypatch, without):
         pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     drawn = pictures.draw_pictures(read_run(run))
     if len(without) == 1:
-        assert drawn["map"]["method"] == "t-SNE"
-        assert drawn["map"]["svg"].count("h0") == 32
-        assert [name for _, name in drawn["map"]["classes"]] == ["class0", "class1", "class2", "class3"]
+        assert drawn.map["method"] == "t-SNE"
+        assert drawn.map["svg"].count("h0") == 32
+        assert [name for _, name in drawn.map["classes"]] == ["class0", "class1", "class2", "class3"]
     else:
-        assert drawn["map"] is None
-        assert "pip install 'caco_scale[report]'" in drawn["notes"][0]
+        assert drawn.map is None
+        assert "pip install 'caco_scale[report]'" in drawn.notes[0]
 
 
 def no_checkpoint(run):

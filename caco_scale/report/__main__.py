@@ -27,7 +27,7 @@ def write_report(directories, to=None, images=None):
     except ModuleNotFoundError as error:
         raise UserError(f"the report needs {error.name}: pip install 'caco_scale[report]'") from None
     from caco_scale.atomic import write_atomically
-    from caco_scale.report.pictures import draw_pictures
+    from caco_scale.report.pictures import Pictures, draw_pictures
 
     if len(directories) > MAX_RUNS:
         raise UserError(f"{len(directories)} runs are more than can be told apart: give at most {MAX_RUNS}")
@@ -42,7 +42,7 @@ def write_report(directories, to=None, images=None):
     pictures = []
     for run in runs:
         if images == 0:
-            pictures.append({"notes": ["No pictures: --images 0."]})
+            pictures.append(Pictures(["No pictures: --images 0."]))
             continue
         print(f"{run.name}: pictures of {run.checkpoint or 'no checkpoint'}", file=sys.stderr, flush=True)
         pictures.append(draw_pictures(run, images))
@@ -51,7 +51,7 @@ def write_report(directories, to=None, images=None):
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
     for run, drawn in zip(runs, pictures, strict=True):
-        for note in drawn["notes"]:
+        for note in drawn.notes:
             print(f"note: {run.name}: {note}", file=sys.stderr, flush=True)
     return target
 

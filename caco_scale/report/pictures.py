@@ -7,7 +7,7 @@ import base64
 import io
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -52,37 +52,49 @@ class Images:
         return self.classes[label] if 0 <= label < len(self.classes) else ""
 
 
+@dataclass
+class Pictures:
+    """What the page shows of one run's images; ``notes`` says in words what cannot be shown and why."""
+
+    notes: list
+    step: int = 0  # of the checkpoint
+    num_train: int = 0  # images looked at, and of how many
+    total_train: int = 0
+    num_val: int = 0
+    total_val: int = 0
+    rows: list = field(default_factory=list)
+    neighbours: list = field(default_factory=list)
+    map: dict | None = None
+
+
 def draw_pictures(run, limit=None):
-    """The pictures of a run's newest checkpoint, for the page -> dict; what cannot be shown is a note in ``notes``.
+    """The :class:`Pictures` of a run's newest checkpoint; what is away or damaged is a note and no error.
 
     ``limit``: images looked at in each shard set, spread over it; None: as many as fit a moderate memory.
     """
-    notes = []
     if run.checkpoint is None:
-        return {"notes": ["No pictures: the run has no complete checkpoint yet."]}
+        return Pictures(["No pictures: the run has no complete checkpoint yet."])
     try:
         encoders = read_encoders(run.checkpoint)
         train = read_images(run, run.config.data.shards, limit)
     except UserError as error:
-        return {"notes": [f"No pictures: {error}"]}
-    result = {"notes": notes, "step": encoders.step, "num_train": len(train.ids), "total_train": train.total}
-    result["rows"] = bank_rows(encoders, train, run.config.bank.rule)
+        return Pictures([f"No pictures: {error}"])
+    drawn = Pictures([], encoders.step, len(train.ids), train.total)
+    drawn.rows = bank_rows(encoders, train, run.config.bank.rule)
     val = None
     try:
         if run.config.data.val_shards:
             val = read_images(run, run.config.data.val_shards, limit)
         else:
-            notes.append("No neighbours of validation images: data.val_shards is empty.")
+            drawn.notes.append("No neighbours of validation images: data.val_shards is empty.")
     except UserError as error:
-        notes.append(f"No neighbours of validation images: {error}")
-    images = train
+        drawn.notes.append(f"No neighbours of validation images: {error}")
     if val is not None:
-        images = val
-        result |= {"num_val": len(val.ids), "total_val": val.total}
-        result["neighbours"] = neighbours(encoders, train, val)
-    result["map"], note = feature_map(encoders.features(images), images)
-    notes += [note] if note else []
-    return result
+        drawn.num_val, drawn.total_val = len(val.ids), val.total
+        drawn.neighbours = neighbours(encoders, train, val)
+    drawn.map, note = feature_map(encoders, train if val is None else val)
+    drawn.notes += [note] if note else []
+    return drawn
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -308,12 +320,12 @@ def embed_in_plane(features):
     ), "t-SNE"
 
 
-def feature_map(features, images):
+def feature_map(encoders, images):
     """A map of the images' features as (dict for the page or None, note or "")."""
     if len(images.ids) < 16:
         return None, f"No map of the features: {len(images.ids)} images are too few."
     keep = np.linspace(0, len(images.ids) - 1, min(MAP_IMAGES, len(images.ids))).astype(int)
-    places, method = embed_in_plane(features[keep])
+    places, method = embed_in_plane(encoders.features(images)[keep])
     if places is None:
         return None, "No map of the features: pip install 'caco_scale[report]' (scikit-learn), or umap-learn."
     labels = images.labels[keep].tolist()

@@ -101,9 +101,9 @@ class Run:
         if self.is_training:
             return "training", f"training now, {self.last_step:,} steps logged"
         if self.done:
-            return "done", f"done after {self.done.get('step', self.last_step):,} steps"
+            return "done", f"done after {_step_of(self.done, self.last_step):,} steps"
         if self.interrupted:
-            step, reason = self.interrupted.get("step", self.last_step), self.interrupted.get("reason", "?")
+            step, reason = _step_of(self.interrupted, self.last_step), self.interrupted.get("reason", "?")
             return "stopped", f"stopped by {reason} after step {step:,}; the same command resumes it"
         return (
             "ended",
@@ -114,6 +114,11 @@ class Run:
 def is_number(value):
     """Is it a finite number that a float can hold? JSON in Python knows NaN and integers of any length."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def _step_of(record, unknown=0, name="step"):
+    """The step that a record names, or ``unknown``."""
+    return int(record[name]) if is_number(record.get(name)) else unknown
 
 
 def read_run(path):
@@ -201,7 +206,7 @@ def incidents(run):
     """What a smooth run does not have, in the order of steps -> list of :class:`Incident`."""
     found = [*_resumes(run), *_skips(run), *_corrupt(run), *_collapses(run), *_store_trouble(run)]
     if run.interrupted:
-        found.append(Incident(int(run.interrupted.get("step", run.last_step)), "stop", run.status()[1]))
+        found.append(Incident(_step_of(run.interrupted, run.last_step), "stop", run.status()[1]))
     elif not run.done and not run.is_training:
         found.append(Incident(run.last_step, "stop", run.status()[1]))
     return sorted(found, key=lambda incident: incident.step)
@@ -210,20 +215,18 @@ def incidents(run):
 def _resumes(run):
     before = None
     for attempt in run.attempts:
-        step, processes = attempt.get("resumed_step"), attempt.get("world_size")
-        when = str(attempt.get("time", "")).replace("T", " ").split("+")[0]
+        processes = attempt.get("world_size")
+        when = str(attempt.get("time", "at an unknown time")).replace("T", " ").replace("+00:00", " UTC")
+        resumed = is_number(attempt.get("resumed_step"))
+        step = _step_of(attempt, name="resumed_step")
         if before is not None:
             world = f"{processes} process(es)"
             if processes != before.get("world_size"):
                 world += f" after {before.get('world_size')}"
-            where = f"resumed from the checkpoint of step {step:,}" if is_number(step) else "began afresh"
-            yield Incident(
-                int(step or 0), "resume", f"start {attempt['attempt']} {where}, {when} UTC, {world}"
-            )
-        elif is_number(step):
-            yield Incident(
-                int(step), "resume", f"began with another run's checkpoint of step {step:,}, {when} UTC"
-            )
+            where = f"resumed from the checkpoint of step {step:,}" if resumed else "began afresh"
+            yield Incident(step, "resume", f"start {attempt['attempt']} {where}, {when}, {world}")
+        elif resumed:
+            yield Incident(step, "resume", f"began with another run's checkpoint of step {step:,}, {when}")
         before = attempt
 
 
@@ -238,8 +241,9 @@ def _skips(run):
 def _corrupt(run):
     for entry in run.corrupt[:SHOWN_CORRUPT]:
         key, error, substitute = (entry.get(name, "?") for name in ("key", "error", "substitute"))
-        step = int(entry["step"]) if is_number(entry.get("step")) else 0
-        yield Incident(step, "corrupt", f"{key} does not decode ({error}); trained on {substitute}")
+        yield Incident(
+            _step_of(entry), "corrupt", f"{key} does not decode ({error}); trained on {substitute}"
+        )
     if len(run.corrupt) > SHOWN_CORRUPT:
         last = run.corrupt[-1].get("step", 0)
         yield Incident(
@@ -255,7 +259,7 @@ def _collapses(run):
         if is_number(record.get("embedding_std")):
             warning = alarm.check(record["embedding_std"], record.get("rankme"))
             if warning:
-                yield Incident(record["step"], "collapse", re.sub(r"\. Try .*", "", warning))
+                yield Incident(_step_of(record), "collapse", re.sub(r"\. Try .*", "", warning))
 
 
 def _store_trouble(run):
