@@ -425,9 +425,11 @@ class Trainer:
     def _evaluate(self):
         began = time.monotonic()
         self.knn[self.step] = self._encoder_knn()
-        self.job_end.took("evaluation", time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self.job_end.took("evaluation", seconds)
         epoch = self.step / self.data.order.steps_per_epoch
-        self.telemetry.log_event(self.step, {"epoch": epoch, "knn_top1": self.knn[self.step]})
+        figures = {"knn_top1": self.knn[self.step], "knn_seconds": seconds}
+        self.telemetry.log_event(self.step, {"epoch": epoch, **figures})
         self.telemetry.note(f"step {self.step:,}: kNN top-1 {self.knn[self.step]:.2f}%")
 
     def _evaluate_baselines(self):

@@ -38,8 +38,31 @@ def kept_random_state(device):
             np.random.set_state(numpy_state)
 
 
+def extract_features(encode, batches, *, names=None, **how):
+    """Features of all images: (features (n, F) fp32, labels (n,), sample ids (n,)), on the CPU.
+
+    Args:
+        encode: normalised images (b, 3, s, s) -> (b, F); with ``names`` a tuple of such, one per name.
+        batches: of ``evaluation_batches``: (ids (b,), crops (b, s, s, 3) uint8, labels (b,)).
+        names: of several kinds of features; the first result is then a dict of them.
+        how: the other settings of :func:`feature_batches`.
+
+    Nothing crosses ranks, unless ``encode`` itself communicates. A rank without images gets (0, 0) tensors.
+    """
+    parts, labels, ids = {name: [] for name in names or ("features",)}, [], []
+    for encoded, batch_labels, batch_ids in feature_batches(encode, batches, **how):
+        for part, values in zip(parts.values(), encoded if names else (encoded,), strict=True):
+            part.append(values)
+        labels.append(batch_labels)
+        ids.append(batch_ids)
+    features = {name: torch.cat(part) if part else torch.empty(0, 0) for name, part in parts.items()}
+    labels = torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)
+    ids = torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64)
+    return features if names else features["features"], labels, ids
+
+
 @torch.no_grad()
-def extract_features(
+def feature_batches(
     encode,
     batches,
     *,
@@ -50,35 +73,33 @@ def extract_features(
     autocast_dtype=None,
     dtype=torch.float32,
     channels_last=False,
+    unit_norm=True,
 ):
-    """Unit-norm features of all images: (features (n, F) fp32, labels (n,), sample ids (n,)), on the CPU.
+    """Yield features fp32, labels and sample ids batch by batch, on the CPU; batches without an image are passed over.
 
     Args:
-        encode: normalised images (b, 3, s, s) -> (b, F).
-        batches: of ``evaluation_batches``: (ids (b,), crops (b, s, s, 3) uint8, labels (b,)).
+        encode, batches: as in :func:`extract_features`.
         module: the module that ``encode`` runs, put in eval mode meanwhile (BatchNorm uses its running
             statistics and leaves them alone); modes, buffers and random states are afterwards as before.
         autocast_dtype: as in training; None: compute in ``dtype``, the type of the images.
         channels_last: the memory format of the images, as in training.
-
-    Nothing crosses ranks, unless ``encode`` itself communicates. A rank without images gets a (0, 0) tensor.
+        unit_norm: divide every row by its norm.
     """
     device = torch.device(device)
-    features, labels, ids = [], [], []
+
+    def finish(features):
+        return (F.normalize(features.float(), dim=1) if unit_norm else features.float()).cpu()
+
     with evaluation_mode(module), kept_random_state(device):
-        for batch_ids, crops, batch_labels in batches:
-            if len(batch_ids) == 0:
+        for ids, crops, labels in batches:
+            if len(ids) == 0:
                 continue  # none of its images decoded
             crops = torch.as_tensor(crops).to(device, non_blocking=True)
             images = normalise(crops, mean, std, dtype, channels_last)
             with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
                 encoded = encode(images)
-            features.append(F.normalize(encoded.float(), dim=1).cpu())
-            labels.append(torch.as_tensor(batch_labels))
-            ids.append(torch.as_tensor(batch_ids))
-    if not features:
-        return torch.empty(0, 0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    return torch.cat(features), torch.cat(labels), torch.cat(ids)
+            encoded = tuple(map(finish, encoded)) if isinstance(encoded, tuple) else finish(encoded)
+            yield encoded, torch.as_tensor(labels), torch.as_tensor(ids)
 
 
 def pixels(images):

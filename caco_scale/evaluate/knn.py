@@ -23,6 +23,7 @@ from caco_scale.data.loader import evaluation_batches
 from caco_scale.distributed import collectives
 from caco_scale.errors import UserError
 from caco_scale.evaluate.features import extract_features
+from caco_scale.evaluate.stores import check_same_classes
 
 GRID = 2.0**25
 QUERY_ROWS = 1024  # validation images compared at once
@@ -266,6 +267,7 @@ def evaluate_knn(
     workers=0,
     batch_size=256,
     group=None,
+    names=None,
     **how,
 ):
     """kNN top-1 accuracy in percent of ``encode``'s features: training against validation shard set.
@@ -275,32 +277,35 @@ def evaluate_knn(
 
     Args:
         k, temperature: as in :func:`knn_accuracy`.
+        names: of several kinds of features that ``encode`` gives in one pass; the result is then a dict of them.
         how: ``mean``, ``std`` and the other settings of :func:`extract_features`.
 
     Raises:
         UserError: class lists that differ between the two sets, and as :func:`knn_accuracy`.
     """
-    classes = val_store.manifest.classes
-    if train_store.manifest.classes != classes:
-        raise UserError(
-            f"kNN needs the same classes in both shard sets, but those of {train_store.url} "
-            f"({len(train_store.manifest.classes)}) and {val_store.url} ({len(classes)}) differ: "
-            "build both from trees with the same class folders"
-        )
+    check_same_classes(train_store, val_store, "kNN")
     reading = {"rank": rank, "world_size": world_size, "batch_size": batch_size, "workers": workers}
 
     def extract(store):
-        return extract_features(encode, evaluation_batches(store, size, **reading), device=device, **how)
+        batches = evaluation_batches(store, size, **reading)
+        return extract_features(encode, batches, device=device, names=names, **how)
+
+    def accuracy(train_features, features):
+        return knn_accuracy(
+            train_features,
+            train_labels,
+            features,
+            labels,
+            k=k,
+            temperature=temperature,
+            num_classes=len(val_store.manifest.classes),
+            train_ids=train_ids,
+            group=group,
+            device=device,
+        )
 
     train_features, train_labels, train_ids = extract(train_store)
-    return knn_accuracy(
-        train_features,
-        train_labels,
-        *extract(val_store)[:2],
-        k=k,
-        temperature=temperature,
-        num_classes=len(classes),
-        train_ids=train_ids,
-        group=group,
-        device=device,
-    )
+    features, labels, _ = extract(val_store)
+    if names is None:
+        return accuracy(train_features, features)
+    return {name: accuracy(train_features[name], features[name]) for name in names}

@@ -1,0 +1,181 @@
+"""How good is a backbone? ``python -m caco_scale.evaluate {knn,linear,finetune} RUN_OR_WEIGHTS [--flags]``.
+
+RUN_OR_WEIGHTS is a run directory, one of its checkpoints, or a file: an export of this program, or a checkpoint of
+CaCo's authors, MoCo, DINO, torchvision or timm. --data and --val are shard sets or folders of class folders, so that
+transfer to another data set is the same command. One label an image: multi-label sets (PASCAL VOC07) are out of scope.
+Several processes: accelerate launch --config_file ds_configs/ddp.yaml --num_processes N -m caco_scale.evaluate ...
+"""
+
+import argparse
+import importlib
+import sys
+
+from caco_scale.errors import Parser, UserError, did_you_mean, exit_on_user_error
+
+
+def parse(arguments):
+    """Flags of the command line, checked as far as they can be without looking at anything else."""
+    arguments = [_with_underscores(argument) for argument in arguments]
+    flags, unknown = parser().parse_known_args(arguments)
+    if unknown:
+        known = [f"--{name}" for name in vars(flags)]
+        meant = did_you_mean(unknown[0], known) if unknown[0].startswith("-") else ""
+        raise UserError(
+            f"unknown argument {unknown[0]}{meant}: evaluate {flags.command} --help lists them all"
+        )
+    check(flags)
+    return flags
+
+
+def _with_underscores(argument):
+    """``--batch-size`` and ``--batch_size`` are the same flag."""
+    name, equals, value = argument.partition("=")
+    return (
+        name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
+    )
+
+
+def parser():
+    top = Parser(
+        prog="python -m caco_scale.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+    knn = _command(commands, "knn", "weighted k-nearest-neighbour accuracy of features and embeddings, exact")
+    knn.add_argument(
+        "--k", type=int, nargs="+", metavar="N", help="neighbours that vote (default: 10 20 100 200)"
+    )
+    knn.add_argument(
+        "--temperature",
+        type=float,
+        nargs="+",
+        metavar="T",
+        default=[0.07, 0.1, 0.2],
+        help="of the votes' weights exp(similarity / T) (default: 0.07 0.1 0.2)",
+    )
+    linear = _command(
+        commands, "linear", "a linear classifier on frozen features, as the paper trains it, or --fast"
+    )
+    linear.add_argument(
+        "--fast",
+        action="store_true",
+        help="store features of centre crops once and sweep learning rates on them",
+    )
+    linear.add_argument(
+        "--lr",
+        type=float,
+        nargs="+",
+        metavar="LR",
+        help="per 256 images (default: 0.025, the authors' command; --fast: 0.001 to 100, the best on held-out images)",
+    )
+    _add_training(linear, epochs="100", batch_size="4096; --fast: 1024")
+    return top
+
+
+def _add_training(command, epochs, batch_size):
+    command.add_argument("--epochs", type=int, metavar="N", help=f"(default: {epochs})")
+    command.add_argument(
+        "--batch_size",
+        type=int,
+        metavar="N",
+        help=f"images per step over all processes (default: {batch_size})",
+    )
+
+
+def _command(commands, name, words):
+    """A command with the flags that all have."""
+    command = commands.add_parser(
+        name,
+        help=words,
+        description=f"{words}. Multi-label data sets (VOC07) are out of scope.",
+        allow_abbrev=False,
+    )
+    add = command.add_argument
+    add("weights", metavar="RUN_OR_WEIGHTS", help="run directory, checkpoint directory, or file of weights")
+    add(
+        "--data",
+        metavar="TRAIN",
+        help="training images: shard set or image folder (default: those of the run)",
+    )
+    add(
+        "--val",
+        metavar="VAL",
+        help="validation images (default: those of the run, or the val/ beside train/ in --data)",
+    )
+    add("--which", choices=("query", "key"), help="encoder (default: query; of DINO key, its teacher)")
+    add("--step", type=int, metavar="N", help="checkpoint of the run (default: the newest)")
+    add("--arch", help="architecture in a file of weights (default: found out)")
+    add("--stem", choices=("imagenet", "cifar"), help="first layer in a file of weights (default: found out)")
+    add("--size", type=int, metavar="PIXELS", help="side of the images (default: the run's, else 224)")
+    for what in ("mean", "std"):
+        add(
+            f"--{what}",
+            type=float,
+            nargs=3,
+            metavar=("R", "G", "B"),
+            help=f"{what} of the colours (default: the run's)",
+        )
+    add(
+        "--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="of the encoder (default: fp32)"
+    )
+    add(
+        "--images_at_once",
+        type=int,
+        default=256,
+        metavar="N",
+        help="images per forward and process (default: 256)",
+    )
+    add("--workers", type=int, default=4, metavar="N", help="loader processes per process (default: 4)")
+    add("--cache_dir", default="auto", help="where whole shards of an object store are kept (default: auto)")
+    add("--seed", type=int, default=0, metavar="N", help="of everything drawn at random (default: 0)")
+    add(
+        "--to", metavar="DIR", help="folder for progress and result (default: in the run, else runs/evaluate)"
+    )
+    add(
+        "--world_size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that must be there (default: unchecked)",
+    )
+    add(
+        "--timeout_seconds",
+        type=float,
+        default=1800,
+        metavar="S",
+        help="wait for another process (default: 1800)",
+    )
+    return command
+
+
+def check(flags):
+    """Refuse numbers that no evaluation can have."""
+    for name, value in vars(flags).items():
+        for number in value if isinstance(value, list) else [value]:
+            least = (
+                0
+                if name in ("workers", "seed", "world_size", "step", "mean")
+                else 1
+                if isinstance(number, int)
+                else None
+            )
+            if isinstance(number, int) and number < least:
+                raise UserError(f"--{name} is {number}: give a number from {least} up")
+            if isinstance(number, float) and not (
+                0 < number < float("inf") or (name == "mean" and number == 0)
+            ):
+                raise UserError(f"--{name} is {number}: give a number above 0")
+
+
+@exit_on_user_error
+def main(arguments=None):
+    """One evaluation; exit code 0 with ``result.json`` written, 2 on a user's mistake."""
+    flags = parse(sys.argv[1:] if arguments is None else arguments)
+    module = importlib.import_module(f"caco_scale.evaluate.run_{flags.command}")
+    module.run(flags)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Features of a whole set on disk, in blocks that a killed extraction leaves behind and the next start skips.
+
+A block is a run of sample numbers; which ones depends on the set alone, so that any number of processes goes on where
+another stopped. Ranks take consecutive blocks.
+"""
+
+import shutil
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from caco_scale.atomic import write_atomically
+from caco_scale.data.loader import evaluation_batches
+from caco_scale.errors import UserError
+from caco_scale.evaluate.features import feature_batches
+from caco_scale.evaluate.stores import Subset
+
+BLOCK_IMAGES = (16, 512)  # least and most of a block; about a sixteenth of the set between them
+FOLDER = "features"
+
+
+def block_ranges(num_samples):
+    """The blocks of a set: list of ranges of sample numbers."""
+    size = min(max(num_samples // 16, BLOCK_IMAGES[0]), BLOCK_IMAGES[1])
+    return [range(start, min(start + size, num_samples)) for start in range(0, num_samples, size)]
+
+
+def features_of(setting, store, folder, name):
+    """This rank's features of ``store``, centre crops: (features (n, F), labels (n,), sample numbers (n,)).
+
+    Args:
+        setting: :class:`~caco_scale.evaluate.setting.Setting`.
+        folder: :class:`~caco_scale.evaluate.results.ResultFolder` that keeps the blocks, under ``name``.
+    """
+    blocks = block_ranges(store.manifest.num_samples)
+    mine = blocks[
+        len(blocks) * setting.rank // setting.world_size : len(blocks)
+        * (setting.rank + 1)
+        // setting.world_size
+    ]
+    place = folder.path / FOLDER / name
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {place}: {error.strerror}; name another place with --to") from None
+    missing = [block for block in mine if not _file(place, block).exists()]
+    if missing:
+        _extract(setting, store, place, missing)
+    parts = [_load(_file(place, block)) for block in mine]
+    if not parts:
+        return torch.empty(0, setting.weights.num_features), *(
+            torch.empty(0, dtype=torch.int64) for _ in range(2)
+        )
+    return tuple(torch.cat([part[key] for part in parts]) for key in ("features", "labels", "ids"))
+
+
+def remove_features(folder):
+    """The blocks have served: they can be many gigabytes."""
+    if folder.is_main:
+        shutil.rmtree(folder.path / FOLDER, ignore_errors=True)
+
+
+def _file(place, block):
+    return place / f"{block.start:09d}.safetensors"
+
+
+def _extract(setting, store, place, blocks):
+    numbers = np.concatenate([np.arange(block.start, block.stop) for block in blocks])
+    batches = evaluation_batches(
+        Subset(store, numbers),
+        setting.size,
+        rank=0,
+        world_size=1,
+        batch_size=setting.images_at_once,
+        workers=setting.workers,
+    )
+    rows, waiting = [], list(blocks)
+    stream = feature_batches(setting.weights.backbone, batches, unit_norm=False, **setting.extraction())
+    for features, labels, places in stream:
+        ids = torch.from_numpy(numbers)[places]
+        rows.append((features, labels, ids))
+        while waiting and ids[-1] >= waiting[0].stop:
+            rows = _write(place, waiting.pop(0), rows)
+    for block in waiting:
+        rows = _write(place, block, rows)
+
+
+def _write(place, block, rows):
+    """Write one block out of the first of ``rows`` -> the rows that belong to later ones."""
+    width = rows[0][0].shape[1] if rows else 0
+    empty = torch.empty(0, width), *(torch.empty(0, dtype=torch.int64) for _ in range(2))
+    features, labels, ids = (torch.cat(part) for part in zip(empty, *rows, strict=True))
+    here = int((ids < block.stop).sum())
+    content = {"features": features[:here], "labels": labels[:here], "ids": ids[:here]}
+    try:
+        write_atomically(_file(place, block), save({k: v.contiguous() for k, v in content.items()}))
+    except OSError as error:
+        raise UserError(f"cannot write {place}: {error.strerror}; free that place and start again") from None
+    return [(features[here:], labels[here:], ids[here:])]
+
+
+def _load(path):
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it and start again") from None

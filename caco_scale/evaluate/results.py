@@ -1,0 +1,134 @@
+"""Where an evaluation keeps its state and its result, and how sure its figures are.
+
+<folder>/settings.json     what is evaluated and how: the same command finds its folder again by it
+<folder>/result.json       appears when the evaluation is finished
+<folder>/...               progress of an evaluation that takes long
+"""
+
+import fcntl
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from caco_scale.atomic import write_atomically
+from caco_scale.distributed.collectives import assert_equal_on_all_ranks
+from caco_scale.errors import UserError
+from caco_scale.run_directory import to_json
+
+RESAMPLES = 10_000
+CONFIDENCE = 95
+
+
+def interval(correct, total, seed=0):
+    """Percentile bootstrap interval of an accuracy over the images: (low, high) in percent.
+
+    Drawing ``total`` images with replacement, of which ``correct`` of ``total`` are right, makes the number of right
+    ones binomial: that is drawn at once, which is the same as drawing images (Efron and Tibshirani, 1993, ch. 13).
+    """
+    drawn = np.random.default_rng(seed).binomial(total, correct / total, RESAMPLES)
+    tail = (100 - CONFIDENCE) / 2
+    return tuple(float(x) for x in 100 / total * np.percentile(drawn, [tail, 100 - tail]))
+
+
+class ResultFolder:
+    """The folder of one evaluation; ``settings`` are plain values that decide its result.
+
+    Args:
+        to: the folder that the user names, or None: a place below ``base`` of its own for these settings.
+        name: how its name begins there.
+        is_main: only the main rank writes.
+    Raises:
+        UserError: on every rank: the folder holds another evaluation, is in use, or cannot be written.
+    """
+
+    def __init__(self, to, base, name, settings, is_main):
+        digest = hashlib.sha256(to_json(settings, sort_keys=True).encode()).hexdigest()
+        self.path = Path(to) if to else Path(base) / f"{name}-{digest[:8]}"
+        self.settings, self.is_main, self._lock, complaint = (
+            json.loads(to_json(settings)),
+            is_main,
+            None,
+            None,
+        )
+        try:
+            if is_main:
+                self._open()
+        except UserError as error:
+            complaint = str(error)
+        assert_equal_on_all_ranks({}, "evaluation", error=complaint)
+
+    def _open(self):
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a")  # noqa: SIM115, held as long as the process lives
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path} is in use by another evaluation: end that one, or give another --to"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; name another place with --to"
+            ) from None
+        found = self._read("settings.json")
+        if found is None:
+            self.write("settings.json", self.settings)
+        elif found != self.settings:
+            names = sorted(n for n in {*found, *self.settings} if found.get(n) != self.settings.get(n))
+            changed = "; ".join(f"{n}: {found.get(n)} -> {self.settings.get(n)}" for n in names)
+            raise UserError(f"{self.path} holds another evaluation ({changed}): give another --to")
+
+    def _read(self, name):
+        try:
+            content = json.loads((self.path / name).read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.path / name} cannot be read ({error}): remove it, or give another --to"
+            ) from None
+        return content if isinstance(content, dict) else {}
+
+    def finished(self):
+        """The result that a former start of the same command has left, or None. Any rank may ask."""
+        return self._read("result.json")
+
+    def write(self, name, content):
+        """A JSON file of the folder, atomically; on the main rank."""
+        self.write_bytes(name, (to_json(content, indent=1) + "\n").encode())
+
+    def write_bytes(self, name, data):
+        if not self.is_main:
+            return
+        try:
+            write_atomically(self.path / name, data)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path / name}: {error.strerror}; free or mend that place and start again"
+            ) from None
+
+
+def show(title, rows, notes=()):
+    """A table with a column for every figure of ``rows`` (dicts), and lines below it."""
+    table = Table(title=title, title_justify="left")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    for column in columns:
+        table.add_column(column, justify="left" if isinstance(rows[0].get(column), str) else "right")
+    for row in rows:
+        table.add_row(*(_text(row.get(column)) for column in columns))
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    for note in notes:
+        console.print(note, markup=False)
+
+
+def _text(value):
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    if isinstance(value, (list, tuple)):
+        return " to ".join(_text(part) for part in value)
+    return "" if value is None else str(value)

@@ -1,0 +1,92 @@
+"""The command ``evaluate knn``: k nearest neighbours of features and embeddings, all k and temperatures in one pass."""
+
+import time
+
+from caco_scale.evaluate.knn import evaluate_knn
+from caco_scale.evaluate.results import CONFIDENCE, interval, show
+from caco_scale.evaluate.setting import build_setting
+
+USUAL_NEIGHBOURS = [10, 20, 100, 200]
+
+
+def run(flags):
+    """``evaluate knn``: both kinds of features, every k, every temperature in one pass -> the result's content."""
+    setting = build_setting(flags)
+    ks = _neighbours(flags.k, setting)
+    names = ("features", "embeddings") if setting.weights.projector is not None else ("features",)
+    if len(names) == 1:
+        setting.say("no embeddings: the source has no projector of ours")
+    folder = setting.folder(flags, "knn", {"k": ks, "temperature": flags.temperature})
+    result = folder.finished()
+    if result is None:
+        result = _evaluate(setting, folder, ks, flags.temperature, names)
+    else:
+        setting.say("evaluated before: the figures are those of then")
+    if setting.is_main:
+        show(
+            f"kNN top-1 of {setting.weights.path}",
+            _table(result),
+            [f"written to {folder.path / 'result.json'}"],
+        )
+    return result
+
+
+def _neighbours(asked, setting):
+    """The numbers of neighbours: those asked for, else the usual ones that the training set is large enough for."""
+    if asked:
+        return asked
+    images = setting.train.manifest.num_samples
+    left_out = [k for k in USUAL_NEIGHBOURS if k > images]
+    if left_out:
+        setting.say(f"left out: k = {', '.join(map(str, left_out))}, more than the {images} training images")
+    return [k for k in USUAL_NEIGHBOURS if k <= images] or [USUAL_NEIGHBOURS[0]]
+
+
+def _evaluate(setting, folder, ks, temperatures, names):
+    began = time.monotonic()
+    backbone, projector = setting.weights.backbone, setting.weights.projector
+
+    def encode(images):
+        features = backbone(images)
+        return (features, projector(features)) if projector is not None else (features,)
+
+    accuracies = evaluate_knn(
+        encode,
+        setting.train,
+        setting.val,
+        size=setting.size,
+        k=ks,
+        temperature=temperatures,
+        rank=setting.rank,
+        world_size=setting.world_size,
+        workers=setting.workers,
+        batch_size=setting.images_at_once,
+        names=names,
+        **setting.extraction(),
+    )
+    total = setting.val.manifest.num_samples
+    rows = [
+        {
+            "feature": name,
+            "k": k,
+            "temperature": temperature,
+            "top1": top1,
+            "interval": interval(round(top1 * total / 100), total),
+        }
+        for name in names
+        for (k, temperature), top1 in accuracies[name].items()
+    ]
+    return setting.report(folder, time.monotonic() - began, results=rows)
+
+
+def _table(result):
+    return [
+        {
+            "feature": row["feature"],
+            "k": row["k"],
+            "T": f"{row['temperature']:g}",
+            "top-1 %": row["top1"],
+            f"{CONFIDENCE}% interval": row["interval"],
+        }
+        for row in result["results"]
+    ]

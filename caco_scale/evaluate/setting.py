@@ -1,0 +1,213 @@
+"""What every evaluation begins with: the processes, the encoder, the two sets of images."""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from caco_scale import weights as weights_module
+from caco_scale.data.loader import evaluation_batches
+from caco_scale.data.remote import Patience
+from caco_scale.distributed.launch import launched_strategy, start_processes
+from caco_scale.errors import UserError
+from caco_scale.evaluate.results import ResultFolder
+from caco_scale.evaluate.stores import check_same_classes, fingerprint, open_images, split_folders
+from caco_scale.run_directory import describe_environment
+
+FULL_NAMES = {"knn": "kNN", "linear": "linear evaluation", "finetune": "fine-tuning"}
+
+
+@dataclass
+class Setting:
+    """An encoder and two sets of images on this rank. ``size``, ``mean``, ``std``: of the images it is given.
+
+    ``dtype``: of images and parameters; ``autocast_dtype``: of the forward pass, None: the same.
+    """
+
+    accelerator: object
+    weights: weights_module.Weights
+    train: object
+    val: object
+    size: int
+    mean: tuple
+    std: tuple
+    dtype: torch.dtype
+    autocast_dtype: torch.dtype | None
+    images_at_once: int
+    workers: int
+    seed: int
+
+    @property
+    def device(self):
+        return self.accelerator.device
+
+    @property
+    def rank(self):
+        return self.accelerator.process_index
+
+    @property
+    def world_size(self):
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self):
+        return self.accelerator.is_main_process
+
+    def say(self, line):
+        if self.is_main:
+            print(line, flush=True)
+
+    def extraction(self):
+        """How :func:`~caco_scale.evaluate.features.extract_features` is to treat images."""
+        return {
+            "mean": self.mean,
+            "std": self.std,
+            "device": self.device,
+            "dtype": self.dtype,
+            "autocast_dtype": self.autocast_dtype,
+            "channels_last": self.device.type == "cuda",
+        }
+
+    def evaluation_batches(self, store):
+        """This process's share of a whole set, centre-cropped."""
+        return evaluation_batches(
+            store,
+            self.size,
+            rank=self.rank,
+            world_size=self.world_size,
+            batch_size=self.images_at_once,
+            workers=self.workers,
+        )
+
+    def describe(self):
+        """What decides an evaluation's result, as far as all evaluations share it: plain values."""
+        return {
+            "weights": self.weights.sha256,
+            "encoder": self.weights.encoder,
+            "train": fingerprint(self.train),
+            "val": fingerprint(self.val),
+            "size": self.size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "compute": str(self.autocast_dtype or self.dtype).removeprefix("torch."),
+        }
+
+    def folder(self, flags, name, settings):
+        """The :class:`ResultFolder` of this evaluation with ``settings`` of its own."""
+        source = Path(self.weights.path)
+        step = f"{source.name}-{self.weights.encoder}"
+        base = source.parent.parent / "evaluate" if source.is_dir() else Path("runs/evaluate")
+        settings = {"evaluation": name, **self.describe(), **settings}
+        return ResultFolder(flags.to, base, f"{name}-{step}", settings, self.is_main)
+
+    def report(self, folder, seconds, **result):
+        """Write ``result.json``: the figures, and all that one needs to trust them -> its content."""
+        content = {
+            **result,
+            "settings": folder.settings,
+            "weights": weights_module.describe(self.weights),
+            "data": {
+                name: {
+                    "url": store.url,
+                    "images": store.manifest.num_samples,
+                    "classes": len(store.manifest.classes),
+                }
+                for name, store in (("train", self.train), ("val", self.val))
+            },
+            "seconds": round(seconds, 1),
+            "environment": describe_environment(
+                world_size=self.world_size, devices=[str(self.device)], hosts=[os.uname().nodename]
+            ),
+        }
+        folder.write("result.json", content)
+        return content
+
+
+def build_setting(flags):
+    """The :class:`Setting` that the flags of a command name. Collective.
+
+    Raises:
+        UserError: processes, weights or images that are not as asked for.
+    """
+    accelerator = _processes(flags)
+    train_url, val_url, weights = _sources(flags)
+    options = {"cache_dir": flags.cache_dir, "patience": Patience()}
+    train = open_images(train_url, "--data", **options)
+    val = open_images(val_url, "--val", **options)
+    check_same_classes(train, val, FULL_NAMES[flags.command])
+    compute = {"fp64": torch.float64}.get(flags.precision, torch.float32)
+    setting = Setting(
+        accelerator=accelerator,
+        weights=weights,
+        train=train,
+        val=val,
+        size=flags.size or weights.size,
+        mean=tuple(flags.mean or weights.mean),
+        std=tuple(flags.std or weights.std),
+        dtype=compute,
+        autocast_dtype=torch.bfloat16 if flags.precision == "bf16" else None,
+        images_at_once=flags.images_at_once,
+        workers=flags.workers,
+        seed=flags.seed,
+    )
+    for module in filter(None, (weights.backbone, weights.projector)):
+        module.to(accelerator.device, compute)
+    _introduce(setting)
+    return setting
+
+
+def _processes(flags):
+    strategy = launched_strategy(os.environ)
+    if strategy != "ddp":
+        raise UserError(
+            f"the launcher asks for {strategy}, but an evaluation partitions nothing: use "
+            "--config_file ds_configs/ddp.yaml"
+        )
+    try:
+        return start_processes(flags.world_size, flags.timeout_seconds)
+    except UserError as error:
+        raise UserError(str(error).replace("run.world_size", "world_size")) from None
+
+
+def _sources(flags):
+    """(address of the training images, of the validation images, weights)."""
+    load = partial(
+        weights_module.load_weights, flags.weights, flags.which, flags.step, flags.arch, flags.stem
+    )
+    weights = load()
+    train, val = flags.data, flags.val
+    if train is not None and val is None and (both := split_folders(train)):
+        return *both, weights
+    of_run = (weights.config or {}).get("data") or {}
+    train = of_run.get("shards") if train is None else train
+    val = of_run.get("val_shards") if val is None and flags.data is None else val
+    if not train:
+        raise UserError(
+            f"{flags.weights} does not say what it was trained on: give --data TRAIN and --val VAL (shard sets or "
+            "image folders)"
+        )
+    if not val:
+        raise UserError(
+            f"no validation images: give --val VAL (a shard set or an image folder), or as --data a folder with train "
+            f"and val in it, which {train} is not"
+        )
+    return train, val, weights
+
+
+def _introduce(setting):
+    weights = setting.weights
+    setting.say(
+        f"{setting.world_size} process(es), {setting.device.type}; {weights.encoder} encoder of {weights.path} "
+        f"({weights.kind}, {weights.arch}, stem {weights.stem})"
+    )
+    if weights.unmatched:
+        names = ", ".join(weights.unmatched[:8]) + (
+            f" and {len(weights.unmatched) - 8} more" * (len(weights.unmatched) > 8)
+        )
+        setting.say(f"in the file but not used: {names}")
+    for name, store in (("training", setting.train), ("validation", setting.val)):
+        setting.say(
+            f"{name}: {store.manifest.num_samples:,} images of {len(store.manifest.classes)} classes in {store.url}"
+        )
