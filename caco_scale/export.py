@@ -1,6 +1,6 @@
-"""Export the trained backbone of a run, or of one checkpoint, for use without this program.
+"""Export a backbone for use without this program: of a run, of one checkpoint, or of a file of weights.
 
-    python -m caco_scale.export RUN --to FILE --format {safetensors,torchvision,timm}
+    python -m caco_scale.export RUN_OR_WEIGHTS --to FILE --format {safetensors,torchvision,timm}
                                 [--which query|key] [--step N] [--force]
 
 ``torchvision`` is a ``torch.save`` of a state dict for ``torchvision.models.<arch>()``; ``safetensors`` holds the
@@ -16,44 +16,50 @@ from importlib import metadata as distributions
 from pathlib import Path
 
 import torch
-import yaml
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from caco_scale import config as configuration
 from caco_scale.atomic import write_atomically
-from caco_scale.checkpoint import latest, load_tensors, read_values, step_path, steps
+from caco_scale.checkpoint import read_values
 from caco_scale.errors import Parser, UserError, exit_on_user_error
 from caco_scale.layouts import check_library, library_model, to_timm
-from caco_scale.method.encoders import build_backbone
-from caco_scale.model_card import scores, write_card
+from caco_scale.model_card import write_card
+from caco_scale.scores import evaluation_scores, logged_scores
+from caco_scale.weights import load_weights, read_tensors
 
 FORMATS = ("safetensors", "torchvision", "timm")
 TOLERANCE = 1e-5  # of features, relative to the greatest where that is above one
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 
-def export(run, to, file_format, which="query", step=None, force=False):
-    """Write the backbone of ``run`` (a run's or a checkpoint's directory) to the file ``to`` -> its metadata.
+def export(run, to, file_format, which=None, step=None, force=False):
+    """Write the backbone of ``run`` (a run's or a checkpoint's directory, or weights) to the file ``to`` -> metadata.
 
-    ``which``: the query or the key (momentum) encoder; ``step``: which checkpoint of the run, default the newest. The
-    model card goes to ``<to>.md``. Raises UserError: no run, no such checkpoint, damaged, not finite, unknown format, a
-    library without the model, no or an existing target without ``force``, and where the file read back does not give
-    the trained backbone's features.
+    ``which``: the query or the key (momentum) encoder, None: as :func:`~caco_scale.weights.load_weights` has it;
+    ``step``: which checkpoint of the run, default the newest. The model card goes to ``<to>.md``. Raises UserError: no
+    run, no such checkpoint, damaged, not finite, unknown format, a library without the model, no or an existing target
+    without ``force``, and where the file read back does not give the trained backbone's features.
     """
     to = Path(to)
     card = to.with_name(f"{to.name}.md")
     _check_target(to, card, file_format, force)
-    path = find_checkpoint(run, step)
-    state, metadata = backbone_state(path, which)
-    library = "timm" if file_format == "timm" else _library_of(metadata, file_format)
-    check_library(library, metadata["arch"])
-    stored = to_timm(state, metadata["arch"]) if library == "timm" else state
+    if not os.path.exists(run):  # False, too, for a name that no file can have
+        raise UserError(
+            f"{run} does not exist: give a run directory, one of its checkpoints, or a file of weights"
+        )
+    weights = load_weights(run, which, step)
+    library = file_format if file_format == "timm" else "torchvision"
+    if weights.arch == "tiny" and library == "torchvision":
+        library = "caco_scale"  # torchvision has no such model; the card and the last line say so
+    check_library(library, weights.arch)
+    metadata = describe(weights)
+    state = weights.backbone.state_dict()
     temporary = to.with_name(f"{to.name}.tmp{os.getpid()}")
     try:
+        stored = to_timm(state, weights.arch) if library == "timm" else state
         _write(temporary, stored, metadata, _container(to, file_format))
-        compared = _compare(temporary, state, metadata, library)
-        text = _card(path, to, temporary, library, metadata, compared)
+        compared = _compare(temporary, weights, library)
+        text = _card(weights, to.name, temporary.read_bytes(), library, metadata, compared)
         write_atomically(card, text.encode())
         os.replace(temporary, to)
     except OSError as error:
@@ -61,6 +67,23 @@ def export(run, to, file_format, which="query", step=None, force=False):
     finally:
         temporary.unlink(missing_ok=True)
     return {**metadata, "compared": compared}
+
+
+def describe(weights):
+    """Where a backbone comes from and what images it wants, as safetensors' metadata: names and strings."""
+    metadata = {
+        "arch": weights.arch,
+        "stem": weights.stem,
+        "encoder": weights.encoder,
+        "recipe": weights.metadata.get("recipe", ""),
+        "step": weights.metadata.get("step", ""),
+        "epoch": weights.metadata.get("epoch", ""),
+        "git_commit": _environment(weights).get("git_commit") or weights.metadata.get("git_commit", ""),
+        "size": weights.size,
+        "mean": " ".join(f"{value:g}" for value in weights.mean),
+        "std": " ".join(f"{value:g}" for value in weights.std),
+    }
+    return {name: "" if value is None else str(value) for name, value in metadata.items()}
 
 
 def _check_target(to, card, file_format, force):
@@ -84,11 +107,6 @@ def _check_target(to, card, file_format, force):
             raise UserError(f"{file} exists: give another name, or --force to replace it")
 
 
-def _library_of(metadata, file_format):
-    """Whose model a file of torchvision's names loads into: only ``tiny`` is no model of torchvision's."""
-    return "caco_scale" if file_format == "safetensors" and metadata["arch"] == "tiny" else "torchvision"
-
-
 def _container(to, file_format):
     """timm tells the two kinds of files apart by the name's end."""
     if file_format == "timm":
@@ -96,91 +114,36 @@ def _container(to, file_format):
     return "safetensors" if file_format == "safetensors" else "torch"
 
 
-def _card(path, to, temporary, library, metadata, compared):
-    """The model card's text for the checkpoint ``path`` and the file that is about to become ``to``."""
-    values, run = read_values(path), path.parent.parent
+def _run_directory(weights):
+    """The directory of the run that a checkpoint belongs to; None for a file of weights."""
+    return None if weights.config is None else Path(weights.path).absolute().parent.parent
+
+
+def _environment(weights):
+    """What ``environment.json`` of the run says, empty where there is none that can be read."""
+    run = _run_directory(weights)
     try:
-        config = configuration.flatten(configuration.from_dict(_config(path, values), str(path)))
-    except UserError:  # of another version: what it says of the model was enough for the tensors
-        config = {}
-    evaluations = scores(run, values["step"])
-    data, environment = temporary.read_bytes(), _json(run / "environment.json")
-    return write_card(to.name, data, library, metadata, values, config, environment, evaluations, compared)
-
-
-def find_checkpoint(run, step=None):
-    """The checkpoint that a user means by a run's or a checkpoint's directory, and maybe a step -> Path."""
-    run = Path(run)
-    if not os.path.isdir(run):  # False, too, for a name that no file can have
-        raise UserError(f"no run at {run}: give a run directory, or one of its checkpoints/step_XXXXXXXX")
-    if (run / "values.json").exists():
-        if step is not None and step != read_values(run)["step"]:
-            raise UserError(
-                f"{run} is the checkpoint of step {read_values(run)['step']}, not {step}: drop --step"
-            )
-        return run
-    directory = run / "checkpoints"
-    found = steps(directory)
-    if not found:
-        raise UserError(
-            f"no complete checkpoint in {directory}: is {run} a run directory, and has it saved yet?"
-        )
-    if step is not None and step not in found:
-        raise UserError(
-            f"no checkpoint of step {step} in {directory}; there are {', '.join(map(str, found))}"
-        )
-    return latest(directory) if step is None else step_path(directory, step)
-
-
-def backbone_state(path, which="query"):
-    """A checkpoint's backbone as (state dict in torchvision's names, floats in fp32; metadata of strings)."""
-    values = read_values(path)
-    config = _config(path, values)
-    prefixes = (f"{which}.backbone.", f"{which}_buffer.backbone.")
-    names = [name for name in values["shapes"] if name.startswith(prefixes)]
-    tensors = load_tensors(path, names)
-    state = {}
-    for name, tensor in tensors.items():
-        short = name.removeprefix(prefixes[0]).removeprefix(prefixes[1])
-        state[short] = tensor.float() if tensor.is_floating_point() else tensor
-        if not state[short].isfinite().all():
-            raise UserError(f"{path}: {name} is not finite, the run has diverged: export an earlier step")
-    environment = _json(path.parent.parent / "environment.json")
-    metadata = {
-        "arch": config["model"]["arch"],
-        "stem": config["model"]["stem"],
-        "encoder": which,
-        "recipe": config.get("recipe", ""),
-        "step": values["step"],
-        "epoch": values.get("epoch", ""),
-        "git_commit": environment.get("git_commit", ""),
-    }
-    return state, {key: str(value) for key, value in metadata.items()}
-
-
-def _config(path, values):
-    """The run's config as nested dicts: the checkpoint's own, else the run directory's config.yaml."""
-    config, source = values.get("config"), path / "values.json"
-    if config is None:
-        source = path.parent.parent / "config.yaml"
-        try:
-            config = yaml.safe_load(source.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            raise UserError(f"no readable config.yaml beside checkpoint {path}: expected {source}") from None
-    try:
-        config["model"]["arch"], config["model"]["stem"]
-    except (KeyError, TypeError):
-        raise UserError(f"{source} does not name model.arch and model.stem") from None
-    return config
-
-
-def _json(path):
-    """A JSON object, empty where there is none that can be read."""
-    try:
-        value = json.loads(path.read_text())
+        value = json.loads((run / "environment.json").read_text()) if run else {}
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _card(weights, name, data, library, metadata, compared):
+    """The model card's text for the file ``name`` with the bytes ``data``."""
+    run, values, logged, evaluated, config = _run_directory(weights), {}, (None, None), [], {}
+    if run is not None:
+        values = read_values(Path(weights.path))
+        logged = logged_scores(run, values["step"])
+        of_this = (values["step"], weights.encoder)
+        evaluated = [score for score in evaluation_scores(run) if (score.step, score.encoder) == of_this]
+        try:
+            config = configuration.flatten(configuration.from_dict(weights.config, weights.path))
+        except UserError:  # of another version: what it says of the model was enough for the tensors
+            config = {}
+    facts = {"config": config, "environment": _environment(weights), "logged": logged, "evaluated": evaluated}
+    source = "" if run else f"{weights.kind}, `{Path(weights.path).name}`"
+    return write_card(name, data, library, metadata, values, source=source, compared=compared, **facts)
 
 
 def _write(path, state, metadata, container):
@@ -195,38 +158,22 @@ def _write(path, state, metadata, container):
         os.fsync(stream.fileno())
 
 
-def read_weights(path):
-    """A state dict from a file of either format, by its content; nothing is unpickled but tensors."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except Exception:  # safetensors' own error class: then it is torch's format
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _compare(path, state, metadata, library):
+def _compare(path, weights, library):
     """Features of the file, read back into the library's model, against the trained backbone's -> how equal, in words.
 
     UserError where they differ by more than the tolerance.
     """
-    arch, stem = metadata["arch"], metadata["stem"]
-    with torch.device("meta"):  # nothing to initialise: every tensor comes from a state dict
-        trained, _ = build_backbone(arch, stem)
-    try:
-        trained.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint does not hold a backbone {arch}: {error}") from error
-    loaded = library_model(library, arch, stem)
-    loaded.load_state_dict(read_weights(path), assign=True)
-    size = 32 if stem == "cifar" or arch == "tiny" else 224
+    loaded = library_model(library, weights.arch, weights.stem)
+    loaded.load_state_dict(read_tensors(path)[0], assign=True)
+    size = 32 if weights.stem == "cifar" or weights.arch == "tiny" else 224
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted, found = trained.eval()(images), loaded.eval()(images)
+        wanted, found = weights.backbone(images), loaded.eval()(images)
     distance = (wanted - found).abs().max().item()
     if not distance <= TOLERANCE * max(1.0, wanted.abs().max().item()):
         raise UserError(f"{library}'s model does not give the trained features back (off by {distance:.3g})")
     equal = "equal bit for bit" if distance == 0 else f"equal to {distance:.1g}"
-    return f"loaded back into {_version(library)}'s {arch}, features {equal}"
+    return f"loaded back into {_version(library)}'s {weights.arch}, features {equal}"
 
 
 def _version(library):
@@ -237,12 +184,16 @@ def _parse(arguments):
     parser = Parser(
         prog="python -m caco_scale.export", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints/step_XXXXXXXX")
+    parser.add_argument(
+        "run", metavar="RUN_OR_WEIGHTS", help="run directory, one of its checkpoints, or a file of weights"
+    )
     parser.add_argument("--to", required=True, metavar="FILE", help="file to write")
     parser.add_argument(
         "--format", required=True, choices=FORMATS, dest="file_format", help="format of the file"
     )
-    parser.add_argument("--which", choices=("query", "key"), default="query", help="encoder (default: query)")
+    parser.add_argument(
+        "--which", choices=("query", "key"), help="encoder (default: query; of DINO the teacher)"
+    )
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     return parser.parse_args(arguments)
@@ -253,7 +204,8 @@ def main(arguments=None):
     flags = _parse(arguments)
     metadata = export(**vars(flags))
     size = Path(flags.to).stat().st_size / 1e6
-    what = "{encoder} backbone {arch} (stem {stem}) of step {step}; {compared}".format(**metadata)
+    of_step = f" of step {metadata['step']}" if metadata["step"] else ""
+    what = "{encoder} backbone {arch} (stem {stem}){0}; {compared}".format(of_step, **metadata)
     print(f"wrote {flags.to} ({size:.1f} MB, {flags.file_format}) and {flags.to}.md: {what}")
 
 

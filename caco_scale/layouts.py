@@ -1,8 +1,8 @@
 """How torchvision and timm build and name the backbones of this project.
 
-Our own names are torchvision's, so that only timm's vision transformer needs others. What a library does not have
-(the ``tiny`` ResNet, the ``cifar`` stem as a constructor's option) is said, not hidden: ``tiny`` is refused, and the
-stem's two lines are part of the model's recipe, in code and in the model card alike.
+Our own names are torchvision's, so that only timm's vision transformer needs others. What a library does not have is
+said, not hidden: ``tiny`` loads into this project's own module and is refused for timm, and the two lines that make
+the ``cifar`` stem stand in the model card.
 """
 
 import re
@@ -48,7 +48,7 @@ def to_timm(state, arch):
 def library_model(library, arch, stem):
     """The library's own model without its classifier, on the meta device: images -> features (B, F).
 
-    ``library``: torchvision, timm, or caco_scale (what ``tiny`` is, in a safetensors file). UserError where the
+    ``library``: torchvision, timm, or caco_scale (whose ``tiny`` is). UserError where the
     library has no such model or is not installed.
     """
     check_library(library, arch)
@@ -70,17 +70,16 @@ def library_model(library, arch, stem):
 
 def check_library(library, arch):
     """Refuse what the library cannot build (UserError)."""
-    if library == "timm":
-        try:
-            import timm  # noqa: F401
-        except ModuleNotFoundError:
-            raise UserError(
-                "--format timm compares with timm's own model, which is not installed: pip install 'caco_scale[timm]'"
-            ) from None
-    if library != "caco_scale" and arch == "tiny":
+    if library != "timm":
+        return
+    try:
+        import timm  # noqa: F401
+    except ModuleNotFoundError:
         raise UserError(
-            f"{library} has no model tiny, it is this project's own: use --format safetensors, or train a resnet18"
-        )
+            "--format timm compares with timm's own model, which is not installed: pip install 'caco_scale[timm]'"
+        ) from None
+    if arch == "tiny":
+        raise UserError("timm has no model tiny, it is this project's own: use --format safetensors")
 
 
 def loading_code(library, arch, stem, file_name):

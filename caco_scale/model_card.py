@@ -4,53 +4,45 @@ import hashlib
 import shlex
 
 from caco_scale.layouts import loading_code
-from caco_scale.run_directory import read_json_lines
+from caco_scale.scores import is_percent
 
 
-def scores(run_directory, step):
-    """The evaluations that a run logged up to a step -> (the last one's record or None, that of step 0 or None)."""
-    lines = [line for line in read_json_lines(run_directory / "metrics.jsonl") if _has_score(line)]
-    known = [line for line in lines if line["step"] <= step]
-    start = next((line for line in known if line["step"] == 0), None)
-    return (known[-1] if known and known[-1]["step"] else None), start
-
-
-def _has_score(line):
-    return isinstance(line.get("step"), int) and isinstance(line.get("knn_top1"), (int, float))
-
-
-def write_card(file_name, data, library, metadata, values, config, environment, evaluations, compared):
+def write_card(
+    name, data, library, metadata, values, *, source, config, environment, logged, evaluated, compared
+):
     """The card as Markdown text; what is not known is said to be unknown.
 
     Args:
-        file_name, data: of the exported file.
+        name, data: of the exported file.
         library: whose model it loads into; ``compared``: how that was compared, in words.
-        metadata: what the exporter says of the tensors; ``values``: the checkpoint's.
+        metadata: what the exporter says of the tensors; ``values``: the checkpoint's, empty without one.
+        source: what file of weights it comes from, empty for a run.
         config: flat, ``{"section.field": value}``; empty where it could not be read.
         environment: of ``environment.json``; empty where there is none.
-        evaluations: of :func:`scores`.
+        logged, evaluated: of :mod:`caco_scale.scores`, of this checkpoint.
     """
     arch, stem = metadata["arch"], metadata["stem"]
     command = environment.get("command")
     rows = [
         ("encoder", f"{metadata['encoder']} encoder's backbone, without projector and classifier"),
         ("architecture", f"{arch}, {stem} stem"),
+        *([("source", source)] if source else []),
         ("recipe", metadata["recipe"] or "unknown"),
         ("method", _method(config)),
-        ("trained", _trained(config, values)),
+        ("trained", _trained(config, values, metadata)),
         ("data", _data(config, values)),
-        ("input", _input(config)),
+        ("input", _input(metadata)),
         ("command", f"`{shlex.join(map(str, command))}`" if isinstance(command, list) else "unknown"),
-        ("commit", environment.get("git_commit") or "unknown"),
+        ("commit", metadata["git_commit"] or "unknown"),
         ("hardware", _hardware(environment)),
-        ("file", f"`{file_name}`, {len(data):,} bytes, sha256 `{hashlib.sha256(data).hexdigest()}`"),
+        ("file", f"`{name}`, {len(data):,} bytes, sha256 `{hashlib.sha256(data).hexdigest()}`"),
         ("checked", compared),
     ]
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
-    code = loading_code(library, arch, stem, file_name)
+    table = "\n".join(f"| {row} | {_cell(value)} |" for row, value in rows)
+    code = loading_code(library, arch, stem, name)
     return (
         f"# {arch}, pre-trained without labels ({config.get('bank.rule', 'method unknown')})\n\n"
-        f"| | |\n|---|---|\n{table}\n\n## Scores\n\n{_score_lines(config, *evaluations)}\n\n"
+        f"| | |\n|---|---|\n{table}\n\n## Scores\n\n{_score_lines(config, logged, evaluated)}\n\n"
         f"## Load it\n\n```python\n{code}\n```\n\n"
         "`model` gives features, one row an image; normalise images as said under input, and call `model.eval()`.\n"
     )
@@ -68,10 +60,12 @@ def _method(config):
     return f"{rule} (arXiv:2203.14370 and its baselines), bank of {size:,} rows, {temperature}"
 
 
-def _trained(config, values):
-    epoch = values.get("epoch")
-    epochs = f"{epoch:,.6g} epochs, " if isinstance(epoch, (int, float)) else ""
-    text = f"{epochs}{values['step']:,} steps"
+def _trained(config, values, metadata):
+    epoch, step = values.get("epoch") or metadata["epoch"], values.get("step") or metadata["step"]
+    if not step:
+        return "unknown"
+    text = f"{float(epoch):,.6g} epochs, " if epoch else ""
+    text += f"{int(step):,} steps"
     if config:
         warmup, main = config["bank.warmup_epochs"], config["optim.epochs"]
         text += f" (schedule: {warmup} epochs of bank warm-up, then {main}; batch {config['data.global_batch_size']:,})"
@@ -84,11 +78,9 @@ def _data(config, values):
     return f"`{config['data.shards']}`{images}" if config.get("data.shards") else "unknown"
 
 
-def _input(config):
-    if not config:
-        return "unknown"
-    mean, std = (", ".join(f"{v:g}" for v in config[name]) for name in ("views.mean", "views.std"))
-    return f"RGB from 0 to 1, minus ({mean}), divided by ({std}); trained on {config['views.size']} pixels"
+def _input(metadata):
+    mean, std = (metadata[name].replace(" ", ", ") for name in ("mean", "std"))
+    return f"RGB from 0 to 1, minus ({mean}), divided by ({std}); trained on {metadata['size']} pixels"
 
 
 def _hardware(environment):
@@ -101,18 +93,40 @@ def _hardware(environment):
     return f"{environment['world_size']} process(es) on {devices}, {environment.get('strategy', 'strategy unknown')}"
 
 
-def _score_lines(config, last, start):
-    """What was measured while it trained, each figure with how."""
-    if last is None:
-        return "None was measured while it trained; `python -m caco_scale.evaluate knn` measures it."
-    how, where = "parameters unknown", "unknown"
+def _score_lines(config, logged, evaluated):
+    """What was measured, each figure with how and on what."""
+    rows = [
+        (f"{s.protocol}, {s.how}" if s.how else s.protocol, f"`{s.data}`", s.top1, s.interval)
+        for s in evaluated
+    ]
+    last, start = logged
+    how, where = "kNN while it trained", "unknown"
     if config:
-        how = f"k = {config['eval.knn_k']}, T = {config['eval.knn_temperature']:g}"
-        where = config["data.val_shards"] or "unknown"
-    rows = [f"| step {last['step']:,} | {last['knn_top1']:.2f}% |"]
+        how += (
+            f", features of the query encoder, k {config['eval.knn_k']}, T {config['eval.knn_temperature']:g}"
+        )
+        where = f"`{config['data.val_shards']}`" if config["data.val_shards"] else "unknown"
+    if last is not None:
+        rows.append((f"{how}, step {last['step']:,}", where, last["knn_top1"], None))
     if start is not None:
-        rows.append(f"| the untrained encoder | {start['knn_top1']:.2f}% |")
-        if isinstance(start.get("knn_top1_raw_pixels"), (int, float)):
-            rows.append(f"| raw pixels | {start['knn_top1_raw_pixels']:.2f}% |")
-    words = f"Weighted kNN, {how}, on backbone features of the query encoder, validation set `{where}`."
-    return f"{words}\n\n| | top-1 |\n|---|---|\n" + "\n".join(rows)
+        rows.append((f"{how}, untrained", where, start["knn_top1"], None))
+        if is_percent(start.get("knn_top1_raw_pixels")):
+            rows.append(
+                (
+                    f"{how.replace('features of the query encoder', 'raw pixels')}",
+                    where,
+                    start["knn_top1_raw_pixels"],
+                    None,
+                )
+            )
+    if last is None and not evaluated:
+        return "None was measured; `python -m caco_scale.evaluate knn` does."
+    lines = [
+        f"| {_cell(words)} | {_cell(place)} | {top1:.2f}% | {_interval(between)} |"
+        for words, place, top1, between in rows
+    ]
+    return "| | validation images | top-1 | 95% interval |\n|---|---|---|---|\n" + "\n".join(lines)
+
+
+def _interval(between):
+    return f"{between[0]:.2f} to {between[1]:.2f}" if between else ""

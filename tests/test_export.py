@@ -20,6 +20,7 @@ from run_directories import (
     save_run,
     trained_model,
     write_records,
+    write_results,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -75,21 +76,28 @@ def test_safetensors_say_where_they_come_from(run, tmp_path):
             "step": "10",
             "epoch": "2",
             "git_commit": "abc1234",
+            "size": "224",
+            "mean": "0.485 0.456 0.406",
+            "std": "0.229 0.224 0.225",
         }
         weight = file.get_tensor("conv1.weight")
     assert torch.equal(weight, trained_model("resnet18", "imagenet").query.backbone.conv1.weight)
 
 
-# (format, which real model, its stem, the file's name, the only library that the script may need)
-EXPORTS = [
-    ("torchvision", "resnet18", "imagenet", "a.pth", "torchvision"),
-    ("torchvision", "resnet18", "cifar", "b.pth", "torchvision"),
-    ("torchvision", "vit_b_16", "imagenet", "c.pth", "torchvision"),
-    ("safetensors", "resnet18", "cifar", "d.safetensors", "torchvision"),
-    ("timm", "resnet18", "imagenet", "e.pth", "timm"),
-    ("timm", "resnet18", "cifar", "f.safetensors", "timm"),
-    ("timm", "vit_b_16", "imagenet", "g.safetensors", "timm"),
-]
+# What a script with one library alone must load: (format, architecture, stem, the file's name).
+EXPORTS = {
+    "torchvision": [
+        ("torchvision", "resnet18", "imagenet", "a.pth"),
+        ("torchvision", "resnet18", "cifar", "b.pth"),
+        ("safetensors", "resnet18", "cifar", "c.safetensors"),
+    ],
+    "timm": [
+        ("timm", "resnet18", "imagenet", "d.pth"),
+        ("timm", "resnet18", "cifar", "e.safetensors"),
+        ("timm", "vit_b_16", "imagenet", "f.safetensors"),
+    ],
+    "torchvision's ViT": [("torchvision", "vit_b_16", "imagenet", "g.pth")],
+}
 
 # Runs the lines that the model cards give; what it knows of this project is nothing.
 STRANGER = """
@@ -106,30 +114,36 @@ assert not any(module.split(".")[0] in ("caco_scale", sys.argv[1]) for module in
 
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory):
-    """(arch, stem) -> (a run's directory, its query backbone)."""
+    """(arch, stem) -> (a run's directory, its query backbone), made when it is first asked for."""
     folder, made = tmp_path_factory.mktemp("backbones"), {}
-    for _, arch, stem, *_ in EXPORTS:
-        if (arch, stem) in made:
-            continue
+
+    def get(arch, stem):
         path = folder / f"{arch}-{stem}"
-        if arch == "vit_b_16":
-            made[arch, stem] = path, save_vit(path)
-        else:
-            made[arch, stem] = path, save_run(path, arch, stem).query.backbone.eval()
-    return made
+        if (arch, stem) not in made:
+            vit = arch == "vit_b_16"
+            backbone = save_vit(path) if vit else save_run(path, arch, stem).query.backbone.eval()
+            made[arch, stem] = path, backbone
+        return made[arch, stem]
+
+    return get
 
 
-@pytest.mark.parametrize(("library", "other"), [("torchvision", "timm"), ("timm", "nothing else")])
+@pytest.mark.parametrize(
+    ("exports", "other"),
+    [
+        ("torchvision", "timm"),
+        ("timm", "nothing else"),
+        pytest.param("torchvision's ViT", "timm", marks=pytest.mark.slow),
+    ],
+)
 def test_the_lines_of_the_model_card_give_the_features_with_the_library_alone(
-    backbones, library, other, tmp_path
+    backbones, exports, other, tmp_path
 ):
-    if library == "timm":
+    if exports == "timm":
         pytest.importorskip("timm", reason="timm is not installed")
     cards, wanted = {}, {}
-    for file_format, arch, stem, name, needed in EXPORTS:
-        if needed != library:
-            continue
-        run, backbone = backbones[arch, stem]
+    for file_format, arch, stem, name in EXPORTS[exports]:
+        run, backbone = backbones(arch, stem)
         export.export(run, tmp_path / name, file_format)
         cards[name] = re.search(r"```python\n(.*?)```", (tmp_path / f"{name}.md").read_text(), re.DOTALL)[1]
         images = torch.randn(2, 3, 32 if stem == "cifar" else 224, 32 if stem == "cifar" else 224)
@@ -148,7 +162,7 @@ def test_the_lines_of_the_model_card_give_the_features_with_the_library_alone(
 
 
 def test_the_file_of_a_resnet_fits_torchvisions_detectors(backbones, tmp_path):
-    export.export(backbones["resnet18", "imagenet"][0], tmp_path / "w.pth", "torchvision")
+    export.export(backbones("resnet18", "imagenet")[0], tmp_path / "w.pth", "torchvision")
     body = torchvision.models.detection.backbone_utils.resnet_fpn_backbone(
         backbone_name="resnet18", weights=None, trainable_layers=5
     ).body
@@ -166,17 +180,36 @@ def test_timm_has_every_backbone_under_the_same_shapes(arch):
     assert {name: tuple(tensor.shape) for name, tensor in to_timm(state, arch).items()} == wanted
 
 
-def test_the_demos_own_resnet_is_written_as_safetensors_only(tmp_path):
+@pytest.mark.parametrize("file_format", ["safetensors", "torchvision"])
+def test_the_demos_own_resnet_loads_by_this_project_alone_and_the_card_says_so(tmp_path, file_format, capsys):
     model = save_run(tmp_path / "run", "tiny", "cifar")
-    export.export(tmp_path / "run", tmp_path / "w.safetensors", "safetensors")
+    export.main([str(tmp_path / "run"), "--to", str(tmp_path / "w"), "--format", file_format])
+    assert "loaded back into caco_scale's tiny, features equal bit for bit" in capsys.readouterr().out
     loaded, _ = build_backbone("tiny", "cifar")
-    loaded.load_state_dict(load_file(tmp_path / "w.safetensors"))
+    loaded.load_state_dict((load_file if file_format == "safetensors" else torch.load)(tmp_path / "w"))
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(loaded.eval()(images), model.query.backbone.eval()(images))
-    for file_format in ("torchvision", "timm"):
-        with pytest.raises(UserError, match=f"{file_format} has no model tiny"):
-            export.export(tmp_path / "run", tmp_path / "w.pth", file_format)
+    assert 'model, _ = build_backbone("tiny", "cifar")' in (tmp_path / "w.md").read_text()
+
+
+def test_a_file_of_weights_is_exported_as_a_run_is(backbones, tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    _, backbone = backbones("resnet18", "imagenet")
+    torch.save(
+        {"state_dict": {f"module.encoder_q.{n}": t for n, t in backbone.state_dict().items()}},
+        tmp_path / "moco",
+    )
+    export.export(tmp_path / "moco", tmp_path / "w.safetensors", "timm")
+    model = timm.create_model(
+        "resnet18", num_classes=0, checkpoint_path=str(tmp_path / "w.safetensors")
+    ).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert (model(images) - backbone(images)).abs().max() < 1e-5 * backbone(images).abs().max()
+    card = (tmp_path / "w.safetensors.md").read_text()
+    assert "| source | MoCo v1 or v2, `moco` |" in card
+    assert "| command | unknown |" in card
 
 
 def test_the_model_card_says_what_how_and_how_good(tmp_path):
@@ -185,6 +218,7 @@ def test_the_model_card_says_what_how_and_how_good(tmp_path):
     write_records(run, config, metrics_lines())
     save_checkpoint(run, trained_model("tiny", "cifar"), 32, epoch=4.0, num_samples=4096)
     save_checkpoint(run, trained_model("tiny", "cifar"), 8, epoch=1.0, num_samples=4096)
+    write_results(run, step=32)
     export.export(run, tmp_path / "w.safetensors", "safetensors")
     card = (tmp_path / "w.safetensors.md").read_text()
     for words in (
@@ -193,10 +227,11 @@ def test_the_model_card_says_what_how_and_how_good(tmp_path):
         "`/data/mine/train`, 4,096 images",
         "pretrain.py demo --run.dir",
         "| commit | abc1234 |",
-        "| step 32 | 66.00% |",
-        "| the untrained encoder | 20.00% |",
-        "| raw pixels | 25.50% |",
-        "k = 20, T = 0.2",
+        "k 20, T 0.2, step 32 | `/data/mine/val` | 66.00% |",
+        "untrained | `/data/mine/val` | 20.00% |",
+        "raw pixels, k 20, T 0.2 | `/data/mine/val` | 25.50% |",
+        "| kNN, backbone, k 10, T 0.07 | `/other/val` | 71.25% | 70.00 to 72.50 |",
+        "| linear, lr 0.1 per 256 images | `/other/val` | 73.50% | 72.00 to 75.00 |",
         "features equal bit for bit",
     ):
         assert words in card, card
@@ -298,11 +333,12 @@ def model_config(arch, stem="imagenet"):
 # name: (what is done to the run, words of the command line, what the line says). RUN, TO and FORMAT stand for
 # the run, a file to write and --format safetensors.
 MISTAKES = {
-    "no run": (None, "none TO FORMAT", "no run at"),
-    "a file as run": (None, "mine TO FORMAT", "no run at"),
-    "a name that no file can have": (None, f"{'x' * 300} TO FORMAT", "no run at"),
+    "no run": (None, "none TO FORMAT", "none does not exist"),
+    "a file that holds no weights": (None, "mine TO FORMAT", "mine is no file of weights"),
+    "a step of a file": (None, "mine TO FORMAT --step 3", "--step chooses one of a run's checkpoints"),
+    "a name that no file can have": (None, f"{'x' * 300} TO FORMAT", "does not exist"),
     "a directory without a run": (None, "empty TO FORMAT", "no complete checkpoint in"),
-    "no run at all": (None, "TO FORMAT", "the following arguments are required: RUN"),
+    "no run at all": (None, "TO FORMAT", "the following arguments are required: RUN_OR_WEIGHTS"),
     "two runs": (None, "RUN RUN TO FORMAT", "unrecognized arguments"),
     "no target": (None, "RUN FORMAT", "--to"),
     "no format": (None, "RUN TO", "--format"),
@@ -327,7 +363,7 @@ MISTAKES = {
         *(None, "RUN --to w.safetensors --format torchvision", "format torchvision is a torch file"),
     ),
     "safetensors by a torch name": (None, "RUN --to w.pth FORMAT", "name it .safetensors"),
-    "tiny for torchvision": (None, "RUN TO --format torchvision", "torchvision has no model tiny"),
+    "tiny for timm": (None, "RUN TO --format timm", "timm has no model tiny"),
     "no checkpoint": (remove_checkpoints, "RUN TO FORMAT", "no complete checkpoint in"),
     "half a checkpoint": (leave_half_a_checkpoint, "RUN TO FORMAT", "no complete checkpoint in"),
     "no values": (damage("values.json"), "RUN TO FORMAT", "it has no values.json"),
@@ -344,10 +380,14 @@ MISTAKES = {
     "a weight that is NaN": (
         spoil(float("nan")),
         "RUN TO FORMAT",
-        "query.backbone.conv1.weight is not finite",
+        "tensors are not finite (conv1.weight)",
     ),
     "a buffer that is infinite": (
-        *(spoil(float("inf"), "bn1.running_var"), "RUN TO FORMAT", "bn1.running_var is not finite"),
+        *(
+            spoil(float("inf"), "bn1.running_var"),
+            "RUN TO FORMAT",
+            "tensors are not finite (bn1.running_var)",
+        ),
     ),
     "no config": (lambda run: (run / "config.yaml").unlink(), "RUN TO FORMAT", "no readable config.yaml"),
     "a config that is no YAML": (change_config("{"), "RUN TO FORMAT", "no readable config.yaml"),
@@ -360,7 +400,7 @@ MISTAKES = {
     ),
     "an unknown stem": (change_config(model_config("tiny", "none")), "RUN TO FORMAT", "no stem 'none'"),
     "another architecture": (
-        *(change_config(model_config("resnet18")), "RUN TO FORMAT", "does not hold a backbone resnet18"),
+        *(change_config(model_config("resnet18")), "RUN TO FORMAT", "does not hold a whole resnet18"),
     ),
 }
 

@@ -22,6 +22,7 @@ from run_directories import (
     trained_model,
     write_lines,
     write_records,
+    write_results,
 )
 from shard_sets import make_shard_set
 from torch.nn import functional as F
@@ -211,6 +212,21 @@ def test_several_runs_stand_side_by_side(tmp_path, shards):
     assert not (second / "report.html").exists()
 
 
+def test_what_was_evaluated_afterwards_is_shown(tmp_path):
+    write_records(tmp_path / "run", make_config())
+    write_results(tmp_path / "run", step=32)
+    for name, text in (
+        ("cut", '{"settings": '),
+        ("other", '{"settings": {"evaluation": 3}}'),
+        ("list", "[]"),
+    ):
+        (tmp_path / "run/evaluate" / name).mkdir()
+        (tmp_path / "run/evaluate" / name / "result.json").write_text(text)
+    text = Page(write_report([tmp_path / "run"], images=0)).text
+    assert "kNN, query encoder, backbone, k 10, T 0.07 /other/val 71.25% 70.00 to 72.50" in text
+    assert "linear, query encoder, lr 0.1 per 256 images /other/val 73.50% 72.00 to 75.00" in text
+
+
 def test_numbers_are_written_for_people():
     written = [
         write_number(*arguments) for arguments in [(0.0, 4), (97.4, 4, "%"), (1234567.0, 4), (0.000012, 3)]
@@ -390,7 +406,7 @@ def move_data(**fields):
     [
         (no_checkpoint, "No pictures: the run has no complete checkpoint yet"),
         (damaged_checkpoint, "No pictures: checkpoint"),
-        (diverged, "the query encoder of"),
+        (diverged, "tensors are not finite (conv1.weight)"),
         (
             move_data(data__shards="/nowhere/train"),
             "No pictures: shard directory /nowhere/train does not exist",

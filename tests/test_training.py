@@ -232,11 +232,12 @@ def test_baselines_train_in_the_same_loop(rule, flags, tmp_path):
     assert [line["phase"] for line in lines] == [rule] * 4
 
 
-def test_the_backbone_of_a_run_is_exported(uninterrupted, tmp_path):
+@pytest.mark.parametrize("format", ["safetensors", "torchvision"])
+def test_the_backbone_of_a_run_is_exported_from_any_checkpoint(format, uninterrupted, tmp_path):
     target = tmp_path / "backbone"
     command = [sys.executable, "-m", "caco_scale.export", str(uninterrupted / "run"), "--to", str(target)]
-    subprocess.run([*command, "--format", "safetensors"], check=True, env=environment(), timeout=120)
-    exported = load_file(target)
+    subprocess.run([*command, "--format", format], check=True, env=environment(), timeout=120)
+    exported = load_file(target) if format == "safetensors" else torch.load(target, weights_only=True)
     state, _ = final_state(uninterrupted / "run")
     for name, tensor in exported.items():
         trained = state.get(f"query.backbone.{name}", state.get(f"query_buffer.backbone.{name}"))

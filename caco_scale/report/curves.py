@@ -72,6 +72,7 @@ TRAINING = (
     Panel(
         "data_wait", "Data wait", "share of the time spent waiting for batches", "%", 3, 100, from_zero=True
     ),
+    Panel("knn_seconds", "kNN evaluation", "time that training stood still for it", "s", 3, from_zero=True),
     Panel(
         "checkpoint_seconds",
         "Checkpoint",
@@ -114,7 +115,7 @@ def draw_panels(panels, runs, resumes):
 
     ``resumes``: for every run the epochs at which it was resumed.
     """
-    charts, end = [], max(run.epoch(run.last_step) for run in runs)
+    charts, end = [], max(run.epoch(run.last_step) for run in runs) or 1.0
     for panel in panels:
         series = [run.series(panel.figure) for run in runs]
         if any(np.isfinite(one.value).any() for one in series):

@@ -9,6 +9,7 @@ import numpy as np
 from caco_scale import config as configuration
 from caco_scale.report.curves import HEALTH, TRAINING, draw_panels, further_panels, write_number
 from caco_scale.report.runs import incidents
+from caco_scale.scores import evaluation_scores
 
 KINDS = {  # of incidents, in words
     "resume": "resumed",
@@ -46,6 +47,7 @@ def build_page(runs, pictures):
         sections=[(title, anchor, charts) for title, anchor, charts in sections if charts],
         has_warmup=any(run.warmup_end() is not None for run in runs),
         has_resumes=any(resumes),
+        scores=[evaluation_scores(run.path) for run in runs],
         pictures=pictures,
         incidents=[[(i.step, i.kind, KINDS[i.kind], i.text) for i in listed] for listed in found],
         configuration=_configuration(runs),

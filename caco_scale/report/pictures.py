@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from caco_scale import checkpoint
-from caco_scale import config as configuration
-from caco_scale.assemble import build_encoder
+from caco_scale.checkpoint import load_tensors
 from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.remote import Patience
 from caco_scale.data.store import open_store
 from caco_scale.errors import UserError, one_line
 from caco_scale.evaluate.features import extract_features
+from caco_scale.method.model import Encoder
+from caco_scale.weights import load_weights
 
 NUM_NEAREST = 8
 NUM_QUERIES = 8  # validation images
@@ -151,12 +151,13 @@ def read_images(run, address, limit):
 class Encoders:
     """Query and key encoder and the bank of a checkpoint, in fp32 on one device.
 
-    ``rows`` (K, D) unit norm and ``assignments`` (K,) as they were saved; ``step``: finished steps.
+    ``normalisation``: mean and standard deviation of the images. ``rows`` (K, D) unit norm and ``assignments`` (K,)
+    as they were saved; ``step``: finished steps.
     """
 
-    def __init__(self, config, step, query, key, rows, assignments):
+    def __init__(self, normalisation, step, query, key, rows, assignments):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.config, self.step = config, step
+        self.normalisation, self.step = normalisation, step
         self.query, self.key = query.to(self.device), key.to(self.device)
         self.rows, self.assignments = rows, assignments
         self._features = {}
@@ -173,38 +174,17 @@ class Encoders:
 
     def _extract(self, module, encode, images):
         batches = zip(images.ids.split(64), images.crops.split(64), images.labels.split(64), strict=True)
-        views = self.config.views
-        return extract_features(
-            encode, batches, mean=views.mean, std=views.std, device=self.device, module=module
-        )[0]
+        mean, std = self.normalisation
+        return extract_features(encode, batches, mean=mean, std=std, device=self.device, module=module)[0]
 
 
 def read_encoders(path):
     """The :class:`Encoders` of a checkpoint's folder. UserError where it is damaged or not finite."""
-    values = checkpoint.read_values(path)
-    config = configuration.from_dict(values["config"], f"{path} config")
-    prefixes = ("query.", "query_buffer.", "key.", "key_buffer.", "bank.rows", "bank.assignments")
-    tensors = checkpoint.load_tensors(path, [name for name in values["shapes"] if name.startswith(prefixes)])
-    sides = []
-    for side in ("query", "key"):
-        state = {
-            name.split(".", 1)[1]: tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in tensors.items()
-            if name.startswith((f"{side}.", f"{side}_buffer."))
-        }
-        if not all(tensor.isfinite().all() for tensor in state.values()):
-            raise UserError(f"the {side} encoder of {path} is not finite")
-        with torch.device("meta"):
-            encoder = build_encoder(config)
-        try:
-            encoder.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            raise UserError(
-                f"{path} does not hold the model of its config: {one_line(error)[:200]}"
-            ) from error
-        sides.append(encoder)
-    rows = F.normalize(tensors["bank.rows"].float(), dim=1)
-    return Encoders(config, values["step"], *sides, rows, tensors["bank.assignments"])
+    query, key = (load_weights(path, which) for which in ("query", "key"))
+    bank = load_tensors(path, ["bank.rows", "bank.assignments"])
+    rows = F.normalize(bank["bank.rows"].float(), dim=1)
+    sides = (Encoder(side.backbone, side.projector) for side in (query, key))
+    return Encoders((query.mean, query.std), query.metadata["step"], *sides, rows, bank["bank.assignments"])
 
 
 # ----------------------------------------------------------------------------------------------------
