@@ -1,208 +1,199 @@
-"""Export the trained backbone of a run, or of one checkpoint, for use without this program.
+"""Export a backbone for use without this program: of a run, of one checkpoint, or of a file of weights.
 
-    python -m caco_scale.export RUN --to FILE --format {safetensors,torchvision}
+    python -m caco_scale.export RUN_OR_WEIGHTS --to FILE --format {safetensors,torchvision,timm}
                                 [--which query|key] [--step N] [--force]
 
-``torchvision`` is a ``torch.save`` of a state dict for ``torchvision.models.<arch>()``; ``safetensors``
-holds the same names, with where they come from as its metadata. The projector stays behind. One process on
-the CPU is enough, whatever trained; the file is loaded back and its features compared with the trained
-backbone's before it appears.
+``torchvision`` is a ``torch.save`` of a state dict for ``torchvision.models.<arch>()``; ``safetensors`` holds the
+same names, with where they come from as its metadata; ``timm`` is what ``timm.create_model(..., checkpoint_path=FILE)``
+reads, as safetensors if FILE ends so. The projector stays behind. A model card, FILE.md, says what it is and how to
+load it. One process on the CPU is enough, whatever trained; the file is loaded back into the library's own model and
+its features are compared with the trained backbone's before it appears.
 """
 
-import argparse
 import json
 import os
+from importlib import metadata as distributions
 from pathlib import Path
 
 import torch
-import yaml
-from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
-from torchvision import models
 
-from caco_scale.checkpoint import latest, load_tensors, read_values, step_path, steps
-from caco_scale.errors import UserError, exit_on_user_error
-from caco_scale.method.encoders import build_backbone
+from caco_scale import config as configuration
+from caco_scale.atomic import write_atomically
+from caco_scale.checkpoint import read_values
+from caco_scale.errors import Parser, UserError, exit_on_user_error
+from caco_scale.layouts import check_library, library_model, to_timm
+from caco_scale.model_card import write_card
+from caco_scale.scores import evaluation_scores, logged_scores
+from caco_scale.weights import load_weights, read_tensors
 
-FORMATS = ("safetensors", "torchvision")
+FORMATS = ("safetensors", "torchvision", "timm")
+TOLERANCE = 1e-5  # of features, relative to the greatest where that is above one
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 
-def export(run, to, file_format, which="query", step=None, force=False):
-    """Write the backbone of ``run`` (a run's or a checkpoint's directory) to the file ``to`` -> its metadata.
+def export(run, to, file_format, which=None, step=None, force=False):
+    """Write the backbone of ``run`` (a run's or a checkpoint's directory, or weights) to the file ``to`` -> metadata.
 
-    ``which``: the query or the key (momentum) encoder; ``step``: which checkpoint of the run, default the
-    newest. Raises UserError: no run, no such checkpoint, damaged, unknown format, no or an existing target
-    without ``force``, and where the file read back does not give the trained backbone's features bit for
-    bit.
+    ``which``: the query or the key (momentum) encoder, None: as :func:`~caco_scale.weights.load_weights` has it;
+    ``step``: which checkpoint of the run, default the newest. The model card goes to ``<to>.md``. Raises UserError: no
+    run, no such checkpoint, damaged, not finite, unknown format, a library without the model, no or an existing target
+    without ``force``, and where the file read back does not give the trained backbone's features.
     """
     to = Path(to)
-    if file_format not in FORMATS:
-        raise UserError(f"unknown format {file_format!r}: use one of {', '.join(FORMATS)}")
-    if to.is_dir():
-        raise UserError(f"{to} is a directory: give the name of a file in it")
-    if to.exists() and not force:
-        raise UserError(f"{to} exists: give another name, or --force to replace it")
-    if not to.parent.is_dir():
-        raise UserError(f"{to} cannot be written: there is no directory {to.parent}")
-    path = find_checkpoint(run, step)
-    state, metadata = backbone_state(path, which)
+    card = to.with_name(f"{to.name}.md")
+    _check_target(to, card, file_format, force)
+    if not os.path.exists(run):  # False, too, for a name that no file can have
+        raise UserError(
+            f"{run} does not exist: give a run directory, one of its checkpoints, or a file of weights"
+        )
+    weights = load_weights(run, which, step)
+    library = file_format if file_format == "timm" else "torchvision"
+    if weights.arch == "tiny" and library == "torchvision":
+        library = "caco_scale"  # torchvision has no such model; the card and the last line say so
+    check_library(library, weights.arch)
+    metadata = describe(weights)
+    state = weights.backbone.state_dict()
     temporary = to.with_name(f"{to.name}.tmp{os.getpid()}")
     try:
-        _write(temporary, state, metadata, file_format)
-        _compare(temporary, state, metadata, file_format)
+        stored = to_timm(state, weights.arch) if library == "timm" else state
+        _write(temporary, stored, metadata, _container(to, file_format))
+        compared = _compare(temporary, weights, library)
+        text = _card(weights, to.name, temporary.read_bytes(), library, metadata, compared)
+        write_atomically(card, text.encode())
         os.replace(temporary, to)
     except OSError as error:
         raise UserError(f"{to} could not be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-    return metadata
+    return {**metadata, "compared": compared}
 
 
-def find_checkpoint(run, step=None):
-    """The checkpoint that a user means by a run's or a checkpoint's directory, and maybe a step -> Path."""
-    run = Path(run)
-    if not run.is_dir():
-        raise UserError(f"no run at {run}: give a run directory, or one of its checkpoints/step_XXXXXXXX")
-    if (run / "values.json").exists():
-        if step is not None and step != read_values(run)["step"]:
-            raise UserError(
-                f"{run} is the checkpoint of step {read_values(run)['step']}, not {step}: drop --step"
-            )
-        return run
-    directory = run / "checkpoints"
-    found = steps(directory)
-    if not found:
-        raise UserError(
-            f"no complete checkpoint in {directory}: is {run} a run directory, and has it saved yet?"
-        )
-    if step is not None and step not in found:
-        raise UserError(
-            f"no checkpoint of step {step} in {directory}; there are {', '.join(map(str, found))}"
-        )
-    return latest(directory) if step is None else step_path(directory, step)
-
-
-def backbone_state(path, which="query"):
-    """A checkpoint's backbone as (state dict in torchvision's names, floats in fp32; metadata of strings)."""
-    values = read_values(path)
-    config = _config(path, values)
-    prefixes = (f"{which}.backbone.", f"{which}_buffer.backbone.")
-    names = [name for name in values["shapes"] if name.startswith(prefixes)]
-    tensors = load_tensors(path, names)
-    state = {}
-    for name, tensor in tensors.items():
-        short = name.removeprefix(prefixes[0]).removeprefix(prefixes[1])
-        state[short] = tensor.float() if tensor.is_floating_point() else tensor
-    environment = _json(path.parent.parent / "environment.json")
+def describe(weights):
+    """Where a backbone comes from and what images it wants, as safetensors' metadata: names and strings."""
     metadata = {
-        "arch": config["model"]["arch"],
-        "stem": config["model"]["stem"],
-        "encoder": which,
-        "recipe": config.get("recipe", ""),
-        "step": values["step"],
-        "epoch": values.get("epoch", ""),
-        "git_commit": environment.get("git_commit", ""),
+        "arch": weights.arch,
+        "stem": weights.stem,
+        "encoder": weights.encoder,
+        "recipe": weights.metadata.get("recipe", ""),
+        "step": weights.metadata.get("step", ""),
+        "epoch": weights.metadata.get("epoch", ""),
+        "git_commit": _environment(weights).get("git_commit") or weights.metadata.get("git_commit", ""),
+        "size": weights.size,
+        "mean": " ".join(f"{value:g}" for value in weights.mean),
+        "std": " ".join(f"{value:g}" for value in weights.std),
     }
-    return state, {key: str(value) for key, value in metadata.items()}
+    return {name: "" if value is None else str(value) for name, value in metadata.items()}
 
 
-def _config(path, values):
-    """The run's config as nested dicts: the checkpoint's own, else the run directory's config.yaml."""
-    config, source = values.get("config"), path / "values.json"
-    if config is None:
-        source = path.parent.parent / "config.yaml"
-        try:
-            config = yaml.safe_load(source.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            raise UserError(f"no readable config.yaml beside checkpoint {path}: expected {source}") from None
+def _check_target(to, card, file_format, force):
+    """Refuse a format or a target that cannot be meant (UserError)."""
+    if file_format not in FORMATS:
+        raise UserError(f"unknown format {file_format!r}: use one of {', '.join(FORMATS)}")
+    if to.suffix == ".safetensors" and file_format == "torchvision":
+        raise UserError(
+            f"{to}: format torchvision is a torch file, name it .pth, or use --format safetensors"
+        )
+    if to.suffix in TORCH_SUFFIXES and file_format == "safetensors":
+        raise UserError(f"{to}: name it .safetensors, or use --format torchvision for a torch file")
+    if os.path.isdir(to):
+        raise UserError(f"{to} is a directory: give the name of a file in it")
+    if not os.path.isdir(to.parent):
+        raise UserError(f"{to} cannot be written: there is no directory {to.parent}")
+    for file in (to, card):
+        if os.path.exists(file) and not file.is_file():
+            raise UserError(f"{file} is no ordinary file: give the name of one to write")
+        if os.path.exists(file) and not force:
+            raise UserError(f"{file} exists: give another name, or --force to replace it")
+
+
+def _container(to, file_format):
+    """timm tells the two kinds of files apart by the name's end."""
+    if file_format == "timm":
+        return "safetensors" if to.suffix == ".safetensors" else "torch"
+    return "safetensors" if file_format == "safetensors" else "torch"
+
+
+def _run_directory(weights):
+    """The directory of the run that a checkpoint belongs to; None for a file of weights."""
+    return None if weights.config is None else Path(weights.path).absolute().parent.parent
+
+
+def _environment(weights):
+    """What ``environment.json`` of the run says, empty where there is none that can be read."""
+    run = _run_directory(weights)
     try:
-        config["model"]["arch"], config["model"]["stem"]
-    except (KeyError, TypeError):
-        raise UserError(f"{source} does not name model.arch and model.stem") from None
-    return config
-
-
-def _json(path):
-    try:
-        return json.loads(path.read_text())
+        value = json.loads((run / "environment.json").read_text()) if run else {}
     except (OSError, ValueError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
-def _write(path, state, metadata, file_format):
-    if file_format == "safetensors":
-        save_file(state, path, metadata={"format": "pt", **metadata})
+def _card(weights, name, data, library, metadata, compared):
+    """The model card's text for the file ``name`` with the bytes ``data``."""
+    run, values, logged, evaluated, config = _run_directory(weights), {}, (None, None), [], {}
+    if run is not None:
+        values = read_values(Path(weights.path))
+        logged = logged_scores(run, values["step"])
+        of_this = (values["step"], weights.encoder)
+        evaluated = [score for score in evaluation_scores(run) if (score.step, score.encoder) == of_this]
+        try:
+            config = configuration.flatten(configuration.from_dict(weights.config, weights.path))
+        except UserError:  # of another version: what it says of the model was enough for the tensors
+            config = {}
+    facts = {"config": config, "environment": _environment(weights), "logged": logged, "evaluated": evaluated}
+    source = "" if run else f"{weights.kind}, `{Path(weights.path).name}`"
+    return write_card(name, data, library, metadata, values, source=source, compared=compared, **facts)
+
+
+def _write(path, state, metadata, container):
+    if container == "safetensors":
+        # Copies: safetensors refuses tensors that share memory.
+        save_file(
+            {name: t.contiguous() for name, t in state.items()}, path, metadata={"format": "pt", **metadata}
+        )
     else:
         torch.save(state, path)
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
 
 
-def read_weights(path):
-    """A state dict from a file of either format, by its content; nothing is unpickled but tensors."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except Exception:  # safetensors' own error class: then it is torch's format
-        return torch.load(path, map_location="cpu", weights_only=True)
+def _compare(path, weights, library):
+    """Features of the file, read back into the library's model, against the trained backbone's -> how equal, in words.
 
-
-def _compare(path, state, metadata, file_format):
-    """The features of the file, read back as a user will, must equal the trained backbone's bit for bit."""
-    with torch.device("meta"):  # nothing to initialise: every tensor comes from a state dict
-        trained, _ = build_backbone(metadata["arch"], metadata["stem"])
-    try:
-        trained.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint does not hold a backbone {metadata['arch']}: {error}") from error
-    loaded = _users_model(read_weights(path), metadata)
-    size = 32 if metadata["stem"] == "cifar" or metadata["arch"] == "tiny" else 224
+    UserError where they differ by more than the tolerance.
+    """
+    loaded = library_model(library, weights.arch, weights.stem)
+    loaded.load_state_dict(read_tensors(path)[0], assign=True)
+    size = 32 if weights.stem == "cifar" or weights.arch == "tiny" else 224
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted, found = trained.eval()(images), loaded.eval()(images)
-    if not torch.equal(wanted, found):
-        distance = (wanted - found).abs().max().item()
-        raise UserError(
-            f"the {file_format} file does not give the trained features back (off by {distance:.3g})"
-        )
+        wanted, found = weights.backbone(images), loaded.eval()(images)
+    distance = (wanted - found).abs().max().item()
+    if not distance <= TOLERANCE * max(1.0, wanted.abs().max().item()):
+        raise UserError(f"{library}'s model does not give the trained features back (off by {distance:.3g})")
+    equal = "equal bit for bit" if distance == 0 else f"equal to {distance:.1g}"
+    return f"loaded back into {_version(library)}'s {weights.arch}, features {equal}"
 
 
-def _users_model(state, metadata):
-    """The model a user would build: torchvision's (only the classifier may be missing), else ours."""
-    arch, stem = metadata["arch"], metadata["stem"]
-    if stem == "cifar" or arch not in models.list_models(module=models):
-        with torch.device("meta"):
-            model, _ = build_backbone(arch, stem)
-        model.load_state_dict(state, assign=True)
-        return model
-    with torch.device("meta"):
-        model = models.get_model(arch, weights=None)
-    head = "heads" if hasattr(model, "heads") else "fc"
-    keys = model.load_state_dict(state, strict=False, assign=True)
-    assert not keys.unexpected_keys, keys
-    assert all(key.startswith(f"{head}.") for key in keys.missing_keys), keys
-    setattr(model, head, nn.Identity())
-    return model
-
-
-class _Parser(argparse.ArgumentParser):
-    """A typo is one line, exit code 2."""
-
-    def error(self, message):
-        raise UserError(f"{message}; see python -m caco_scale.export --help")
+def _version(library):
+    return f"{library} {distributions.version(library)}" if library != "caco_scale" else library
 
 
 def _parse(arguments):
-    parser = _Parser(
+    parser = Parser(
         prog="python -m caco_scale.export", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints/step_XXXXXXXX")
+    parser.add_argument(
+        "run", metavar="RUN_OR_WEIGHTS", help="run directory, one of its checkpoints, or a file of weights"
+    )
     parser.add_argument("--to", required=True, metavar="FILE", help="file to write")
     parser.add_argument(
         "--format", required=True, choices=FORMATS, dest="file_format", help="format of the file"
     )
-    parser.add_argument("--which", choices=("query", "key"), default="query", help="encoder (default: query)")
+    parser.add_argument(
+        "--which", choices=("query", "key"), help="encoder (default: query; of DINO the teacher)"
+    )
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     return parser.parse_args(arguments)
@@ -213,8 +204,9 @@ def main(arguments=None):
     flags = _parse(arguments)
     metadata = export(**vars(flags))
     size = Path(flags.to).stat().st_size / 1e6
-    what = "{encoder} backbone {arch} (stem {stem}) of step {step}".format(**metadata)
-    print(f"wrote {flags.to} ({size:.1f} MB, {flags.file_format}): {what}; loaded back and equal bit for bit")
+    of_step = f" of step {metadata['step']}" if metadata["step"] else ""
+    what = "{encoder} backbone {arch} (stem {stem}){0}; {compared}".format(of_step, **metadata)
+    print(f"wrote {flags.to} ({size:.1f} MB, {flags.file_format}) and {flags.to}.md: {what}")
 
 
 if __name__ == "__main__":

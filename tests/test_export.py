@@ -1,6 +1,10 @@
 """Export: the trained backbone in a file that its user's own tools load, or one line that says why not."""
 
+import json
 import os
+import pickle
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,51 +13,25 @@ import pytest
 import torch
 import torchvision
 import yaml
+from run_directories import (
+    make_config,
+    metrics_lines,
+    save_checkpoint,
+    save_run,
+    trained_model,
+    write_records,
+    write_results,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from caco_scale import export
 from caco_scale.checkpoint import Checkpointer, State, load_tensors
 from caco_scale.errors import UserError
-from caco_scale.method.encoders import build_backbone
-from caco_scale.method.model import Encoder, QueryKeyModel
-from caco_scale.method.projector import build_projector
+from caco_scale.layouts import to_timm
+from caco_scale.method.encoders import RESNETS, build_backbone
 
 ROOT = Path(__file__).parent.parent
-
-
-def trained_model(arch, stem, dtype=torch.float32):
-    """A model whose parameters and buffers are all different from a fresh one's, and its key from its query."""
-    torch.manual_seed(0)
-    backbone, num_features = build_backbone(arch, stem)
-    model = QueryKeyModel(Encoder(backbone, build_projector(num_features, 8, 4))).to(dtype)
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():
-                tensor.mul_(1 + 0.1 * torch.rand_like(tensor)).add_(0.01 * torch.rand_like(tensor))
-            else:
-                tensor.add_(17)
-    return model
-
-
-def save_run(folder, arch="tiny", stem="imagenet", numbers=(30,), dtype=torch.float32):
-    """A run directory as training writes it, as far as export looks."""
-    model = trained_model(arch, stem, dtype)
-    folder.mkdir()
-    config = {"recipe": "demo", "model": {"arch": arch, "stem": stem}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "environment.json").write_text('{"git_commit": "abc1234"}')
-    tensors = {"bank.rows": torch.zeros(4, 4)}
-    for side in ("query", "key"):
-        module = getattr(model, side)
-        tensors.update({f"{side}.{name}": p for name, p in module.named_parameters()})
-        tensors.update({f"{side}_buffer.{name}": b for name, b in module.named_buffers()})
-    checkpointer = Checkpointer(folder / "checkpoints")
-    for step in numbers:
-        with torch.no_grad():
-            model.query.backbone.conv1.weight.add_(0.5) if step != numbers[0] else None
-        checkpointer.save(step, State(tensors, {"epoch": 2}), wait=True)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -98,30 +76,171 @@ def test_safetensors_say_where_they_come_from(run, tmp_path):
             "step": "10",
             "epoch": "2",
             "git_commit": "abc1234",
+            "size": "224",
+            "mean": "0.485 0.456 0.406",
+            "std": "0.229 0.224 0.225",
         }
         weight = file.get_tensor("conv1.weight")
     assert torch.equal(weight, trained_model("resnet18", "imagenet").query.backbone.conv1.weight)
 
 
+# What a script with one library alone must load: (format, architecture, stem, the file's name).
+EXPORTS = {
+    "torchvision": [
+        ("torchvision", "resnet18", "imagenet", "a.pth"),
+        ("torchvision", "resnet18", "cifar", "b.pth"),
+        ("safetensors", "resnet18", "cifar", "c.safetensors"),
+    ],
+    "timm": [
+        ("timm", "resnet18", "imagenet", "d.pth"),
+        ("timm", "resnet18", "cifar", "e.safetensors"),
+        ("timm", "vit_b_16", "imagenet", "f.safetensors"),
+    ],
+    "torchvision's ViT": [("torchvision", "vit_b_16", "imagenet", "g.pth")],
+}
+
+# Runs the lines that the model cards give; what it knows of this project is nothing.
+STRANGER = """
+import json, sys, torch
+for name, code in json.load(open("cards.json")).items():
+    scope = {}
+    exec(code, scope)
+    images = torch.load(f"{name}.images", weights_only=True)
+    with torch.no_grad():
+        torch.save(scope["model"].eval()(images), f"{name}.features")
+assert not any(module.split(".")[0] in ("caco_scale", sys.argv[1]) for module in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory):
+    """(arch, stem) -> (a run's directory, its query backbone), made when it is first asked for."""
+    folder, made = tmp_path_factory.mktemp("backbones"), {}
+
+    def get(arch, stem):
+        path = folder / f"{arch}-{stem}"
+        if (arch, stem) not in made:
+            vit = arch == "vit_b_16"
+            backbone = save_vit(path) if vit else save_run(path, arch, stem).query.backbone.eval()
+            made[arch, stem] = path, backbone
+        return made[arch, stem]
+
+    return get
+
+
 @pytest.mark.parametrize(
-    ("arch", "stem"), [("resnet18", "cifar"), ("tiny", "cifar"), ("vit_b_16", "imagenet")]
+    ("exports", "other"),
+    [
+        ("torchvision", "timm"),
+        ("timm", "nothing else"),
+        pytest.param("torchvision's ViT", "timm", marks=pytest.mark.slow),
+    ],
 )
-def test_every_kind_of_backbone(tmp_path, arch, stem):
-    save_run(tmp_path / "run", arch, stem) if arch != "vit_b_16" else save_vit(tmp_path / "run")
-    export.export(tmp_path / "run", tmp_path / "w", "torchvision")
-    state = torch.load(tmp_path / "w", weights_only=True)
-    if arch == "vit_b_16":
-        with torch.device("meta"):
-            model = torchvision.models.vit_b_16()
-        keys = model.load_state_dict(state, strict=False, assign=True)
-        assert all(key.startswith("heads.") for key in keys.missing_keys)
-        assert keys.unexpected_keys == []
-    else:
-        build_backbone(arch, stem)[0].load_state_dict(state)
+def test_the_lines_of_the_model_card_give_the_features_with_the_library_alone(
+    backbones, exports, other, tmp_path
+):
+    if exports == "timm":
+        pytest.importorskip("timm", reason="timm is not installed")
+    cards, wanted = {}, {}
+    for file_format, arch, stem, name in EXPORTS[exports]:
+        run, backbone = backbones(arch, stem)
+        export.export(run, tmp_path / name, file_format)
+        cards[name] = re.search(r"```python\n(.*?)```", (tmp_path / f"{name}.md").read_text(), re.DOTALL)[1]
+        images = torch.randn(2, 3, 32 if stem == "cifar" else 224, 32 if stem == "cifar" else 224)
+        torch.save(images, tmp_path / f"{name}.images")
+        with torch.no_grad():
+            wanted[name] = backbone(images)
+    (tmp_path / "cards.json").write_text(json.dumps(cards))
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", STRANGER, other]
+    done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    for name, features in wanted.items():
+        found = torch.load(tmp_path / f"{name}.features", weights_only=True)
+        assert found.shape == features.shape
+        assert (found - features).abs().max() <= 1e-5 * features.abs().max().clamp(min=1), name
+
+
+def test_the_file_of_a_resnet_fits_torchvisions_detectors(backbones, tmp_path):
+    export.export(backbones("resnet18", "imagenet")[0], tmp_path / "w.pth", "torchvision")
+    body = torchvision.models.detection.backbone_utils.resnet_fpn_backbone(
+        backbone_name="resnet18", weights=None, trainable_layers=5
+    ).body
+    keys = body.load_state_dict(torch.load(tmp_path / "w.pth", weights_only=True))
+    assert not keys.missing_keys
+
+
+@pytest.mark.parametrize("arch", [*RESNETS, "vit_b_16"])
+def test_timm_has_every_backbone_under_the_same_shapes(arch):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    with torch.device("meta"):
+        state = build_backbone(arch)[0].state_dict()
+        model = timm.create_model("vit_base_patch16_224" if arch == "vit_b_16" else arch, num_classes=0)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert {name: tuple(tensor.shape) for name, tensor in to_timm(state, arch).items()} == wanted
+
+
+@pytest.mark.parametrize("file_format", ["safetensors", "torchvision"])
+def test_the_demos_own_resnet_loads_by_this_project_alone_and_the_card_says_so(tmp_path, file_format, capsys):
+    model = save_run(tmp_path / "run", "tiny", "cifar")
+    export.main([str(tmp_path / "run"), "--to", str(tmp_path / "w"), "--format", file_format])
+    assert "loaded back into caco_scale's tiny, features equal bit for bit" in capsys.readouterr().out
+    loaded, _ = build_backbone("tiny", "cifar")
+    loaded.load_state_dict((load_file if file_format == "safetensors" else torch.load)(tmp_path / "w"))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(images), model.query.backbone.eval()(images))
+    assert 'model, _ = build_backbone("tiny", "cifar")' in (tmp_path / "w.md").read_text()
+
+
+def test_a_file_of_weights_is_exported_as_a_run_is(backbones, tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    _, backbone = backbones("resnet18", "imagenet")
+    torch.save(
+        {"state_dict": {f"module.encoder_q.{n}": t for n, t in backbone.state_dict().items()}},
+        tmp_path / "moco",
+    )
+    export.export(tmp_path / "moco", tmp_path / "w.safetensors", "timm")
+    model = timm.create_model(
+        "resnet18", num_classes=0, checkpoint_path=str(tmp_path / "w.safetensors")
+    ).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert (model(images) - backbone(images)).abs().max() < 1e-5 * backbone(images).abs().max()
+    card = (tmp_path / "w.safetensors.md").read_text()
+    assert "| source | MoCo v1 or v2, `moco` |" in card
+    assert "| command | unknown |" in card
+
+
+def test_the_model_card_says_what_how_and_how_good(tmp_path):
+    run = tmp_path / "run"
+    config = make_config(data__shards="/data/mine/train", data__val_shards="/data/mine/val")
+    write_records(run, config, metrics_lines())
+    save_checkpoint(run, trained_model("tiny", "cifar"), 32, epoch=4.0, num_samples=4096)
+    save_checkpoint(run, trained_model("tiny", "cifar"), 8, epoch=1.0, num_samples=4096)
+    write_results(run, step=32)
+    export.export(run, tmp_path / "w.safetensors", "safetensors")
+    card = (tmp_path / "w.safetensors.md").read_text()
+    for words in (
+        "| recipe | demo |",
+        "4 epochs, 32 steps (schedule: 0 epochs of bank warm-up, then 20; batch 16)",
+        "`/data/mine/train`, 4,096 images",
+        "pretrain.py demo --run.dir",
+        "| commit | abc1234 |",
+        "k 20, T 0.2, step 32 | `/data/mine/val` | 66.00% |",
+        "untrained | `/data/mine/val` | 20.00% |",
+        "raw pixels, k 20, T 0.2 | `/data/mine/val` | 25.50% |",
+        "| kNN, backbone, k 10, T 0.07 | `/other/val` | 71.25% | 70.00 to 72.50 |",
+        "| linear, lr 0.1 per 256 images | `/other/val` | 73.50% | 72.00 to 75.00 |",
+        "features equal bit for bit",
+    ):
+        assert words in card, card
+    export.export(run, tmp_path / "early", "safetensors", step=8)  # before the first evaluation
+    assert "None was measured" in (tmp_path / "early.md").read_text()
 
 
 def save_vit(folder):
-    """Backbone only: what export reads of a ViT run, without writing 1 GB of the rest."""
+    """Backbone only: what export reads of a ViT run, without writing 1 GB of the rest -> the backbone."""
     with torch.device("meta"):
         backbone, _ = build_backbone("vit_b_16")
     generator = torch.Generator().manual_seed(0)
@@ -133,20 +252,22 @@ def save_vit(folder):
     config = {"recipe": "demo", "model": {"arch": "vit_b_16", "stem": "imagenet"}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     Checkpointer(folder / "checkpoints").save(1, State(tensors), wait=True)
+    backbone.load_state_dict({n.removeprefix("query.backbone."): t for n, t in tensors.items()}, assign=True)
+    return backbone.eval()
 
 
 def test_a_checkpoint_directory_and_a_float64_run(tmp_path):
     save_run(tmp_path / "run", numbers=(1, 2), dtype=torch.float64)
     path = tmp_path / "run" / "checkpoints" / "step_00000001"
-    metadata = export.export(path, tmp_path / "w", "torchvision")
+    metadata = export.export(path, tmp_path / "w", "safetensors")
     assert metadata["step"] == "1"
-    found = torch.load(tmp_path / "w", weights_only=True)["conv1.weight"]
+    found = load_file(tmp_path / "w")["conv1.weight"]
     assert found.dtype == torch.float32
     assert torch.equal(found, load_tensors(path)["query.backbone.conv1.weight"].float())
 
 
 def test_a_file_that_does_not_give_the_features_back_never_appears(run, tmp_path, monkeypatch):
-    def write_rounded(path, state, metadata, file_format):
+    def write_rounded(path, state, metadata, container):
         torch.save({name: t.half().to(t.dtype) for name, t in state.items()}, path)
 
     monkeypatch.setattr(export, "_write", write_rounded)
@@ -155,31 +276,171 @@ def test_a_file_that_does_not_give_the_features_back_never_appears(run, tmp_path
     assert os.listdir(tmp_path) == []
 
 
-def test_mistakes_are_one_line(run, tmp_path, capsys):
-    (tmp_path / "there").write_text("mine")
+def damage(name, data=None, cut=None):
+    """A change of one file of the run's newest checkpoint: other bytes, cut to a length, or (neither) removed."""
+
+    def change(run):
+        path = run / "checkpoints/step_00000030" / name
+        if data is None and cut is None:
+            path.unlink()
+        else:
+            path.write_bytes(data if cut is None else path.read_bytes()[:cut])
+
+    return change
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def change_values(**changes):
+    def change(run):
+        path = run / "checkpoints/step_00000030/values.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def change_config(text):
+    return lambda run: (run / "config.yaml").write_text(text)
+
+
+def spoil(value, name="conv1.weight"):
+    """A checkpoint of a run that has diverged."""
+
+    def change(run):
+        model = trained_model("tiny", "imagenet")
+        with torch.no_grad():
+            model.query.backbone.state_dict()[name].view(-1)[0] = value
+        save_checkpoint(run, model, 31)
+
+    return change
+
+
+def remove_checkpoints(run):
+    shutil.rmtree(run / "checkpoints")
+
+
+def leave_half_a_checkpoint(run):
+    (run / "checkpoints/step_00000030").rename(run / "checkpoints/step_00000030.tmp")
+
+
+def model_config(arch, stem="imagenet"):
+    return yaml.safe_dump({"recipe": "demo", "model": {"arch": arch, "stem": stem}})
+
+
+# name: (what is done to the run, words of the command line, what the line says). RUN, TO and FORMAT stand for
+# the run, a file to write and --format safetensors.
+MISTAKES = {
+    "no run": (None, "none TO FORMAT", "none does not exist"),
+    "a file that holds no weights": (None, "mine TO FORMAT", "mine is no file of weights"),
+    "a step of a file": (None, "mine TO FORMAT --step 3", "--step chooses one of a run's checkpoints"),
+    "a name that no file can have": (None, f"{'x' * 300} TO FORMAT", "does not exist"),
+    "a directory without a run": (None, "empty TO FORMAT", "no complete checkpoint in"),
+    "no run at all": (None, "TO FORMAT", "the following arguments are required: RUN_OR_WEIGHTS"),
+    "two runs": (None, "RUN RUN TO FORMAT", "unrecognized arguments"),
+    "no target": (None, "RUN FORMAT", "--to"),
+    "no format": (None, "RUN TO", "--format"),
+    "an unknown format": (None, "RUN TO --format onnx", "invalid choice: 'onnx'"),
+    "a detectron2 file": (None, "RUN TO --format detectron2", "invalid choice: 'detectron2'"),
+    "an unknown encoder": (None, "RUN TO FORMAT --which both", "invalid choice: 'both'"),
+    "a typo": (None, "RUN TO FORMAT --whihc key", "unrecognized arguments: --whihc key"),
+    "an abbreviated flag": (None, "RUN TO FORMAT --forc", "unrecognized arguments: --forc"),
+    "a step that is no number": (None, "RUN TO FORMAT --step last", "invalid int value: 'last'"),
+    "a step that was not saved": (None, "RUN TO FORMAT --step 15", "no checkpoint of step 15"),
+    "a step below zero": (None, "RUN TO FORMAT --step -1", "no checkpoint of step -1"),
+    "another step than the checkpoint's": (
+        *(None, "RUN/checkpoints/step_00000030 TO FORMAT --step 15", "is the checkpoint of step 30, not 15"),
+    ),
+    "an existing target": (None, "RUN --to mine FORMAT", "mine exists: give another name, or --force"),
+    "an existing card": (None, "RUN --to carded FORMAT", "carded.md exists"),
+    "a directory as target": (None, "RUN --to empty FORMAT", "is a directory"),
+    "a target in no directory": (None, "RUN --to none/w FORMAT", "there is no directory"),
+    "a target below a file": (None, "RUN --to mine/w FORMAT", "there is no directory"),
+    "a device as target": (None, "RUN --to /dev/null FORMAT --force", "is no ordinary file"),
+    "a torch file by a safetensors name": (
+        *(None, "RUN --to w.safetensors --format torchvision", "format torchvision is a torch file"),
+    ),
+    "safetensors by a torch name": (None, "RUN --to w.pth FORMAT", "name it .safetensors"),
+    "tiny for timm": (None, "RUN TO --format timm", "timm has no model tiny"),
+    "no checkpoint": (remove_checkpoints, "RUN TO FORMAT", "no complete checkpoint in"),
+    "half a checkpoint": (leave_half_a_checkpoint, "RUN TO FORMAT", "no complete checkpoint in"),
+    "no values": (damage("values.json"), "RUN TO FORMAT", "it has no values.json"),
+    "values cut": (damage("values.json", cut=40), "RUN TO FORMAT", "damaged: values.json"),
+    "values empty": (damage("values.json", b""), "RUN TO FORMAT", "damaged: values.json"),
+    "values are a list": (damage("values.json", b"[]"), "RUN TO FORMAT", "damaged: values.json"),
+    "a newer format": (change_values(format=99), "RUN TO FORMAT", "has format 99"),
+    "no table of contents": (damage(".metadata"), "RUN TO FORMAT", ".metadata"),
+    "a table cut": (damage(".metadata", cut=100), "RUN TO FORMAT", "damaged: .metadata"),
+    "a pickle bomb": (damage(".metadata", pickle.dumps(Bomb())), "RUN TO FORMAT", ".metadata"),
+    "no tensors": (damage("__0_0.distcp"), "RUN TO FORMAT", "damaged: __0_0.distcp: missing"),
+    "tensors cut": (damage("__0_0.distcp", cut=1000), "RUN TO FORMAT", "damaged: __0_0.distcp: 1000 of"),
+    "tensors empty": (damage("__0_0.distcp", b""), "RUN TO FORMAT", "damaged: __0_0.distcp"),
+    "a weight that is NaN": (
+        spoil(float("nan")),
+        "RUN TO FORMAT",
+        "tensors are not finite (conv1.weight)",
+    ),
+    "a buffer that is infinite": (
+        *(
+            spoil(float("inf"), "bn1.running_var"),
+            "RUN TO FORMAT",
+            "tensors are not finite (bn1.running_var)",
+        ),
+    ),
+    "no config": (lambda run: (run / "config.yaml").unlink(), "RUN TO FORMAT", "no readable config.yaml"),
+    "a config that is no YAML": (change_config("{"), "RUN TO FORMAT", "no readable config.yaml"),
+    "a config that is a list": (change_config("[1]"), "RUN TO FORMAT", "does not name model.arch"),
+    "a config without a model": (change_config("recipe: demo"), "RUN TO FORMAT", "does not name model.arch"),
+    "an unknown architecture": (
+        change_config(model_config("resnet5")),
+        "RUN TO FORMAT",
+        "did you mean resnet50",
+    ),
+    "an unknown stem": (change_config(model_config("tiny", "none")), "RUN TO FORMAT", "no stem 'none'"),
+    "another architecture": (
+        *(change_config(model_config("resnet18")), "RUN TO FORMAT", "does not hold a whole resnet18"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    save_run(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(tiny_run, tmp_path, capsys, monkeypatch, name):
+    fault, words, message = MISTAKES[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "carded.md").write_text("mine")
     (tmp_path / "empty").mkdir()
-    to, fmt = ["--to", str(tmp_path / "w")], ["--format", "torchvision"]
-    cases = [
-        ([str(tmp_path / "none"), *to, *fmt], "no run at"),
-        ([str(tmp_path / "empty"), *to, *fmt], "no complete checkpoint in"),
-        ([str(run), *to, *fmt, "--step", "15"], "no checkpoint of step 15"),
-        ([str(run), *to, "--format", "onnx"], "invalid choice: 'onnx'"),
-        ([str(run), *fmt, "--to", str(tmp_path / "there")], "there exists: give another name, or --force"),
-        ([str(run), *fmt, "--to", str(tmp_path / "empty")], "is a directory"),
-        ([str(run), *fmt, "--to", str(tmp_path / "none" / "w")], "there is no directory"),
-        ([str(run), *to, *fmt, "--whihc", "key"], "unrecognized arguments: --whihc key"),
-        ([str(run), *fmt], "--to"),
-    ]
-    for arguments, message in cases:
-        with pytest.raises(SystemExit) as caught:
-            export.main(arguments)
-        assert caught.value.code == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ")
-        assert error.count("\n") == 1
-        assert message in error
-    assert (tmp_path / "there").read_text() == "mine"
-    assert not (tmp_path / "w").exists()
+    run = tiny_run
+    if fault:
+        run = tmp_path / "run"
+        shutil.copytree(tiny_run, run)
+        fault(run)
+    words = words.replace("RUN", str(run)).replace("TO", "--to w").replace("FORMAT", "--format safetensors")
+    with pytest.raises(SystemExit) as caught:
+        export.main(words.split())
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    left = {"mine", "carded.md", "empty"} | ({"run"} if fault else set())
+    assert set(os.listdir(tmp_path)) == left
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_without_timm_the_line_says_what_to_install(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"pip install 'caco_scale\[timm\]'"):
+        export.export(run, tmp_path / "w", "timm")
 
 
 def test_force_replaces_and_a_damaged_checkpoint_does_not(run, tmp_path):
@@ -213,5 +474,6 @@ def test_the_command(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("wrote w.safetensors (")
-    assert "query backbone tiny (stem imagenet) of step 30; loaded back and equal bit for bit" in done.stdout
+    assert "query backbone tiny (stem imagenet) of step 30; loaded back into caco_scale's tiny" in done.stdout
+    assert "and w.safetensors.md" in done.stdout
     assert "conv1.weight" in load_file(tmp_path / "w.safetensors")

@@ -88,7 +88,7 @@ class _Evaluation:
 
     store: object
     size: int
-    batches: tuple[range, ...]  # sample ids
+    batches: tuple  # sample ids: ranges, or arrays of int64
 
 
 def train_batches(store, order, views, *, rank, world_size, start_step, num_steps, seed, workers):
@@ -124,16 +124,18 @@ def cache_is_large_enough(store, order, step):
     return store.can_prefetch(np.unique(order.locate(ids)[0]))
 
 
-def evaluation_batches(store, size, *, rank, world_size, batch_size, workers):
+def evaluation_batches(store, size, *, rank, world_size, batch_size, workers, ids=None):
     """This rank's part of a shard set for evaluation: every sample exactly once over the ranks, centre-cropped.
+
+    ids: ascending numbers of the samples to read, (n,); None: all of the set.
 
     Returns an iterator of (indices (b,) int64 in the set, crops (b, size, size, 3) uint8, labels (b,) int64,
     -1 where there is none), in index order; ranks take contiguous parts that differ by at most one sample. A
     sample that does not decode is left out with a warning that names it. Raises as :func:`train_batches`.
     """
-    total = store.manifest.num_samples
-    start, stop = (total * r // world_size for r in (rank, rank + 1))
-    batches = tuple(range(b, min(b + batch_size, stop)) for b in range(start, stop, batch_size))
+    ids = range(store.manifest.num_samples) if ids is None else ids
+    start, stop = (len(ids) * r // world_size for r in (rank, rank + 1))
+    batches = tuple(ids[b : min(b + batch_size, stop)] for b in range(start, stop, batch_size))
     job = _Evaluation(store, size, batches)
     return _evaluation_stream(_stream([functools.partial(_evaluation_reader, job)], workers), store)
 

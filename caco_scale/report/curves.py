@@ -1,0 +1,269 @@
+"""Curves of one or several runs as inline SVG, drawn by matplotlib, coloured by the page's own style sheet.
+
+matplotlib knows no light and dark: it draws in stand-in colours, which become CSS variables afterwards, so that
+one drawing serves both. Text stays text.
+"""
+
+import html
+import io
+import json
+import math
+import re
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from caco_scale.diagnostics import LOW_RANKME, LOW_SPREAD
+from caco_scale.report.runs import is_number
+
+MAX_POINTS = 400  # of a drawn line; longer ones are averaged, with a band from least to greatest
+WIDTH, HEIGHT = 5.0, 2.35  # inches of 72 points
+STAND_INS = {"#010101": "--ink", "#020202": "--muted", "#030303": "--line"} | {
+    f"#04040{number}": f"--run{number}" for number in range(6)
+}
+MAX_RUNS = 6  # as many colours as can be told apart
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart: which figure, its title, what it says, its unit and how its numbers are written.
+
+    ``factor``: what a value is multiplied by. ``from_zero``: the axis begins at zero. ``reference``: function of a
+    run that gives (value, words) of a horizontal line, or None.
+    """
+
+    figure: str
+    title: str
+    explanation: str = ""
+    unit: str = ""
+    digits: int = 4
+    factor: float = 1.0
+    from_zero: bool = False
+    reference: object = None
+
+
+def _raw_pixels(run):
+    value = next(
+        (r["knn_top1_raw_pixels"] for r in run.metrics if is_number(r.get("knn_top1_raw_pixels"))), None
+    )
+    return None if value is None else (value, "raw pixels")
+
+
+def _low_spread(run):
+    return LOW_SPREAD / math.sqrt(run.config.model.embedding_dim), "collapse alarm"
+
+
+def _low_rankme(run):
+    return min(LOW_RANKME, run.config.data.global_batch_size / 8), "collapse alarm"
+
+
+TRAINING = (
+    Panel("loss", "Loss", "contrastive loss of the global batch", digits=4),
+    Panel("knn_top1", "kNN top-1", "backbone features, labels used only here", "%", 4, reference=_raw_pixels),
+    Panel("lr", "Learning rate", "of the encoder, absolute", digits=3, from_zero=True),
+    Panel("bank_lr", "Bank learning rate", "of the rows, absolute", digits=3, from_zero=True),
+    Panel("key_momentum", "Key momentum", "of the key encoder's average", digits=6),
+    Panel(
+        "images_per_second", "Throughput", "all processes, evaluation excluded", "images/s", 4, from_zero=True
+    ),
+    Panel(
+        "data_wait", "Data wait", "share of the time spent waiting for batches", "%", 3, 100, from_zero=True
+    ),
+    Panel("knn_seconds", "kNN evaluation", "time that training stood still for it", "s", 3, from_zero=True),
+    Panel(
+        "checkpoint_seconds",
+        "Checkpoint",
+        "from snapshot to complete, in the background",
+        "s",
+        3,
+        from_zero=True,
+    ),
+)
+HEALTH = (
+    Panel("bank_rows_used", "Rows used", "share that was a positive in the last epoch", "%", 4, 100, True),
+    Panel(
+        "bank_assignment_entropy", "Assignment entropy", "1: all rows alike, 0: one row takes all", digits=4
+    ),
+    Panel("bank_row_norm", "Row norm", "mean norm of the bank's rows", digits=4),
+    Panel(
+        "positive_probability",
+        "Positive probability",
+        "softmax mass on the positive",
+        digits=3,
+        from_zero=True,
+    ),
+    Panel(
+        "embedding_std", "Embedding spread", "standard deviation per dimension", "", 3, 1, True, _low_spread
+    ),
+    Panel("rankme", "RankMe", "effective rank of the features", "", 4, 1, True, _low_rankme),
+)
+NOT_FURTHER = {"skipped", "corrupt", "skipped_step", "knn_top1_raw_pixels"}
+
+
+def further_panels(runs):
+    """A panel for every other figure that the metrics hold."""
+    known = {panel.figure for panel in TRAINING + HEALTH} | NOT_FURTHER
+    names = dict.fromkeys(name for run in runs for name in run.figures())
+    return [Panel(name, name.replace("_", " ")) for name in names if name not in known]
+
+
+def draw_panels(panels, runs, resumes):
+    """The charts that at least one run has figures for -> list of dicts for the page.
+
+    ``resumes``: for every run the epochs at which it was resumed.
+    """
+    charts, end = [], max(run.epoch(run.last_step) for run in runs) or 1.0
+    for panel in panels:
+        series = [run.series(panel.figure) for run in runs]
+        if any(np.isfinite(one.value).any() for one in series):
+            charts.append(_chart(panel, runs, series, resumes, end))
+    return charts
+
+
+def _chart(panel, runs, series, resumes, end):
+    lines = [_thinned(one, panel.factor) for one in series]
+    svg, frame = _draw(panel, runs, lines, resumes, end)
+    values = [one.last() for one in series]
+    last = [None if v is None else write_number(v * panel.factor, panel.digits, panel.unit) for v in values]
+    points = [
+        {"e": _plain(line["epoch"], 4), "s": _plain(line["step"], 0), "v": _plain(line["mean"], 6)}
+        for line in lines
+    ]
+    data = {"frame": frame, "lines": points, "digits": panel.digits, "unit": panel.unit}
+    return {
+        "title": panel.title,
+        "explanation": panel.explanation,
+        "svg": svg,
+        "last": last,
+        "data": json.dumps(data, separators=(",", ":")),
+        "averaged": max(line["per_point"] for line in lines),
+    }
+
+
+def _plain(values, digits):
+    """Numbers for JSON: NaN is null."""
+    if digits == 0:
+        return [int(v) for v in values]
+    return [float(f"{v:.{digits + 2}g}") if math.isfinite(v) else None for v in values]
+
+
+def write_number(value, digits, unit=""):
+    """A figure for people: so many significant digits, thousands apart, the unit behind it."""
+    if value == 0:
+        text = "0"
+    elif 1e-4 <= abs(value) < 1e7:
+        places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        text = f"{value:,.{places}f}"
+        text = text.rstrip("0").rstrip(".") if "." in text else text
+    else:
+        text = f"{value:.{max(0, digits - 1)}e}"
+    space = "" if unit == "%" else " "
+    return f"{text}{space}{unit}" if unit else text
+
+
+def _thinned(series, factor):
+    """At most MAX_POINTS points: the mean of neighbours, with the least and the greatest of them."""
+    per_point = max(1, -(-len(series.value) // MAX_POINTS))
+    value = series.value * factor
+    if per_point == 1:
+        return {"epoch": series.epoch, "step": series.step, "mean": value, "band": None, "per_point": 1}
+    starts = np.arange(0, len(value), per_point)
+    groups = [value[start : start + per_point] for start in starts]
+    finite = [group[np.isfinite(group)] for group in groups]
+    ends = np.minimum(starts + per_point, len(value)) - 1
+    reduce = lambda function: np.array([function(group) if len(group) else math.nan for group in finite])
+    return {
+        "epoch": series.epoch[ends],
+        "step": series.step[ends],
+        "mean": reduce(np.mean),
+        "band": (reduce(np.min), reduce(np.max)),
+        "per_point": per_point,
+    }
+
+
+def _draw(panel, runs, lines, resumes, end):
+    """The chart as SVG text, and where its axes are: shares of width and height, and the epochs they span."""
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": panel.figure,
+        "font.size": 9.5,
+        "text.color": "#020202",
+        "axes.edgecolor": "#030303",
+        "xtick.color": "#020202",
+        "ytick.color": "#020202",
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "xtick.major.pad": 6,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.formatter.useoffset": False,
+        "axes.formatter.limits": (-3, 5),
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(WIDTH, HEIGHT))
+        axes = figure.add_axes((0.125, 0.14, 0.86, 0.81))
+        axes.grid(axis="y", color="#030303", linewidth=0.8)
+        axes.set_axisbelow(True)
+        _references(axes, panel, runs)
+        for number, (run, line, epochs) in enumerate(zip(runs, lines, resumes, strict=True)):
+            _line(axes, f"#04040{number}", run, line, epochs)
+        if panel.from_zero:
+            axes.set_ylim(bottom=0)
+        axes.set_xlim(-0.015 * end, 1.015 * end)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        frame = [*(round(float(v), 5) for v in (*axes.get_position().bounds, *axes.get_xlim()))]
+    return _for_page(file.getvalue(), panel), frame
+
+
+def _line(axes, colour, run, line, resumed_at):
+    """One run's line, the end of its bank warm-up and its resumes."""
+    if run.warmup_end() is not None:
+        axes.axvspan(0, run.warmup_end(), color=colour, alpha=0.07, linewidth=0)
+    for epoch in resumed_at:
+        axes.axvline(epoch, color=colour, linewidth=1, linestyle=(0, (2, 3)), alpha=0.8)
+    if line["band"]:
+        axes.fill_between(line["epoch"], *line["band"], color=colour, alpha=0.2, linewidth=0)
+    few = np.isfinite(line["mean"]).sum() <= 40
+    axes.plot(
+        line["epoch"], line["mean"], color=colour, linewidth=1.7, marker="o" if few else None, markersize=2.8
+    )
+
+
+def _references(axes, panel, runs):
+    """Horizontal lines that the figure is to be compared with, each once."""
+    if panel.reference is None:
+        return
+    for value, words in dict.fromkeys(filter(None, map(panel.reference, runs))):
+        axes.axhline(value, color="#020202", linewidth=1, linestyle=(0, (4, 3)), alpha=0.8)
+        axes.annotate(
+            words, (0.995, value), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            textcoords="offset points", ha="right", va="bottom", fontsize=8.5, color="#020202",
+        )  # fmt: skip
+
+
+def _for_page(svg, panel):
+    """The SVG without its prologue, in the page's font and colours, as wide as its place."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    head, rest = svg.split(">", 1)
+    box = re.search(r'viewBox="([^"]*)"', head)[1]
+    rest = re.sub(r"<style.*?</style>", "", rest, flags=re.DOTALL)  # it would hold for the whole page
+    svg = f'<svg viewBox="{box}" role="img" aria-label="{html.escape(panel.title)} over epochs">{rest}'
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
+    for stand_in, variable in STAND_INS.items():
+        svg = svg.replace(stand_in, f"var({variable})")
+    svg = svg.replace(' xlink:href="', ' href="')
+    # Identifiers are unique in a page only with the chart's own name in them.
+    own = re.sub(r"\W", "_", panel.figure)
+    svg = re.sub(r' id="([^"]*)"', rf' id="{own}-\1"', svg)
+    svg = re.sub(r'href="#([^"]*)"', rf'href="#{own}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]*)\)", rf"url(#{own}-\1)", svg)
+    return re.sub(r"\n\s*", " ", svg)

@@ -1,0 +1,204 @@
+"""The page: one HTML file that needs nothing but itself. Jinja escapes the text; style sheet and script are ours."""
+
+from datetime import UTC, datetime
+from importlib import metadata, resources
+
+import jinja2
+import numpy as np
+
+from caco_scale import config as configuration
+from caco_scale.report.curves import HEALTH, TRAINING, draw_panels, further_panels, write_number
+from caco_scale.report.runs import incidents
+from caco_scale.scores import evaluation_scores
+
+KINDS = {  # of incidents, in words
+    "resume": "resumed",
+    "skip": "skipped step",
+    "corrupt": "corrupt image",
+    "store": "store",
+    "collapse": "collapse alarm",
+    "stop": "stopped",
+}
+
+
+def build_page(runs, pictures):
+    """The HTML text about some runs. ``pictures``: of each run, by :func:`~.pictures.draw_pictures`."""
+    files = resources.files("caco_scale.report")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["words"] = _words
+    found = [incidents(run) for run in runs]
+    resumes = [
+        [run.epoch(i.step) for i in listed if i.kind == "resume"]
+        for run, listed in zip(runs, found, strict=True)
+    ]
+    sections = [
+        ("Training", "training", draw_panels(TRAINING, runs, resumes)),
+        ("The bank and the embeddings", "bank", draw_panels(HEALTH, runs, resumes)),
+        ("Further figures", "further", draw_panels(further_panels(runs), runs, resumes)),
+    ]
+    return environment.from_string((files / "page.html").read_text()).render(
+        style=(files / "page.css").read_text(),
+        script=(files / "page.js").read_text(),
+        title=" and ".join(run.name for run in runs),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=metadata.version("caco_scale") if _is_installed() else "from a checkout",
+        runs=[_heading(run) for run in runs],
+        facts=_facts(runs, found),
+        sections=[(title, anchor, charts) for title, anchor, charts in sections if charts],
+        has_warmup=any(run.warmup_end() is not None for run in runs),
+        has_resumes=any(resumes),
+        scores=[evaluation_scores(run.path) for run in runs],
+        pictures=pictures,
+        incidents=[[(i.step, i.kind, KINDS[i.kind], i.text) for i in listed] for listed in found],
+        configuration=_configuration(runs),
+        environment=_environment(runs),
+    )
+
+
+def _is_installed():
+    try:
+        metadata.version("caco_scale")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _words(value):
+    """A value of a config or an environment as text."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return " ".join(_words(item) for item in value)
+    return "—" if value in (None, "") else str(value)
+
+
+def _heading(run):
+    word, sentence = run.status()
+    model, data = run.config.model, run.config.data
+    stem = f", {model.stem} stem" if model.arch != "tiny" else ""
+    return {
+        "name": run.name,
+        "path": str(run.path),
+        "status": word,
+        "sentence": sentence,
+        "summary": f"{run.config.recipe} · {run.config.bank.rule} · {model.arch}{stem} · "
+        f"batch {data.global_batch_size:,} · bank of {run.config.bank.size:,} rows",
+    }
+
+
+def _facts(runs, found):
+    """The figures at a glance -> list of (name, [value of each run], [note of each run])."""
+    per_run = [_facts_of(run, listed) for run, listed in zip(runs, found, strict=True)]
+    names = dict.fromkeys(name for facts in per_run for name in facts)
+    empty = ("—", "")
+    return [
+        (name, [f.get(name, empty)[0] for f in per_run], [f.get(name, empty)[1] for f in per_run])
+        for name in names
+    ]
+
+
+def _facts_of(run, listed):
+    """name -> (value, note) of one run."""
+    last = {name: run.series(name).last() for name in run.figures()}
+    facts = {}
+    if "knn_top1" in last:
+        evaluation = run.config.eval
+        facts["kNN top-1"] = (
+            write_number(last["knn_top1"], 4, "%"),
+            f"k {evaluation.knn_k}, T {evaluation.knn_temperature:g}",
+        )
+        start = run.series("knn_top1")
+        if start.step[0] == 0:
+            facts["before training"] = (write_number(start.value[0], 4, "%"), _pixels(last))
+    total = run.config.optim.epochs
+    facts["epochs"] = (
+        write_number(run.epoch(run.last_step), 4),
+        f"{run.last_step:,} steps; main schedule {total:,}",
+    )
+    facts["loss"] = (write_number(last["loss"], 4), _phase(run))
+    speeds = run.series("images_per_second").value
+    if np.isfinite(speeds).any():
+        world = run.environment.get("world_size")
+        facts["images / s"] = (
+            write_number(float(np.nanmedian(speeds)), 4),
+            "median" + (f", {world} process(es)" if world else ""),
+        )
+    waits = run.series("data_wait").value
+    if np.isfinite(waits).any():
+        facts["data wait"] = (
+            write_number(100 * float(np.nanmedian(waits)), 2, "%"),
+            "median share of a step",
+        )
+    if last.get("bank_rows_used"):
+        used = last["bank_rows_used"]
+        facts["bank rows used"] = (
+            write_number(100 * used, 3, "%"),
+            f"{round(used * run.config.bank.size):,} of {run.config.bank.size:,}",
+        )
+    if last.get("rankme") is not None:
+        facts["RankMe"] = (write_number(last["rankme"], 3), "effective rank of features")
+    if run.checkpoint is not None:
+        facts["newest checkpoint"] = (f"{int(run.checkpoint.name.removeprefix('step_')):,}", "step")
+    skipped = int(last.get("skipped") or 0)
+    facts["incidents"] = (
+        f"{len(listed):,}",
+        f"{skipped:,} skipped step(s), {len(run.corrupt):,} corrupt image(s)",
+    )
+    return facts
+
+
+def _pixels(last):
+    raw = last.get("knn_top1_raw_pixels")
+    return "" if raw is None else f"raw pixels {write_number(raw, 4, '%')}"
+
+
+def _phase(run):
+    phase = next((r["phase"] for r in reversed(run.metrics) if r.get("phase")), "")
+    return f"phase {phase}" if phase else ""
+
+
+def _configuration(runs):
+    """Sections -> list of (section, [(field, [value of each run], notable)]): notable is what a reader looks for.
+
+    Of one run that is what differs from the defaults, of several what differs between them.
+    """
+    flat = [configuration.flatten(run.config) for run in runs]
+    defaults = configuration.flatten(configuration.Config())
+    sections = {}
+    for name in flat[0]:
+        values = [one[name] for one in flat]
+        compared = [*values, defaults[name]] if len(runs) == 1 else values
+        section, _, field = name.rpartition(".")
+        sections.setdefault(section or "recipe", []).append(
+            (field, values, any(v != compared[-1] for v in compared))
+        )
+    return list(sections.items())
+
+
+def _environment(runs):
+    """Rows -> list of (name, [value of each run], notable): versions, machine, command."""
+    per_run = []
+    for run in runs:
+        environment = dict(run.environment)
+        versions = environment.pop("versions", None)
+        rows = {}
+        for name in ("command", "git_commit", "world_size", "strategy", "hosts", "devices", "platform"):
+            if name in environment:
+                rows[name.replace("_", " ")] = _short(environment.pop(name))
+        rows |= {name.replace("_", " "): _short(value) for name, value in environment.items()}
+        if isinstance(versions, dict):
+            rows |= {name: _short(value) for name, value in versions.items()}
+        per_run.append(rows)
+    names = dict.fromkeys(name for rows in per_run for name in rows)
+    values = {name: [rows.get(name, "—") for rows in per_run] for name in names}
+    return [(name, of_runs, len(set(of_runs)) > 1) for name, of_runs in values.items()]
+
+
+def _short(value):
+    """A value in words; of a list with one entry a rank, equal ones once, with their number."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(item)}" for name, item in value.items())
+    if isinstance(value, list) and len(value) > 1 and not any(str(item).startswith("-") for item in value):
+        counts = {str(item): [str(other) for other in value].count(str(item)) for item in value}
+        return ", ".join(f"{count} × {item}" if count > 1 else item for item, count in counts.items())
+    return _words(value)

@@ -1,0 +1,276 @@
+"""What a run left on disk, read for people: curves as arrays, incidents as lines, status in words.
+
+Reading changes nothing in the run's directory and needs no process group; a run that still trains can be read.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from caco_scale import checkpoint
+from caco_scale import config as configuration
+from caco_scale.diagnostics import CollapseAlarm
+from caco_scale.errors import UserError
+from caco_scale.run_directory import read_json_lines
+
+SHOWN_SKIPS = 20  # in a row of incidents, before they are only counted
+SHOWN_CORRUPT = 20
+
+
+@dataclass(frozen=True)
+class Series:
+    """A figure over time: ``step`` (n,) finished steps, ``epoch`` (n,) data epochs, ``value`` (n,), NaN for a gap."""
+
+    step: np.ndarray
+    epoch: np.ndarray
+    value: np.ndarray
+
+    def last(self):
+        """The last finite value, or None."""
+        finite = self.value[np.isfinite(self.value)]
+        return float(finite[-1]) if len(finite) else None
+
+
+@dataclass(frozen=True)
+class Incident:
+    """Something that a smooth run does not have: ``kind`` is resume, skip, corrupt, store, collapse or stop."""
+
+    step: int
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's records. ``checkpoint``: path of the newest complete one, or None."""
+
+    path: Path
+    name: str
+    config: configuration.Config
+    environment: dict
+    attempts: list
+    metrics: list
+    corrupt: list
+    done: dict | None
+    interrupted: dict | None
+    is_training: bool
+    checkpoint: Path | None
+
+    @property
+    def last_step(self):
+        return max(record["step"] for record in self.metrics)
+
+    @property
+    def steps_per_epoch(self):
+        """From the last line that has both, or None."""
+        for record in reversed(self.metrics):
+            if record["step"] and is_number(record.get("epoch")) and record["epoch"] > 0:
+                return record["step"] / record["epoch"]
+        return None
+
+    def epoch(self, step):
+        return step / self.steps_per_epoch if self.steps_per_epoch else float(step)
+
+    def figures(self):
+        """Names of all numeric figures in the metrics, in order of appearance."""
+        names = dict.fromkeys(name for record in self.metrics for name in record)
+        skip = ("step", "epoch", "phase")
+        return [n for n in names if n not in skip and any(is_number(r.get(n)) for r in self.metrics)]
+
+    def series(self, name):
+        """The :class:`Series` of one figure, steps ascending; empty where the run does not have it."""
+        lines = sorted((r for r in self.metrics if name in r), key=lambda record: record["step"])
+        steps = np.array([r["step"] for r in lines], dtype=float)
+        values = np.array([r[name] if is_number(r[name]) else math.nan for r in lines], dtype=float)
+        return Series(steps, np.array([self.epoch(step) for step in steps]), values)
+
+    def warmup_end(self):
+        """Epoch at which the bank warm-up was last logged, or None for a run without."""
+        steps = [r["step"] for r in self.metrics if r.get("phase") == "bank warm-up"]
+        return self.epoch(max(steps)) if steps else None
+
+    def status(self):
+        """(word, sentence): how the run stands."""
+        if self.is_training:
+            return "training", f"training now, {self.last_step:,} steps logged"
+        if self.done:
+            return "done", f"done after {_step_of(self.done, self.last_step):,} steps"
+        if self.interrupted:
+            step, reason = _step_of(self.interrupted, self.last_step), self.interrupted.get("reason", "?")
+            return "stopped", f"stopped by {reason} after step {step:,}; the same command resumes it"
+        return (
+            "ended",
+            f"no DONE and no INTERRUPTED: killed after step {self.last_step:,}; the same command resumes it",
+        )
+
+
+def is_number(value):
+    """Is it a finite number that a float can hold? JSON in Python knows NaN and integers of any length."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def _step_of(record, unknown=0, name="step"):
+    """The step that a record names, or ``unknown``."""
+    return int(record[name]) if is_number(record.get(name)) else unknown
+
+
+def read_run(path):
+    """The :class:`Run` in a directory. UserError: no run there, damaged config, no metrics yet."""
+    path = Path(path)
+    if not os.path.exists(path):  # False, too, for a name that no file can have
+        raise UserError(f"no run at {path}: give a run directory, such as runs/demo")
+    if not path.is_dir():
+        raise UserError(f"{path} is a file: give a run directory, such as runs/demo")
+    if (path / "values.json").exists():
+        raise UserError(f"{path} is a checkpoint: give its run directory, {path.absolute().parent.parent}")
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path} is not a run directory: it has no config.yaml")
+    try:
+        config = configuration.load_recipe(path / "config.yaml")
+        configuration.check(config)
+        metrics = [r for r in read_json_lines(path / "metrics.jsonl") if _has_step(r)]
+        attempts = [r for r in read_json_lines(path / "attempts.jsonl") if is_number(r.get("attempt"))]
+        corrupt = list(read_json_lines(path / "corrupt.jsonl"))
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from None
+    if not any(is_number(record.get("loss")) for record in metrics):
+        every = config.run.log_every
+        when = (
+            f"a run writes its first line after {every} steps (run.log_every)"
+            if every
+            else "run.log_every is 0"
+        )
+        raise UserError(f"{path} has no metrics to show, its metrics.jsonl holds no loss: {when}")
+    return Run(
+        path=path,
+        name=path.absolute().name,
+        config=config,
+        environment=_json(path / "environment.json") or {},
+        attempts=attempts,
+        metrics=metrics,
+        corrupt=corrupt,
+        done=_json(path / "DONE"),
+        interrupted=_json(path / "INTERRUPTED"),
+        is_training=_is_locked(path / ".lock"),
+        checkpoint=checkpoint.latest(path / "checkpoints"),
+    )
+
+
+def read_runs(paths):
+    """The runs of several directories, each with a name of its own: as much of the path as tells them apart."""
+    runs = [read_run(path) for path in paths]
+    parts = [run.path.absolute().parts for run in runs]
+    if len(set(parts)) < len(parts):
+        raise UserError("a run is named twice: give each run directory once")
+    depth = 1
+    while len({p[-depth:] for p in parts}) < len(parts):
+        depth += 1
+    return [replace(run, name="/".join(part[-depth:])) for run, part in zip(runs, parts, strict=True)]
+
+
+def _has_step(record):
+    return is_number(record.get("step")) and record["step"] >= 0
+
+
+def _json(path):
+    """A small file's JSON object, or None where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _is_locked(path):
+    """Does a training process hold the run directory's lock?"""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+# ----------------------------------------------------------------------------------------------------
+# Incidents
+
+
+def incidents(run):
+    """What a smooth run does not have, in the order of steps -> list of :class:`Incident`."""
+    found = [*_resumes(run), *_skips(run), *_corrupt(run), *_collapses(run), *_store_trouble(run)]
+    if run.interrupted:
+        found.append(Incident(_step_of(run.interrupted, run.last_step), "stop", run.status()[1]))
+    elif not run.done and not run.is_training:
+        found.append(Incident(run.last_step, "stop", run.status()[1]))
+    return sorted(found, key=lambda incident: incident.step)
+
+
+def _resumes(run):
+    before = None
+    for attempt in run.attempts:
+        processes = attempt.get("world_size")
+        when = str(attempt.get("time", "at an unknown time")).replace("T", " ").replace("+00:00", " UTC")
+        resumed = is_number(attempt.get("resumed_step"))
+        step = _step_of(attempt, name="resumed_step")
+        if before is not None:
+            world = f"{processes} process(es)"
+            if processes != before.get("world_size"):
+                world += f" after {before.get('world_size')}"
+            where = f"resumed from the checkpoint of step {step:,}" if resumed else "began afresh"
+            yield Incident(step, "resume", f"start {attempt['attempt']} {where}, {when}, {world}")
+        elif resumed:
+            yield Incident(step, "resume", f"began with another run's checkpoint of step {step:,}, {when}")
+        before = attempt
+
+
+def _skips(run):
+    skipped = [record["step"] for record in run.metrics if is_number(record.get("skipped_step"))]
+    for step in skipped[:SHOWN_SKIPS]:
+        yield Incident(int(step), "skip", "loss or gradient not finite: the step changed nothing")
+    if len(skipped) > SHOWN_SKIPS:
+        yield Incident(int(skipped[-1]), "skip", f"{len(skipped):,} steps in all were not finite")
+
+
+def _corrupt(run):
+    for entry in run.corrupt[:SHOWN_CORRUPT]:
+        key, error, substitute = (entry.get(name, "?") for name in ("key", "error", "substitute"))
+        yield Incident(
+            _step_of(entry), "corrupt", f"{key} does not decode ({error}); trained on {substitute}"
+        )
+    if len(run.corrupt) > SHOWN_CORRUPT:
+        last = run.corrupt[-1].get("step", 0)
+        yield Incident(
+            int(last), "corrupt", f"{len(run.corrupt):,} images in all do not decode: corrupt.jsonl"
+        )
+
+
+def _collapses(run):
+    """The collapse alarm, sounded again on the logged figures."""
+    width = run.config.model.embedding_dim
+    alarm = CollapseAlarm(width, max_rank=run.config.data.global_batch_size)
+    for record in run.metrics:
+        if is_number(record.get("embedding_std")):
+            warning = alarm.check(record["embedding_std"], record.get("rankme"))
+            if warning:
+                yield Incident(_step_of(record), "collapse", re.sub(r"\. Try .*", "", warning))
+
+
+def _store_trouble(run):
+    """What the object store made necessary; the counters begin anew at every start."""
+    for name, words in (("data_retries", "reads tried again"), ("data_damaged", "damaged downloads")):
+        series = run.series(name)
+        finite = np.nan_to_num(series.value)
+        if not finite.any():
+            continue
+        # A total smaller than the one before belongs to a new start.
+        ends = np.flatnonzero(np.append(finite[1:] < finite[:-1], True))
+        total = int(sum(finite[end] for end in ends))
+        first = int(series.step[np.flatnonzero(finite)[0]])
+        yield Incident(first, "store", f"object store: {total:,} {words} by step {int(series.step[-1]):,}")
