@@ -21,6 +21,7 @@ from caco_scale.method.encoders import build_backbone
 from caco_scale.method.model import Encoder, QueryKeyModel
 from caco_scale.method.projector import build_projector
 from caco_scale.optim.schedule import Schedule
+from caco_scale.profiling import part
 
 
 def resolve(config, accelerator):
@@ -149,16 +150,18 @@ class MicroBatches:
     def __iter__(self):
         for start in range(0, len(self._batch.keys), self._size):
             rows = slice(start, start + self._size)
-            yield [
-                augment(
-                    crops[rows].to(self._device, non_blocking=True),
-                    {name: p[rows] for name, p in params.items()},
-                    self._views.mean,
-                    self._views.std,
-                    dtype=self._dtype,
-                )
-                for crops, params in zip(self._batch.crops, self._batch.params, strict=True)
-            ]
+            with part("augmentation"):
+                views = [
+                    augment(
+                        crops[rows].to(self._device, non_blocking=True),
+                        {name: p[rows] for name, p in params.items()},
+                        self._views.mean,
+                        self._views.std,
+                        dtype=self._dtype,
+                    )
+                    for crops, params in zip(self._batch.crops, self._batch.params, strict=True)
+                ]
+            yield views
 
 
 def build_schedule(config, order):

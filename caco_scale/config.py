@@ -41,6 +41,8 @@ class Run:
     """Seconds before the end of a SLURM job, beyond a step and two saves, at which the run stops itself; 0 = off."""
     timeout_seconds: float = 1800
     """Seconds that a process waits in one exchange for the others, after which the run ends as hung."""
+    profile_steps: int = 0
+    """Steps to measure after the first few: a trace and a table of their parts in run.dir/profile; 0 = none."""
     resume: str = "auto"
     """auto (newest complete checkpoint of run.dir, else a fresh start), never, or the path of a checkpoint."""
 

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from caco_scale.assemble import build_encoder
-from caco_scale.method.bank import CHUNK_BYTES_GPU
+from caco_scale.method.bank import BLOCK_BYTES_GPU, LEAST_QUERIES, TILE_BYTES_GPU
 
 OPTIMIZER_SLOTS = {"lars": 1, "sgd": 1, "adamw": 2}  # tensors of a parameter's size
 PARTITIONED = {  # what each strategy divides by R
@@ -94,11 +94,13 @@ def _largest_unit(encoder):
 
 
 def _bank_bytes(config, world_size, size):
-    """Rows, velocity and gradient of K/R rows; the gathered batch; blocks of similarities."""
-    rows = -(-config.bank.size // world_size) * config.model.embedding_dim
+    """Rows, velocity and gradient of K/R rows; the gathered batch; a block of exponentials and a tile."""
+    most_rows = -(-config.bank.size // world_size)
+    rows = most_rows * config.model.embedding_dim
     views = 2 + config.views.num_local_crops
     batch = config.data.global_batch_size * (views + 2) * config.model.embedding_dim
-    return (3 * rows + 3 * batch) * size + 3 * CHUNK_BYTES_GPU
+    block = max(BLOCK_BYTES_GPU, LEAST_QUERIES * most_rows * size)
+    return (3 * rows + 3 * batch) * size + block + TILE_BYTES_GPU
 
 
 def _saved_bytes(config, encoder, micro_batch_size):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from caco_scale.profiling import part
+
 
 @dataclass
 class StepResult:
@@ -39,22 +41,27 @@ def train_step(strategy, bank, micro_batches, hp):
     for micro_step, views in enumerate(micro_batches, start=1):
         with strategy.micro_step(is_last=micro_step == len(micro_batches)):
             queries, keys = strategy(views)  # unit norm; keys carry no gradient
-            contrast = bank.contrast(
-                queries,
-                keys,
-                temperature=hp.temperature,
-                bank_temperature=hp.bank_temperature,
-                rule=hp.rule,
-                weight=1 / len(micro_batches),
-            )
-            strategy.backward(contrast.loss)
+            with part("bank"):
+                contrast = bank.contrast(
+                    queries,
+                    keys,
+                    temperature=hp.temperature,
+                    bank_temperature=hp.bank_temperature,
+                    rule=hp.rule,
+                    weight=1 / len(micro_batches),
+                )
+            with part("backward"):
+                strategy.backward(contrast.loss)
             contrasts.append(contrast)
     loss = torch.stack([contrast.loss.detach() for contrast in contrasts]).sum()
     # 1. the encoder minimises the loss; a step that is not finite moves nothing, on every rank alike
-    moved = strategy.step(loss, lr=hp.lr)
+    with part("optimizer"):
+        moved = strategy.step(loss, lr=hp.lr)  # the step's one look at the device: may the rest follow?
     if moved:
-        bank.step(contrasts, lr=hp.bank_lr)  # 2. the bank follows the queries
-        strategy.update_key(hp.key_momentum)  # 3. the key encoder follows the query encoder
+        with part("bank step"):
+            bank.step(contrasts, lr=hp.bank_lr)  # 2. the bank follows the queries
+        with part("ema"):
+            strategy.update_key(hp.key_momentum)  # 3. the key encoder follows the query encoder
     else:
         buffers.restore()
     probability = torch.stack([contrast.positive_probability for contrast in contrasts]).mean()

@@ -32,6 +32,7 @@ from caco_scale.evaluate.features import pixels
 from caco_scale.evaluate.knn import evaluate_knn
 from caco_scale.method.bank import ShardedBank
 from caco_scale.optim.schedule import hyper_parameters
+from caco_scale.profiling import StepProfiler, part
 from caco_scale.run_directory import JsonLines, RunDirectory, describe_environment
 from caco_scale.step import train_step
 from caco_scale.stopping import JOB_END, JobEnd, SwitchFiles, check_job_end, job_end
@@ -175,6 +176,9 @@ class Trainer:
         self.switches = SwitchFiles(config.run.dir, directory.is_main)
         before_end = config.run.stop_before_end_seconds
         self.job_end = JobEnd(job_end(os.environ) if before_end else None, before_end)
+        self.profiler = StepProfiler(
+            directory.path / "profile", config.run.profile_steps, self.device, self.strategy.rank
+        )
         self.alarm = None  # made when the width of the features is known
         self.features = None  # of the step's first view and micro-batch, kept by a hook for RankMe
         self.strategy.module.query.backbone.register_forward_hook(self._keep_features)
@@ -231,6 +235,8 @@ class Trainer:
 
     def __exit__(self, error_type, *_):
         self.telemetry.close()
+        if error_type is None:
+            self.profiler.close()  # stopped on a request before it had all its steps
         if self.audit:
             self.audit.close()
         if error_type is None:
@@ -250,9 +256,11 @@ class Trainer:
         self._note_small_cache()
         while self.step < self.end and not stop:
             began = time.monotonic()
-            with self.telemetry.meter.waiting():
+            self.profiler.before_step()
+            with self.telemetry.meter.waiting(), part("data"):
                 batch = next(batches)
             self._train_on(batch)
+            self._profiled()
             self.job_end.took("step", time.monotonic() - began)
             stop, save = self._agree(batch)
             if stop or save or self._save_is_due():
@@ -280,6 +288,15 @@ class Trainer:
                 f"data.cache_bytes {store.cache.limit_bytes:,} is less than the shards in use at once: images are "
                 "read one by one; a larger cache or a smaller data.window reads whole shards"
             )
+
+    def _profiled(self):
+        """A step for the profiler; after its last one, or the run's, its table."""
+        self.profiler.after_step()
+        if self.step == self.end:
+            self.profiler.close()
+        if self.profiler.table:
+            self.telemetry.note(f"{self.profiler.table}\ntrace and table: {self.directory.path / 'profile'}")
+            self.profiler.table = None
 
     def _train_on(self, batch):
         """One step: hyper-parameters, switch, update, records."""

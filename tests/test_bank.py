@@ -77,12 +77,15 @@ def assert_step(bank, inputs, tolerance=1e-10, lr=3.0, micro_steps=1, **settings
 
 
 @contextlib.contextmanager
-def chunks_of(num_bytes):
-    before, bank_module.CHUNK_BYTES_CPU = bank_module.CHUNK_BYTES_CPU, num_bytes
-    try:
+def tiles_of(num_bytes, block_bytes=None):
+    """Tiles of a few bytes; with ``block_bytes`` also blocks of queries, however few fit in."""
+    limits = {"TILE_BYTES_CPU": num_bytes}
+    if block_bytes:
+        limits |= {"BLOCK_BYTES_CPU": block_bytes, "LEAST_QUERIES": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in limits.items():
+            patch.setattr(bank_module, name, value)
         yield
-    finally:
-        bank_module.CHUNK_BYTES_CPU = before
 
 
 class Spy(TorchDispatchMode):
@@ -176,11 +179,17 @@ def accumulation(rank, world_size):
         assert_step(make_bank(*inputs[2:]), inputs, micro_steps=2, rule=rule, bank_temperature=0.07)
 
 
-def small_chunks(rank, world_size):
+def small_blocks_and_tiles(rank, world_size):
     inputs = random_inputs(12, 100, 8, 4)
-    with chunks_of(7 * 48 * 8):  # 7 rows a chunk
+    most_rows = -(-100 // world_size)
+    with tiles_of(
+        7 * 20 * 8, 21 * most_rows * 8
+    ):  # 5 samples a block and 2 in the last; 7 rows a tile and 17
         for rule in ("caco", "adco", "moco"):
-            assert_step(make_bank(*inputs[2:]), inputs, rule=rule, bank_temperature=0.05)
+            for exchange in EXCHANGES:
+                for bank_temperature in (0.05, 0.08):
+                    settings = {"rule": rule, "bank_temperature": bank_temperature}
+                    assert_step(make_bank(*inputs[2:], exchange), inputs, **settings)
 
 
 def float32(rank, world_size):
@@ -200,7 +209,7 @@ def ties_take_the_lowest_row(rank, world_size):
     for dtype in (torch.float32, torch.float64):
         for exchange in EXCHANGES:
             bank = make_bank(rows.to(dtype), torch.zeros(20, 4, dtype=dtype), exchange, dtype)
-            with chunks_of(1):
+            with tiles_of(1):
                 (result,), _ = contrast(bank, (keys, keys))
             for key, positive in zip(keys, result.positives, strict=True):
                 assert torch.equal(positive, share(key.argmax(1), rank, world_size))
@@ -282,23 +291,27 @@ def diagnostics(rank, world_size):
 
 def collectives_and_memory(rank, world_size):
     queries, keys, rows, velocity = random_inputs(36, 4000, 8)
-    num_queries = 36 * 2
+    most_rows = -(-4000 // world_size)
     for rule, expected in (("caco", 4), ("adco", 3), ("moco", 3)):
-        bank = make_bank(rows.float(), velocity.float(), dtype=torch.float32)
-        mine = [[share(x, rank, world_size).float() for x in views] for views in (queries, keys)]
-        mine[0] = [q.requires_grad_() for q in mine[0]]
-        with chunks_of(100 * num_queries * 4), Spy() as check:
-            bank._check(*mine, 0.08, 0.05, rule, 1.0)
-        with chunks_of(100 * num_queries * 4), Spy() as forward:
-            result = bank.contrast(*mine, bank_temperature=0.05, rule=rule)
-        with Spy() as backward:
-            result.loss.backward()
-            bank.step(result, 3.0)
-        forward.collectives = forward.collectives[len(check.collectives) :]
-        assert len(forward.collectives) == (expected if world_size > 1 else 0), forward.collectives
-        assert backward.collectives == []
-        block, local, batch = 100 * num_queries, bank.rows.numel(), 36 * 4 * 8
-        assert 100 * num_queries <= forward.largest <= max(block, local, batch) < num_queries * len(bank.rows)
+        for num_blocks in (1, 3):
+            block = 72 // num_blocks * most_rows
+            limits = 50 * 72 * 4, block * 4
+            bank = make_bank(rows.float(), velocity.float(), dtype=torch.float32)
+            mine = [[share(x, rank, world_size).float() for x in views] for views in (queries, keys)]
+            mine[0] = [q.requires_grad_() for q in mine[0]]
+            with tiles_of(*limits), Spy() as check:
+                bank._check(*mine, 0.08, 0.05, rule, 1.0)
+            with tiles_of(*limits), Spy() as forward:
+                result = bank.contrast(*mine, bank_temperature=0.05, rule=rule)
+            with Spy() as backward:
+                result.loss.backward()
+                bank.step(result, 3.0)
+            forward.collectives = forward.collectives[len(check.collectives) :]
+            wanted = expected + num_blocks - 1 if world_size > 1 else 0
+            assert len(forward.collectives) == wanted, forward.collectives
+            assert backward.collectives == []
+            local, batch = bank.rows.numel(), 36 * 4 * 8
+            assert forward.largest <= max(block, local, batch) <= 72 * 4000 // num_blocks
 
 
 SCENARIOS = [
@@ -308,7 +321,7 @@ SCENARIOS = [
     moco_queue,
     rules_follow_each_other,
     accumulation,
-    small_chunks,
+    small_blocks_and_tiles,
     float32,
     ties_take_the_lowest_row,
     gradient_has_the_queries_dtype,

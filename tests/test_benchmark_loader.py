@@ -28,7 +28,7 @@ def test_the_loader_benchmark_writes_its_json(tmp_path):
             "caco_scale.benchmark",
             *map(str, words),
             "--save",
-            str(tmp_path / "out.json"),
+            str(tmp_path / "saved"),
         ],
         env=environment(),
         capture_output=True,
@@ -37,7 +37,8 @@ def test_the_loader_benchmark_writes_its_json(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    saved = json.loads((tmp_path / "out.json").read_text())
+    (file,) = (tmp_path / "saved").glob("loader_*.json")
+    saved = json.loads(file.read_text())
     assert json.loads(done.stdout.splitlines()[-1]) == saved
     assert saved["images"] == 12
     assert saved["machine"]["processor"]

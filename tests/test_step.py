@@ -1,6 +1,8 @@
 """The step: accumulation is the whole batch, and a step that is not finite moves nothing on any rank."""
 
 import copy
+import dataclasses
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from gloo import run_ranks
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from caco_scale import checkpoint
 from caco_scale.distributed.strategy import DataParallel
@@ -53,15 +56,15 @@ class Backbone(nn.Module):
         return NotDifferentiable.apply(features) if self.broken else features
 
 
-def make(batch_norm=True, optimizer="lars"):
+def make(batch_norm=True, optimizer="lars", device="cpu"):
     torch.manual_seed(0)
     several = torch.distributed.is_initialized()
     handlers = [InitProcessGroupKwargs(backend="gloo")] if several else []
     handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False))
-    accelerator = Accelerator(cpu=True, kwargs_handlers=handlers)
+    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=handlers)
     encoder = Encoder(Backbone(batch_norm), nn.Linear(6, 5))
     strategy = DataParallel(accelerator, QueryKeyModel(encoder).double(), optimizer, 1e-4)
-    return strategy, ShardedBank(7, 5, dtype=torch.float64)
+    return strategy, ShardedBank(7, 5, dtype=torch.float64, device=device)
 
 
 def views(rows):
@@ -130,6 +133,67 @@ def test_a_step_that_is_not_finite_moves_nothing_on_every_rank_alike(world_size)
         for name, value in found.items():  # as if the two bad steps had never been
             if not name.startswith("bank."):
                 torch.testing.assert_close(torch.as_tensor(value), expected[name], rtol=1e-9, atol=1e-12)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose result the host must know: on a GPU each waits for all that was queued."""
+
+    NAMES = (
+        "_local_scalar_dense",
+        "nonzero",
+        "equal",
+        "is_nonzero",
+        "masked_select",
+        "_unique2",
+        "unique_dim",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # else it imports torch.compile, for 3 seconds
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        if name in self.NAMES or by_mask:
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd"])
+@pytest.mark.parametrize("rule", ["caco", "moco"])
+def test_the_host_waits_for_the_device_once_a_step_to_know_whether_it_was_finite(rule, optimizer):
+    hp = dataclasses.replace(HP, rule=rule)
+    step = make(optimizer=optimizer)
+    train_step(*step, [views(slice(None))], hp)
+    for micro_batches in (1, 3):
+        batches = [views(slice(i, i + 12 // micro_batches)) for i in range(0, 12, 12 // micro_batches)]
+        with Waits() as waits:
+            train_step(*step, batches, hp)
+        assert waits.seen == ["_local_scalar_dense"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("optimizer", ["lars", "sgd"])
+def test_on_a_gpu_torch_itself_sees_no_other_wait(optimizer):
+    strategy, bank = make(optimizer=optimizer, device="cuda")
+    images = [view.cuda() for view in views(slice(None))]
+    train_step(strategy, bank, [images], HP)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            train_step(strategy, bank, [images], HP)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in seen if "synchronizing" in str(w.message)]) == 1
 
 
 def test_the_encoder_the_bank_and_the_key_move_in_this_order():

@@ -1,7 +1,6 @@
 """The loader against torchvision's ImageFolder with PIL transforms, on the same JPEGs, in one run.
 
-Each contender has a process of its own and the rounds take turns, so that whatever else the machine does meets
-all alike. What counts is images per second of CPU time, of which a training machine has too little; the median of
+What counts is images per second of CPU time, of which a training machine has too little; the median of
 the rounds. Both make the two views of the method from every image. The loader's workers stop at uint8 crops and
 leave colour and blur to the training device ("crops"); "all on the CPU" is with that work, too.
 """
@@ -12,17 +11,14 @@ import io
 import multiprocessing
 import os
 import random
-import resource
 import shutil
-import statistics
 import tempfile
 import threading
-import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from caco_scale.benchmark.rounds import in_turn, median
 from caco_scale.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,7 +27,7 @@ DRAWN_IMAGES, DRAWN_CLASSES, DRAWN_SIZE = 240, 8, (375, 500)
 
 
 def measure(images, rounds, batch, size):
-    """``{"images": ..., "rows": [...], "ratios": {...}}`` of a folder of class folders (None: drawn JPEGs)."""
+    """``{"images": ..., "rows": [...], "ratios": {...}}`` of a folder of class folders (None: drawn), and notes."""
     with tempfile.TemporaryDirectory(prefix="caco-benchmark-") as folder:
         if images is None:
             images = draw_images(Path(folder, "images"))
@@ -62,16 +58,21 @@ def measure(images, rounds, batch, size):
                 "loader, web, cold cache": functools.partial(ours, url, f"{folder}/cold", cold=True),
                 "loader, web, warm cache": functools.partial(ours, url, f"{folder}/warm"),
             }
-            rows = _rounds(contenders, rounds)
+            makers = {name: functools.partial(_prepared, contender) for name, contender in contenders.items()}
+            measured = in_turn(makers, rounds, values=False)
         finally:
             server.terminate()
             server.join()
         mean_bytes = round(manifest.num_bytes / manifest.num_samples)
+    rows = [_row(name, count, rounds_of) for name, rounds_of in measured.items()]
     base = rows[0]["images_per_cpu_second"]
     ratios = {row["what"]: round(row["images_per_cpu_second"] / base, 2) for row in rows}
     for row in rows:
         row["ratio"] = ratios[row["what"]]
-    return {"images": count, "mean_bytes": mean_bytes, "rounds": rounds, "rows": rows, "ratios": ratios}
+    result = {"images": count, "mean_bytes": mean_bytes, "rounds": rounds, "rows": rows, "ratios": ratios}
+    return result, [
+        f"{count:,} images of {mean_bytes:,} bytes on average, two views of {size} pixels, one thread"
+    ]
 
 
 def _check_images(images, plan):
@@ -86,37 +87,17 @@ def _check_images(images, plan):
         )
 
 
-def _rounds(contenders, rounds):
-    """Every contender once to warm up and then ``rounds`` times, in turn; the median of each figure."""
-    context = multiprocessing.get_context("spawn")
-    pools = {name: ProcessPoolExecutor(1, context) for name in contenders}
-    results = {name: [] for name in contenders}
-    try:
-        for number in range(rounds + 1):
-            for name, contender in contenders.items():
-                figures = pools[name].submit(timed, contender).result()
-                if number:
-                    results[name].append(figures)
-    finally:
-        for pool in pools.values():
-            pool.shutdown()
-    rows = []
-    for name, measured in results.items():
-        median = {key: statistics.median(figures[key] for figures in measured) for key in measured[0]}
-        rows.append({"what": name, **{key: round(value, 1) for key, value in median.items()}})
-    return rows
+def _prepared(contender):
+    return contender
 
 
-def timed(contender):
-    """Figures of one round in this process: per CPU second and second, and the most memory it has held so far."""
-    import torch
-
-    torch.set_num_threads(1)
-    start, start_cpu = time.perf_counter(), time.process_time()
-    count = contender()
-    cpu, wall = time.process_time() - start_cpu, time.perf_counter() - start
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"images_per_cpu_second": count / cpu, "images_per_second": count / wall, "peak_mb": memory / 1e6}
+def _row(name, count, measured):
+    figures = {
+        "images_per_cpu_second": count / median(measured, "cpu_seconds"),
+        "images_per_second": count / median(measured, "seconds"),
+        "peak_mb": median(measured, "peak_bytes") / 1e6,
+    }
+    return {"what": name, **{figure: round(value, 1) for figure, value in figures.items()}}
 
 
 def read_image_folder(folder, count, size):

@@ -12,6 +12,10 @@ ranks gather queries and keys, and each computes what its own rows contribute to
 
 With A = wᵀ q the second term of g is the projection ⟨u, A⟩ u, so that g needs nothing from other ranks.
 
+No N×K matrix: the queries pass in blocks. With its own rows a rank makes e = exp(s / T) of a block, tile by tile, and
+sums e and e u; when the ranks have added up Z = Σ e, it goes once more over the same e for pᵀ q = eᵀ (q / Z). A
+similarity lies between −1 and 1, so that neither e nor its sum leaves the numbers of the dtype: no maximum to find.
+
 Shapes: R ranks, B this rank's batch, N = R·B global batch, V views, K rows, S this rank's rows, D embedding.
 Global tensors have the samples in rank order first and the views second: (N, V, D). A pair is a query view i
 and a key view j ≠ i; what there is per pair is (N, V, 2), and a pair that does not exist has weight 0.
@@ -31,13 +35,18 @@ from caco_scale.errors import UserError, did_you_mean
 RULES = ("caco", "adco", "moco")
 EXCHANGES = ("statistics", "logits")
 
-# Bytes of the (V·N, rows) block of similarities that exists at a time: it decides how many rows a chunk has.
-# On a CPU a small block is quicker (65,536 rows: by 8 to 20% against 64 MiB, in a third of the memory), on a
-# GPU a chunk should be worth its kernel launches.
-CHUNK_BYTES_CPU = 8 * 2**20
-CHUNK_BYTES_GPU = 64 * 2**20
+# Bytes that a block of queries' exponentials with all own rows takes. They stay until Z is known, for which each block
+# waits in one all-reduce: a GPU takes few, large blocks, on a CPU memory counts.
+BLOCK_BYTES_CPU = 128 * 2**20
+BLOCK_BYTES_GPU = 256 * 2**20
+# Fewer queries would be no work for a matrix product; with millions of own rows a block is larger instead.
+LEAST_QUERIES = 128
+# Bytes of a tile, those of some own rows, which is made, summed and multiplied at a time: on a CPU it should stay in
+# the cache meanwhile, on a GPU be worth its kernel launches.
+TILE_BYTES_CPU = 8 * 2**20
+TILE_BYTES_GPU = 64 * 2**20
 
-# Below these exp((s − 1) / T), with s down to −1, leaves the numbers of the dtype: Z could become 0.
+# Below these exp(s / T), with s from −1 to 1, or its sum over the rows could leave the numbers of the dtype.
 MIN_TEMPERATURE = {torch.float32: 0.02, torch.float64: 0.003}
 
 # Initial rows are drawn in blocks of this many, each from its own seed, so that a rank draws only its own.
@@ -108,6 +117,27 @@ def initial_rows(start, stop, dim, seed, dtype, device):
         begin, end = max(start, first), min(stop, first + ROWS_PER_SEED)
         rows[begin - start : end - start] = drawn[begin - first : end - first]
     return rows.to(device)
+
+
+def softmax_at_positive(statistics, similarity, pairs, temperatures, is_key):
+    """log p at the positives, and what e is to be multiplied with for Σ_pairs weight p, for each temperature.
+
+    Args:
+        statistics: (n, V, ...): Z for each temperature.
+        similarity: (n, V, 2) of the queries with the positives.
+        pairs: (V, 2) weights: the pairs of a query differ in them, and in Z where the positive is the key.
+        is_key: whether the positive is the key, whose logit is one more beside the K.
+
+    Returns: (T, n, V, 2) log p; list of T factors (n, V, 1).
+    """
+    log_p, factors = [], []
+    for i, t in enumerate(temperatures):
+        z = statistics[:, :, i, None]
+        if is_key:
+            z = z + (similarity / t).exp()
+        log_p.append(similarity / t - z.log())
+        factors.append((pairs / z).sum(2, keepdim=True))
+    return torch.stack(log_p), factors
 
 
 class _GlobalLoss(torch.autograd.Function):
@@ -215,8 +245,8 @@ class ShardedBank:
 
         Changes nothing in the bank; :meth:`step` does. Collective. Crosses ranks: the (B, V+2, D) embeddings,
         the positives, the softmax statistics and the queries' gradient, in four collectives (rule caco,
-        float32) and none in the backward; before them, between hosts, a small check that all brought the same
-        shapes.
+        float32; one small one more for each further block of queries) and none in the backward; before them,
+        between hosts, a small check that all brought the same shapes.
 
         Args:
             queries: per view (B, D), unit norm, the two global views first; B the same on every rank.
@@ -252,21 +282,30 @@ class ShardedBank:
         two = learns and bank_temperature != temperature
         temperatures = [temperature, bank_temperature] if two else [temperature]
 
-        # Which row is whose positive, how similar it is, and log Z: all that depends on other ranks' rows.
-        exchange = self._exchange_statistics if self.exchange == "statistics" else self._exchange_logits
-        positives, similarity, log_z = exchange(query, key, temperatures, nearest=rule == "caco")
-        if rule == "caco":
-            log_z = [z[:, :, None].expand(-1, -1, 2) for z in log_z]
-        else:  # the positive is the key: one more logit
-            similarity = torch.einsum("nvd,njd->nvj", query, key)
-            logits = [similarity / t for t in temperatures]
-            log_z = [torch.logaddexp(z[:, :, None], x) for z, x in zip(log_z, logits, strict=True)]
-        log_p = [similarity / t - z for z, t in zip(log_z, temperatures, strict=True)]  # at the positive
+        positives = self._nearest(key) if rule == "caco" else None
+        s = torch.einsum("nvd,njd->nvj", query, key if positives is None else self._unit(positives))
+        whole = self._whole_statistics(query, positives, temperatures) if self.exchange == "logits" else None
+        log_p = query.new_empty(len(temperatures), num_samples, num_views, 2)  # at the positive
+        attraction = torch.empty_like(query)  # Σ_pairs weight p U
+        pull = torch.zeros_like(self.rows) if learns else None  # Σ_pairs weight pᵀ q
+        for samples, tiles in self._blocks(num_samples, num_views):
+            sums, attracted = self._attract(query[samples], temperatures, tiles)
+            if whole is not None:
+                statistics = whole[samples]
+            else:  # all that depends on other ranks' rows: Z, and how similar the positive is
+                statistics = torch.cat([sums, s[samples]], dim=2) if rule == "caco" else sums
+                statistics = collectives.all_reduce_(statistics, group=self.group)
+            if rule == "caco":
+                s[samples] = statistics[:, :, -2:]
+            log_p[:, samples], factors = softmax_at_positive(
+                statistics, s[samples], pairs, temperatures, is_key=rule != "caco"
+            )
+            attraction[samples] = attracted * factors[0]
+            if learns:
+                self._pull_(pull, query[samples] * factors[-1], tiles)
 
         loss = -weight * (pairs * log_p[0]).sum() / num_samples
         loss = loss + 0 * key.sum()  # a key that is not finite chose a meaningless positive: say so
-
-        attraction, pull = self._products(query, pairs, log_z, temperatures, learns)
         dq = self._query_gradient(attraction, key, positives, pairs, log_p[0].exp())
         dq *= self.num_ranks * weight / (temperature * num_samples)
         if rule == "caco":
@@ -349,60 +388,33 @@ class ShardedBank:
             "row_norm": norms / self.size,
         }
 
-    # ---- what crosses ranks, in two ways
+    # ---- what crosses ranks
 
-    def _exchange_statistics(self, query, key, temperatures, nearest):
-        """Positives (N, 2) and their similarities (N, V, 2), if asked for; log Z (N, V) for each temperature.
-
-        Sums over one's own rows, then an all-reduce of the nearest rows and one of [Z | positives'
-        similarities]. Since s <= 1, exp((s − 1) / T) needs no maximum over ranks first.
-        """
-        flat, keys = query.flatten(0, 1), key.flatten(0, 1)
-        first, *others = temperatures
-        shift = query.new_full((1,), -1 / first)
-        sums = [query.new_zeros(len(flat)) for _ in temperatures]
-        best = query.new_full((len(keys),), -math.inf)
+    def _nearest(self, key):
+        """Positives (N, 2): the rows of the whole bank nearest to the keys (N, 2, D); of equals the lowest."""
+        keys = key.flatten(0, 1)
+        if self.exchange == "logits":
+            whole = collectives.exchange_row_blocks(keys @ F.normalize(self.rows).T, self.size, self.group)
+            return collectives.all_gather_rows(whole.argmax(1), self.group).view(-1, 2)
+        best = keys.new_full((len(keys),), -math.inf)
         rows = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
-        for start, _, unit in self._chunks(len(flat)):
-            logits = torch.addmm(shift, flat, unit.T, alpha=1 / first)  # (s − 1) / T
-            for other_sum, t in zip(sums[1:], others, strict=True):
-                other_sum += (logits * (first / t)).exp_().sum(1)
-            sums[0] += logits.exp_().sum(1)
-            if nearest:
-                value, row = (keys @ unit.T).max(1)  # the first of equals
-                rows = torch.where(value > best, row + (self.rows_range[0] + start), rows)
-                best = torch.where(value > best, value, best)
+        for tile in self._tiles(len(keys)):
+            value, row = (keys @ F.normalize(self.rows[tile]).T).max(1)  # the first of equals
+            rows = torch.where(value > best, row + (self.rows_range[0] + tile.start), rows)
+            best = torch.where(value > best, value, best)
+        return self._global_nearest(best, rows).view(-1, 2)
 
-        columns = torch.stack(sums, dim=1).view(*query.shape[:2], -1)
-        positives = similarity = None
-        if nearest:
-            positives = self._global_nearest(best, rows).view(-1, 2)
-            own = torch.einsum("nvd,njd->nvj", query, self._own_unit_rows(positives))
-            columns = torch.cat([columns, own], dim=2)
-        columns = collectives.all_reduce_(columns, group=self.group)
-        if nearest:
-            similarity = columns[:, :, len(sums) :]
-        return positives, similarity, [columns[:, :, i].log() + 1 / t for i, t in enumerate(temperatures)]
-
-    def _exchange_logits(self, query, key, temperatures, nearest):
-        """As :meth:`_exchange_statistics`, from whole rows of similarities of one's own queries and keys."""
-        block = torch.cat([query, key], dim=1) if nearest else query
+    def _whole_statistics(self, query, positives, temperatures):
+        """[Z | positives' similarities] (N, V, ...) from whole rows of similarities of one's own queries."""
         num_views = query.shape[1]
-        similarities = block.flatten(0, 1) @ F.normalize(self.rows).T
+        similarities = query.flatten(0, 1) @ F.normalize(self.rows).T
         whole = collectives.exchange_row_blocks(similarities, self.size, self.group)
-        whole = whole.view(-1, block.shape[1], self.size)
-        whole, of_keys = whole[:, :num_views], whole[:, num_views:]
-
-        columns = torch.stack([torch.logsumexp(whole / t, dim=2) for t in temperatures], dim=2)
-        positives = similarity = None
-        if nearest:
-            own = of_keys.argmax(dim=2)  # the first of equals
-            positives = collectives.all_gather_rows(own, self.group)
-            columns = torch.cat([columns, whole.gather(2, own[:, None].expand(-1, num_views, -1))], dim=2)
-        columns = collectives.all_gather_rows(columns, self.group)
-        if nearest:
-            similarity = columns[:, :, len(temperatures) :]
-        return positives, similarity, [columns[:, :, i] for i in range(len(temperatures))]
+        whole = whole.view(-1, num_views, self.size)
+        columns = torch.stack([(whole / t).exp().sum(2) for t in temperatures], dim=2)
+        if positives is not None:
+            own = positives[self._own_samples(len(query)), None].expand(-1, num_views, -1)
+            columns = torch.cat([columns, whole.gather(2, own)], dim=2)
+        return collectives.all_gather_rows(columns, self.group)
 
     def _global_nearest(self, values, rows):
         """The rows of the largest values over all ranks; on a tie the lowest row."""
@@ -415,38 +427,57 @@ class ShardedBank:
 
     # ---- what one's own rows contribute
 
-    def _chunks(self, num_queries):
-        """This rank's rows in pieces, (start, stop, unit rows), of a limited number of similarities."""
-        num_bytes = CHUNK_BYTES_CPU if self.rows.device.type == "cpu" else CHUNK_BYTES_GPU
+    def _blocks(self, num_samples, num_views):
+        """The samples in blocks, and for each the tiles: own rows, and where the block's e with them is kept."""
+        num_bytes = BLOCK_BYTES_CPU if self.rows.device.type == "cpu" else BLOCK_BYTES_GPU
+        most_rows = collectives.shard_range(self.size, self.num_ranks, 0)[1]  # as many blocks on every rank
+        queries = max(LEAST_QUERIES, num_bytes // (most_rows * self.rows.element_size()))
+        length = min(num_samples, max(1, queries // num_views))
+        memory = self.rows.new_empty(length * num_views * len(self.rows))
+        for start in range(0, num_samples, length):
+            samples = slice(start, min(start + length, num_samples))
+            width = (samples.stop - start) * num_views
+            tiles = [
+                (rows, memory[width * rows.start : width * rows.stop].view(width, -1))
+                for rows in self._tiles(width)
+            ]
+            yield samples, tiles
+
+    def _tiles(self, num_queries):
+        """This rank's rows in slices, of a limited number of similarities."""
+        num_bytes = TILE_BYTES_CPU if self.rows.device.type == "cpu" else TILE_BYTES_GPU
         length = max(1, num_bytes // (num_queries * self.rows.element_size()))
         for start in range(0, len(self.rows), length):
-            stop = min(start + length, len(self.rows))
-            yield start, stop, F.normalize(self.rows[start:stop])
+            yield slice(start, min(start + length, len(self.rows)))
 
-    def _products(self, query, pairs, log_z, temperatures, learns):
-        """p U (N, V, D) at T, and pᵀ q (S, D) at T_bank, over one's own rows; p summed over a query's pairs.
+    def _attract(self, query, temperatures, tiles):
+        """Σ e (n, V, temperatures) and Σ e u at T (n, V, D), e = exp(s / T), over one's own rows.
 
-        The pairs of one query differ only in weight and partition, so that one exponential serves them all:
-        Σ_j weight_j exp(s / T − log Z_j) = exp(s / T + bias).
+        The tiles keep e, at T_bank where there are two temperatures.
         """
-        flat = query.flatten(0, 1)
-        bias = [(pairs.log() - z).logsumexp(2).view(-1, 1) for z in log_z]
-        ratio = temperatures[0] / temperatures[-1]
-        attraction = torch.zeros_like(flat)
-        pull = torch.empty_like(self.rows) if learns else None
-        for start, stop, unit in self._chunks(len(flat)):
-            p = p_bank = torch.addmm(bias[0], flat, unit.T, alpha=1 / temperatures[0])
-            if len(bias) == 2:
-                p_bank = torch.add(bias[1] - ratio * bias[0], p, alpha=ratio).exp_()
-            attraction.addmm_(p.exp_(), unit)
-            if learns:
-                torch.mm(p_bank.T, flat, out=pull[start:stop])
-        return attraction.view_as(query), pull
+        first, *others = temperatures
+        scaled = query.flatten(0, 1) * (math.log2(math.e) / first)  # a power of 2 is quicker than one of e
+        sums = scaled.new_zeros(len(temperatures), len(scaled))
+        attracted = torch.zeros_like(scaled)
+        for rows, tile in tiles:
+            unit = F.normalize(self.rows[rows])
+            torch.mm(scaled, unit.T, out=tile)
+            e = tile.exp2() if others else tile.exp2_()
+            sums[0] += e.sum(1)
+            attracted.addmm_(e, unit)
+            for i, t in enumerate(others, start=1):
+                sums[i] += tile.mul_(first / t).exp2_().sum(1)
+        return sums.T.reshape(*query.shape[:2], -1), attracted.view_as(query)
+
+    def _pull_(self, pull, query, tiles):
+        """Add eᵀ q of one's own rows to ``pull`` (S, D); ``query`` (n, V, D) is divided by Z already."""
+        for rows, tile in tiles:
+            pull[rows].addmm_(tile.T, query.flatten(0, 1))
 
     def _query_gradient(self, attraction, key, positives, pairs, p):
         """Σ_pairs weight (p U − positive), summed over the ranks: (B, V, D) for this rank's queries."""
         if positives is not None:
-            attraction -= torch.einsum("vj,njd->nvd", pairs, self._own_unit_rows(positives))
+            attraction -= torch.einsum("vj,njd->nvd", pairs, self._unit(positives))
         dq = collectives.reduce_scatter_rows(attraction, self.group)
         if positives is None:  # the positive is the key, and every rank has its own
             own = self._own_samples(len(key))
@@ -475,7 +506,7 @@ class ShardedBank:
         start, stop = self.rows_range
         return (rows - start).clamp(0, max(stop - start - 1, 0)), (rows >= start) & (rows < stop)
 
-    def _own_unit_rows(self, rows):
+    def _unit(self, rows):
         """Unit rows (..., D) for rows (...) of the whole bank; zeros where another rank owns the row."""
         if not len(self.rows):
             return self.rows.new_zeros(*rows.shape, self.dim)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from caco_scale.method.ema import ema_update
+from caco_scale.profiling import part
 
 NUM_GLOBAL_VIEWS = 2
 
@@ -68,8 +69,9 @@ class QueryKeyModel(nn.Module):
         if self.channels_last:
             views = [view.contiguous(memory_format=torch.channels_last) for view in views]
         with self._autocast(views[0].device.type):
-            queries = [self.query(view) for view in views]
-            with torch.no_grad():
+            with part("query"):
+                queries = [self.query(view) for view in views]
+            with part("key"), torch.no_grad():
                 keys = [self.key(view) for view in views[:NUM_GLOBAL_VIEWS]]
         return queries, keys
 

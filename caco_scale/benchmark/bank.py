@@ -1,0 +1,136 @@
+"""One step of the sharded bank against dense peers: time, memory, and whether all compute the same.
+
+Shapes: N samples in two views, K rows, D embedding.
+"""
+
+import functools
+from pathlib import Path
+
+from caco_scale.benchmark.rounds import in_turn, median
+
+BANK_LR = 3.0
+PEERS = {"dense, autograd": True, "dense, gradient written out": False}
+# Blocks of N×K numbers that a dense peer holds at its peak, at least: for each pair the logits' softmax, for autograd.
+DENSE_BLOCKS = 6
+
+
+def measure(samples, size, dim, rounds, threads, device):
+    """``{"rows": [...], "ratios": {...}, "agreement": {...}, ...}`` of one step (loss, gradients, bank step)."""
+    inputs = {"samples": samples, "size": size, "dim": dim, "device": device}
+    contenders = {"sharded bank": functools.partial(prepare_sharded, **inputs)}
+    notes = [
+        f"N = {samples:,} samples in two views, K = {size:,} rows, D = {dim}, {threads} thread(s), {device}"
+    ]
+    needed = DENSE_BLOCKS * samples * size * 4
+    if needed < _free_bytes(device):
+        for name, by_autograd in PEERS.items():
+            contenders[name] = functools.partial(prepare_dense, by_autograd=by_autograd, **inputs)
+    else:
+        notes.append(f"the dense peers are left out: they would take more than {needed / 1e9:,.0f} GB")
+    measured = in_turn(contenders, rounds, threads, values=len(contenders) > 1)
+    rows = [_row(name, rounds_of) for name, rounds_of in measured.items()]
+    ours = rows[0]
+    for row in rows:
+        row["cpu_ratio"] = round(row["cpu_seconds"] / ours["cpu_seconds"], 2)
+        row["time_ratio"] = round(row["seconds"] / ours["seconds"], 2)
+        row["memory_ratio"] = round(row["extra_mb"] / ours["extra_mb"], 2)
+    values = {name: rounds_of[0].value for name, rounds_of in measured.items()}
+    agreement = {name: compare(values["sharded bank"], values[name]) for name in contenders if name in PEERS}
+    notes += [f"first step, sharded bank against {name}: {_words(a)}" for name, a in agreement.items()]
+    return {**inputs, "threads": threads, "rounds": rounds, "rows": rows, "agreement": agreement}, notes
+
+
+def _row(name, measured):
+    figures = {figure: round(median(measured, figure), 3) for figure in ("cpu_seconds", "seconds")}
+    return {"what": name, **figures, "extra_mb": round(measured[0].extra_bytes / 1e6, 1)}
+
+
+def _free_bytes(device):
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(meminfo["MemAvailable"].split()[0]) * 1024
+
+
+# ---- in a contender's process
+
+
+def draw_inputs(samples, dim, device):
+    """Queries and keys of two views, unit norm, (N, D) each: the views of one sample are near each other."""
+    import torch
+    import torch.nn.functional as F
+
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(samples, dim, generator=generator)
+    views = [F.normalize(image + 0.5 * torch.randn(samples, dim, generator=generator)) for _ in range(4)]
+    views = [view.to(device) for view in views]
+    return views[:2], views[2:]
+
+
+def prepare_sharded(samples, size, dim, device):
+    """A function that makes one step of the sharded bank; it returns what gives the step's results by value."""
+    from caco_scale.method.bank import ShardedBank
+
+    bank = ShardedBank(size, dim, device=device)
+    queries, keys = draw_inputs(samples, dim, device)
+
+    def step():
+        leaves = [q.detach().requires_grad_() for q in queries]
+        result = bank.contrast(leaves, keys)
+        result.loss.backward()
+        bank.step(result, BANK_LR)
+        return functools.partial(as_arrays, result.loss, result.positives[::-1], leaves, result.bank_gradient)
+
+    return step
+
+
+def prepare_dense(samples, size, dim, device, by_autograd):
+    """As :func:`prepare_sharded`, of a :class:`~caco_scale.benchmark.dense.DenseBank`."""
+    import torch
+
+    from caco_scale.benchmark.dense import DenseBank
+    from caco_scale.method.bank import initial_rows
+
+    bank = DenseBank(initial_rows(0, size, dim, 0, torch.float32, device), by_autograd=by_autograd)
+    queries, keys = draw_inputs(samples, dim, device)
+
+    def step():
+        leaves = [q.detach().requires_grad_() for q in queries]
+        loss, positives, gradient = bank.step(leaves, keys, BANK_LR)
+        return functools.partial(as_arrays, loss, positives, leaves, gradient)
+
+    return step
+
+
+def as_arrays(loss, positives, leaves, bank_gradient):
+    """What a step found, by value: it crosses to the parent. ``positives``: in the order of the queries' views."""
+    return {
+        "loss": loss.item(),
+        "positives": [p.cpu().numpy() for p in positives],
+        "query_gradient": [q.grad.cpu().numpy() for q in leaves],
+        "bank_gradient": bank_gradient.cpu().numpy(),
+    }
+
+
+# ---- whether all compute the same
+
+
+def compare(ours, theirs):
+    """How far two steps are apart: relative for loss and gradients (of norms), a share for positives."""
+    import numpy as np
+
+    def apart(a, b):
+        return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
+
+    same = np.mean(np.asarray(ours["positives"]) == np.asarray(theirs["positives"]))
+    figures = {name: apart(ours[name], theirs[name]) for name in ("loss", "query_gradient", "bank_gradient")}
+    return {
+        "positives_equal": float(same),
+        **{f"{k}_difference": float(f"{v:.2e}") for k, v in figures.items()},
+    }
+
+
+def _words(agreement):
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in agreement.items())

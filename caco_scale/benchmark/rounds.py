@@ -1,0 +1,109 @@
+"""Contenders measured side by side: each in a process of its own, the rounds in turn.
+
+Whatever else the machine does then meets all alike. Seconds of CPU time count what the work costs, and change less
+with the machine's load than the clock does; threads that wait for others sleep, so that they do not count.
+"""
+
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+from caco_scale.errors import UserError
+
+_run = None  # in a contender's process: what is measured
+
+
+@dataclass(frozen=True)
+class Round:
+    """One measurement. ``extra_bytes``: the most memory held so far beyond what was there before the first round."""
+
+    cpu_seconds: float
+    seconds: float
+    extra_bytes: int
+    peak_bytes: int
+    value: object
+
+
+def in_turn(contenders, rounds, threads=1, values=True):
+    """``{name: [Round, ...]}``: every contender once to warm up, and then ``rounds`` times.
+
+    ``contenders``: name -> a function that pickles, called once in the contender's process to prepare; what it
+    returns is called in every round, and may return a function for its value, which is called outside the
+    measurement, in the warm-up alone (the first of the list) and with ``values``.
+    """
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # for the children: a thread that waits takes no CPU time
+    context = multiprocessing.get_context("spawn")
+    pools = {
+        name: ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(prepare, threads))
+        for name, prepare in contenders.items()
+    }
+    results = {name: [] for name in contenders}
+    try:
+        for number in range(rounds + 1):
+            for name, pool in pools.items():
+                results[name].append(pool.submit(_timed, values and number == 0).result())
+    except BrokenProcessPool:
+        raise UserError(f"the process of {name!r} was killed: it needs more memory than is free") from None
+    finally:
+        for pool in pools.values():
+            pool.shutdown()
+    return results
+
+
+def median(measured, figure):
+    """The median of a figure over the rounds after the warm-up."""
+    return statistics.median(getattr(one, figure) for one in measured[1:])
+
+
+def _prepare(prepare, threads):
+    global _run
+    import torch
+
+    torch.set_num_threads(threads)
+    _run = prepare()
+    _Memory.before = _Memory.now()
+
+
+def _timed(with_value):
+    start, start_cpu = time.perf_counter(), time.process_time()
+    value = _run()
+    _Memory.wait()
+    cpu, wall = time.process_time() - start_cpu, time.perf_counter() - start
+    peak = _Memory.peak()
+    return Round(cpu, wall, peak - _Memory.before, peak, value() if with_value else None)
+
+
+class _Memory:
+    """This process's memory: torch's on a GPU where the contender uses one, else what the system holds for it."""
+
+    before = 0
+
+    @staticmethod
+    def now():
+        import torch
+
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    @staticmethod
+    def peak():
+        import torch
+
+        if torch.cuda.is_initialized():
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    @staticmethod
+    def wait():
+        import torch
+
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
