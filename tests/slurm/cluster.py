@@ -36,8 +36,8 @@ SlurmUser=root
 SlurmdUser=root
 MailProg=/bin/true
 AuthType=auth/munge
-# A requeued job waits for cred_expire seconds: SLURM's default is 120.
-AuthInfo=socket={folder}/munge/socket,cred_expire=4
+# A requeued job waits for cred_expire seconds; 5 is the least, the default 120.
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
@@ -202,7 +202,20 @@ class Cluster:
         pid = self.inner_pid()
         if pid is None:
             return subprocess.CompletedProcess(command, 1, "", "not there yet")
-        enter = ["nsenter", "-t", pid, "-n", "-m", "-u", "-i", "-p", "--", "bash", "-c", 'cd "$0" && exec "$@"']
+        enter = [
+            "nsenter",
+            "-t",
+            pid,
+            "-n",
+            "-m",
+            "-u",
+            "-i",
+            "-p",
+            "--",
+            "bash",
+            "-c",
+            'cd "$0" && exec "$@"',
+        ]
         done = subprocess.run(
             [*enter, str(cwd), *map(str, command)],
             env={**clean_environment(), "SLURM_CONF": f"{self.folder}/etc/slurm.conf", **variables},
