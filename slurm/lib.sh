@@ -4,13 +4,14 @@
 # No `set -e`: whatever fails, the end must be reached, where it is decided whether the job comes back.
 set -uo pipefail
 ROOT=${CACO_ROOT:-$SLURM_SUBMIT_DIR}
+JOB=${SLURM_JOB_ID:-} # empty in submit.sh, which uses the first part of this file
 RESTART=${SLURM_RESTART_COUNT:-0}
 ASKED=     # the signal that reached this shell, if any
 STEP_PID=  # of the srun that runs now
 BAD_NODES= # that the preflight found, with commas
 MISTAKE=2 NO_PROGRESS=42 LEFT_TO_SLURM=143 # exit codes
 
-say() { printf '%s [%s.%s] %s\n' "$(date '+%F %T')" "$SLURM_JOB_ID" "$RESTART" "$*"; }
+say() { printf '%s%s\n' "${JOB:+$(date '+%F %T') [$JOB.$RESTART] }" "$*"; }
 
 # A mistake that no requeue mends: one line, and the job fails.
 die() {
@@ -27,7 +28,7 @@ load_site() {
   CONTAINER=() SRUN_OPTIONS=() MODULES=()
   if [ -e "$site" ]; then
     complaint=$(bash -n "$site" 2>&1) || die "$site is not valid bash: ${complaint%%$'\n'*}"
-    # shellcheck source=site.sh.example
+    # shellcheck source=slurm/site.sh.example
     source "$site" || die "$site fails: its last command must succeed"
   elif [ -n "${SITE:-}" ]; then
     die "SITE=$SITE is not there"
@@ -60,9 +61,14 @@ one_of() {
 }
 
 # Where the run lives, by its name and not by the job's number, so that every job of it finds it.
-name_places() {
+name_run() {
   RUN_NAME=${RUN_NAME:-$(basename "$RECIPE" .yaml)}
   RUN_DIR=${RUN_DIR:-$RUNS/$RUN_NAME}
+  [[ $RUN_DIR = /* ]] || RUN_DIR=$ROOT/$RUN_DIR
+}
+
+# The files of this start.
+make_places() {
   LEDGER=$RUN_DIR/slurm/ledger.tsv
   LOGS=$RUN_DIR/slurm/$SLURM_JOB_ID.$RESTART
   # The jobs that carry one submission on share a count of failures; a submission by hand begins a new one.
@@ -329,7 +335,8 @@ train() {
   RC=0
   load_site
   cd "$ROOT" || die "no checkout at $ROOT: submit from there, or set CACO_ROOT"
-  name_places
+  name_run
+  make_places
   leave_if_over
   describe_job
   refuse_to_loop

@@ -245,7 +245,7 @@ class Cluster:
 
     def send_user_signal(self, wanted):
         """Whether a preempted job's ``--signal`` reaches its batch shell; without, its steps alone get SIGTERM."""
-        text = self._slurm_conf("SlurmctldParameters=" + ("preempt_send_user_signal" if wanted else ""))
+        text = self._slurm_conf("SlurmctldParameters=preempt_send_user_signal" if wanted else "")
         (self.folder / "etc/slurm.conf").write_text(text)
         self.run(["scontrol", "reconfigure"])
 
