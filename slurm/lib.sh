@@ -5,6 +5,8 @@
 set -uo pipefail
 ROOT=${CACO_ROOT:-$SLURM_SUBMIT_DIR}
 JOB=${SLURM_JOB_ID:-} # empty in submit.sh, which uses the first part of this file
+# The number of an array's last task is that of the whole array: scontrol and squeue would speak of all tasks.
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 RESTART=${SLURM_RESTART_COUNT:-0}
 ASKED=     # the signal that reached this shell, if any
 STEP_PID=  # of the srun that runs now
@@ -70,7 +72,7 @@ name_run() {
 # The files of this start.
 make_places() {
   LEDGER=$RUN_DIR/slurm/ledger.tsv
-  LOGS=$RUN_DIR/slurm/$SLURM_JOB_ID.$RESTART
+  LOGS=$RUN_DIR/slurm/$JOB.$RESTART
   # The jobs that carry one submission on share a count of failures; a submission by hand begins a new one.
   CHAIN=${CACO_CHAIN:-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
   { mkdir -p "$LOGS" && date > "$LOGS/started"; } 2> /dev/null
@@ -100,7 +102,7 @@ describe_job() {
 }
 
 # One field of what SLURM says of this job.
-job_field() { scontrol show job -o "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
+job_field() { scontrol show job -o "$JOB" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
 
 # Seconds since 1970 at which the job ends, nothing where it has no end. SLURM itself says so from 22.05.9 on.
 job_end() {
@@ -113,7 +115,7 @@ job_end() {
 # The ledger: a line per start and per end, so that a job that cannot progress stops instead of looping
 
 # time, chain, job.restart, event, step of the newest checkpoint, detail
-note() { printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$(date -Is)" "$CHAIN" "$SLURM_JOB_ID.$RESTART" "$1" "$(newest_step)" "$2" >> "$LEDGER"; }
+note() { printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$(date -Is)" "$CHAIN" "$JOB.$RESTART" "$1" "$(newest_step)" "$2" >> "$LEDGER"; }
 
 # The step of the newest complete checkpoint, 0 without one.
 newest_step() {
@@ -164,10 +166,10 @@ leave_if_over() {
 refuse_company() {
   local file=$RUN_DIR/slurm/owner other
   other=$(cat "$file" 2> /dev/null)
-  if [ -n "$other" ] && [ "$other" != "$SLURM_JOB_ID" ] && [ "$(squeue -h -j "$other" -t RUNNING -o %A 2> /dev/null)" ]; then
+  if [ -n "$other" ] && [ "$other" != "$JOB" ] && [ "$(squeue -h -j "$other" -t RUNNING -o %A 2> /dev/null)" ]; then
     die "job $other trains in $RUN_DIR: end it (scancel $other), or give this one another RUN_NAME"
   fi
-  echo "$SLURM_JOB_ID" > "$file"
+  echo "$JOB" > "$file"
 }
 
 # Seconds on one CPU: space, programs, strategy, then the doctor: recipe, flags, shards, batch arithmetic, memory.
@@ -311,16 +313,16 @@ come_back() {
     say "no requeue here: the next link of the chain, or the same sbatch, goes on"
     exit 0
   fi
-  scontrol requeue "$SLURM_JOB_ID" || { say "error: scontrol requeue fails: submit again, it resumes" >&2; exit 1; }
+  scontrol requeue "$JOB" || { say "error: scontrol requeue fails: submit again, it resumes" >&2; exit 1; }
   # It is pending now, and this shell has the time until SLURM kills it.
-  [ -z "$BAD_NODES" ] || leave_out "$BAD_NODES" "$SLURM_JOB_ID"
+  [ -z "$BAD_NODES" ] || leave_out "$BAD_NODES" "$JOB"
   exit 0
 }
 
 # leave_out NODES [JOB]: the job, and what is pending of its chain, will not run there.
 leave_out() {
   local job before
-  for job in ${2:-} $(squeue -h -u "$(id -un)" -n "$SLURM_JOB_NAME" -t PENDING -o %A | grep -vx "$SLURM_JOB_ID"); do
+  for job in ${2:-} $(squeue -h -u "$(id -un)" -n "$SLURM_JOB_NAME" -t PENDING -o %A | grep -vx "$JOB"); do
     before=$(scontrol show job -o "$job" | sed -n 's/.* ExcNodeList=\([^ (]\+\).*/\1/p' | head -n 1)
     scontrol update JobId="$job" ExcNodeList="${before:+$before,}$1" && say "job $job leaves out $1"
   done

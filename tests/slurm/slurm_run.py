@@ -24,7 +24,7 @@ class SlurmRun:
         self.home = cluster.folder / "work" / name
         self.home.mkdir(parents=True)
         self.path = self.home / "runs" / name
-        self.jobs = []
+        self.jobs, self.shards = [], shards
         self.flags = {**SMALL, "optim.epochs": 5000, "run.max_steps": 0, "data.workers": 0}
         self.flags |= {"data.shards": shards, "data.audit": str(self.home / "audit.jsonl")}
         self.flags |= {} if strategy == "ddp" else {"precision.compute": "fp32"}
@@ -162,5 +162,5 @@ class SlurmRun:
         assert (self.path / "DONE").exists(), self.story()
         assert json.loads((self.path / "DONE").read_text())["step"] == end
         audit = self.flags["data.audit"]
-        assert read_audit(audit) == dict(enumerate(planned_keys(self.flags["data.shards"], self.flags, end)))
+        assert read_audit(audit) == dict(enumerate(planned_keys(self.shards, self.flags, end)))
         assert incomplete_steps(audit) == {}
