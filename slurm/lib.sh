@@ -240,15 +240,20 @@ on_warning() {
 
 # SLURM ends the job: scancel, a requeue, the time limit. The steps have their SIGTERM already.
 on_term() {
-  [ "$ASKED" = TERM ] || note terminated "SIGTERM"
+  [ "$ASKED" = TERM ] || [ -z "${LEDGER:-}" ] || note terminated "SIGTERM"
   ASKED=TERM
   say "SIGTERM"
 }
 
-# srun LOG COMMAND: one process per node; returns when it has ended, its exit code in RC.
+# The trainer of this start has stopped in good order.
+marked_interrupted() { [ "$RUN_DIR/INTERRUPTED" -nt "$LOGS/started" ]; }
+
+# run_step LOG COMMAND: one process per node; returns when it has ended, its exit code in RC. A start that is asked to
+# stop before it trains does not begin to.
 run_step() {
   local log=$1
   shift
+  [ -z "$ASKED" ] || return
   # srun's tasks ignore what is meant for the trainer, whose own handlers come with Python.
   srun "${STEP[@]}" --output="$log" bash -c 'trap "" USR1 USR2; exec "$@"' step "$@" &
   STEP_PID=$!
@@ -257,8 +262,8 @@ run_step() {
     sleep 2 &
     wait $! # a signal ends it at once
     if [ -n "$ASKED" ]; then
-      # Again and again: the first may come before there is a trainer to hear it.
-      ((told++ % 5)) || kill -USR1 $STEP_PID 2> /dev/null
+      # Again and again until it has saved: the first may come before there is a trainer to hear it.
+      marked_interrupted || ((told++ % 5)) || kill -USR1 $STEP_PID 2> /dev/null
       [ "$ASKED" != TERM ] || [ "$(job_field Reason)" != TimeLimit ] || break # nothing will be heard of it
     fi
   done
@@ -283,7 +288,7 @@ launch() {
 
 conclude() {
   local how=failed
-  [ -z "$ASKED" ] && [ ! "$RUN_DIR/INTERRUPTED" -nt "$LOGS/started" ] || how=stopped
+  if [ -n "$ASKED" ] || marked_interrupted; then how=stopped; fi
   [ -z "$BAD_NODES" ] || how='bad-nodes'
   if [ -e "$RUN_DIR/DONE" ]; then
     note "done" ""
@@ -313,6 +318,7 @@ come_back() {
     say "no requeue here: the next link of the chain, or the same sbatch, goes on"
     exit 0
   fi
+  trap '' TERM # SLURM's, for a requeued job
   scontrol requeue "$JOB" || { say "error: scontrol requeue fails: submit again, it resumes" >&2; exit 1; }
   # It is pending now, and this shell has the time until SLURM kills it.
   [ -z "$BAD_NODES" ] || leave_out "$BAD_NODES" "$JOB"
@@ -332,6 +338,9 @@ leave_out() {
 
 # train [--flag value ...]: the life of one start. RECIPE and STRATEGY are set; the flags are the trainer's.
 train() {
+  trap 'on_warning USR1' USR1
+  trap 'on_warning USR2' USR2
+  trap on_term TERM
   FLAGS=("$@")
   : "${STRATEGY:=zero2}"
   RC=0
@@ -344,9 +353,6 @@ train() {
   refuse_to_loop
   refuse_company
   check_before_start
-  trap 'on_warning USR1' USR1
-  trap 'on_warning USR2' USR2
-  trap on_term TERM
   snapshot
   note start "$SLURM_JOB_NODELIST"
   preflight

@@ -55,35 +55,46 @@ names() {
   for script in "$CACO_ROOT"/slurm/*.sh; do [ -z "$(recipe_of "$script")" ] || basename "$script" .sh; done | paste -s -d ' '
 }
 
-# The script as it is submitted: its own header, then what was asked for here, which wins.
-render() {
+# What is asked of sbatch here, which wins over the site's variables and those over the script's header.
+collect_options() {
   local options=("--job-name=caco-$RUN_NAME") numbers=%j
   [ -z "$NODES" ] || options+=("--nodes=$NODES")
   case $KIND in
     array) options+=(--no-requeue "--array=1-$LINKS%1") && numbers=%A_%a ;;
     singleton) options+=(--no-requeue --dependency=singleton) ;;
   esac
-  options+=("--output=$RUN_DIR/slurm/job-$numbers.out" "${OPTIONS[@]}")
+  OPTIONS=("${options[@]}" "--output=$RUN_DIR/slurm/job-$numbers.out" "${OPTIONS[@]}")
+}
+
+# The script as it is submitted: its own header, then all of that.
+render() {
   env | grep '^SBATCH_' | sed 's/^/# from the environment: /' > "$RENDERED.env"
-  printf '#SBATCH %s\n' "${options[@]}" >> "$RENDERED.env"
+  printf '#SBATCH %s\n' "${OPTIONS[@]}" >> "$RENDERED.env"
   # After the header's last line: of two lines with one option sbatch takes the later one.
   local last
   last=$(grep -n '^#SBATCH' "$SCRIPT" | tail -n 1 | cut -d : -f 1)
   sed "${last}r $RENDERED.env" "$SCRIPT" > "$RENDERED"
 }
 
-header() { sed -n "s/^#SBATCH --$1=//p" "$RENDERED" | tail -n 1; }
+# The number that the job will have of something: header NAME [VARIABLE]
+header() {
+  local asked
+  asked=$(printf '%s\n' "${OPTIONS[@]}" | sed -n "s/^--$1=//p" | tail -n 1)
+  [ -n "$asked" ] || [ $# = 1 ] || asked=${!2:-}
+  [ -n "$asked" ] || asked=$(sed -n "s/^#SBATCH --$1=//p" "$SCRIPT")
+  echo "$asked"
+}
 
 dry_run() {
   local gpus
   cat "$RENDERED"
   bash -n "$RENDERED" || die "the script is not valid bash"
-  gpus=$(($(header nodes) * ${SBATCH_GPUS_PER_NODE:-$(header gpus-per-node)}))
+  gpus=$(($(header nodes) * $(header gpus-per-node SBATCH_GPUS_PER_NODE)))
   # shellcheck disable=SC2086
   "${CONTAINER[@]}" python -m caco_scale.estimate "$RECIPE" "${FLAGS[@]}" --run.dir "$RUN_DIR" --gpus $((gpus > 0 ? gpus : 1)) \
     ${IMAGES_PER_SECOND:+--images-per-second $IMAGES_PER_SECOND} ${PRICE_PER_GPU_HOUR:+--price $PRICE_PER_GPU_HOUR} ||
     exit $MISTAKE
-  sbatch --test-only "$RENDERED" "${FLAGS[@]}" || die "sbatch refuses the job as it stands"
+  sbatch --test-only "${OPTIONS[@]}" "$RENDERED" "${FLAGS[@]}" || die "sbatch refuses the job as it stands"
 }
 
 # Prints the number of the (first) job.
@@ -91,7 +102,7 @@ submit() {
   local link job first=''
   mkdir -p "$RUN_DIR/slurm" || die "cannot write $RUN_DIR: give another RUNS"
   for ((link = 1; link <= $([ "$KIND" = singleton ] && echo "$LINKS" || echo 1); link++)); do
-    job=$(sbatch --parsable "$RENDERED" "${FLAGS[@]}") || die "sbatch refuses the job"
+    job=$(sbatch --parsable "${OPTIONS[@]}" "$RENDERED" "${FLAGS[@]}") || die "sbatch refuses the job"
     first=${first:-$job}
   done
   echo "$first"
@@ -123,7 +134,7 @@ wait_for() {
 
 parse "$@"
 if [ -n "$SELF_TEST" ]; then
-  NODES=${NODES:-2} OPTIONS=(--time=5 "${OPTIONS[@]}") FLAGS=(--run.log_every 1 "${FLAGS[@]}")
+  NODES=${NODES:-2} OPTIONS=(--time=5 --signal=B:USR1@60 "${OPTIONS[@]}") FLAGS=(--run.log_every 1 "${FLAGS[@]}")
   RECIPE=${RECIPE:-demo} RUN_NAME=${RUN_NAME:-self-test-$(date +%Y%m%d-%H%M%S)}
 fi
 RECIPE=${RECIPE:-$(recipe_of "$SCRIPT")}
@@ -134,6 +145,7 @@ name_run
 export RECIPE RUN_NAME RUN_DIR CACO_CHAIN=${CACO_CHAIN:-$(date +%s)-$$}
 RENDERED=$(mktemp) || die "no room for a temporary file"
 trap 'rm -f "$RENDERED" "$RENDERED.env"' EXIT
+collect_options
 render
 if [ -n "$DRY_RUN" ]; then
   dry_run

@@ -72,7 +72,9 @@ class SlurmRun:
 
     def signal(self, job, name="USR1"):
         """To the batch shell, as ``--signal=B:USR1@...`` and a preemption send it."""
-        self.cluster.run(["scancel", "--batch", f"--signal={name}", job])
+        self.cluster.run(
+            ["scancel", "--batch", f"--signal={name}", job], check=False
+        )  # 229 for an array's task
 
     def cancel(self):
         for job in self.jobs:

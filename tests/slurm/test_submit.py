@@ -76,6 +76,7 @@ def test_a_dry_run_shows_checks_and_estimates(new_run):
 def test_a_self_test_interrupts_itself_and_resumes(new_run):
     run = new_run("self-test", **{"bank.size": 800, "optim.epochs": 3})
     done = submit(run, "--self-test", *SMALL_JOB)
+    run.jobs.append(done.stdout.split()[2])
     assert done.returncode == 0, done.stdout + done.stderr + run.story()
     assert "self-test passed: interrupted and saved after step " in done.stdout
     resumed = run.attempts()[-1]["resumed_step"]
