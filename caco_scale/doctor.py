@@ -2,6 +2,7 @@
 
     accelerate launch --config_file ds_configs/zero2.yaml --num_processes N -m caco_scale.doctor [RECIPE] [--flags]
     python -m caco_scale.doctor [RECIPE] [--flags]                  as one process would train
+    python -m caco_scale.doctor [RECIPE] [--flags] --processes 32 --strategy zero2      as they would, asked of one
 
 One line per finding: ``ok``, ``note``, or ``FAIL`` followed by what mends it. Exit code 1 where the run would fail, so
 that a script can ask before it queues a job. All ranks check, rank 0 speaks; nothing is trained, and nothing written.
@@ -15,7 +16,7 @@ from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
-from caco_scale.errors import UserError, exit_on_user_error, one_line
+from caco_scale.errors import Parser, UserError, exit_on_user_error, one_line
 
 REQUIRED = (
     *("torch", "torchvision", "accelerate", "webdataset", "obstore", "numpy", "simplejpeg"),
@@ -83,8 +84,17 @@ def check_versions(strategy, version=found_version):
     return findings
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among those that train. ``device``: a torch device."""
+
+    rank: int
+    world_size: int
+    device: object
+
+
 def check_launch(config):
-    """Join the launch as training does -> (findings, accelerator or None)."""
+    """Join the launch as training does -> (findings, Place or None)."""
     import torch
 
     from caco_scale.distributed.launch import launched_strategy, start_processes
@@ -108,7 +118,30 @@ def check_launch(config):
         findings.append(ok(f"{properties.name}, {properties.total_memory / 1e9:.1f} GB"))
         if config.precision.compute == "bf16" and not torch.cuda.is_bf16_supported():
             findings.append(fail("this GPU does not compute in bf16: give --precision.compute fp32"))
-    return findings, accelerator
+    return findings, Place(accelerator.process_index, accelerator.num_processes, accelerator.device)
+
+
+def check_plan(config, strategy, processes):
+    """What of a launch can be known before it -> (findings, Place or None): rank 0 of so many, on a device as here."""
+    import torch
+
+    from caco_scale.distributed.launch import STRATEGIES, refuse_lost_driver
+    from caco_scale.distributed.strategy import check_combination
+
+    if strategy not in STRATEGIES:
+        return [fail(f"--strategy {strategy}: give one of {', '.join(STRATEGIES)}")], None
+    cuda = torch.cuda.is_available()
+    try:
+        if not cuda:
+            refuse_lost_driver(os.environ)
+        dtype = torch.float64 if config.precision.compute == "fp64" else torch.float32
+        check_combination(strategy, dtype, config.precision.compile)
+    except UserError as error:
+        return [fail(one_line(error))], None
+    if config.run.world_size not in (0, processes):
+        return [fail(f"run.world_size {config.run.world_size}, but {processes} processes are planned")], None
+    place = Place(0, processes, torch.device("cuda" if cuda else "cpu"))
+    return [ok(f"planned: strategy {strategy}, {processes} process(es), {place.device}")], place
 
 
 def check_arithmetic(config, world_size, data=None):
@@ -162,6 +195,22 @@ def check_data(config, rank, world_size):
         return [fail(one_line(error))], None
 
 
+def check_resume(config, data):
+    """What is in the run directory already: whether training would go on from it -> findings."""
+    from caco_scale import checkpoint
+    from caco_scale.stopping import SwitchFiles
+    from caco_scale.training import find_checkpoint
+
+    folder = Path(config.run.dir, "checkpoints")
+    newest = checkpoint.latest(folder) if folder.is_dir() else None
+    try:
+        SwitchFiles(config.run.dir, is_main=True).refuse_stop()
+        found = find_checkpoint(config, newest, data)
+    except UserError as error:
+        return [fail(one_line(error))]
+    return [ok(f"resumes from {found}" if found else "a fresh start")]
+
+
 def check_storage(config):
     """Whether the run directory can be made and written, and how much room there is -> findings."""
     path = Path(config.run.dir).absolute()
@@ -203,32 +252,47 @@ def check_memory(config, strategy, world_size, device):
     return [ok(f"{text}; the GPU has {total / 1e9:.1f} GB")]
 
 
-def examine(config):
-    """All findings, in the order of a start; what cannot be checked after a failure is left out."""
+def examine(config, plan=None):
+    """All findings, in the order of a start; what cannot be checked after a failure is left out.
+
+    ``plan``: (strategy, number of processes) of a launch to come; None = this launch.
+    """
     from caco_scale.distributed.launch import launched_strategy
 
     try:
-        strategy = launched_strategy(os.environ)
+        strategy = plan[0] if plan else launched_strategy(os.environ)
     except UserError as error:
         return [fail(one_line(error)), *check_versions("ddp"), *check_storage(config)]
     findings = check_versions(strategy)
     if any(f.status == "FAIL" for f in findings):
         return findings + check_storage(config)
-    launch, accelerator = check_launch(config)
+    launch, place = check_plan(config, *plan) if plan else check_launch(config)
     findings += launch
-    if accelerator is None:
+    if place is None:
         return findings + check_storage(config)
     from caco_scale.assemble import resolve_precision
 
-    config = resolve_precision(config, accelerator.device)
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    arithmetic = check_arithmetic(config, world_size)
+    config = resolve_precision(config, place.device)
+    arithmetic = check_arithmetic(config, place.world_size)
     if all(f.status != "FAIL" for f in arithmetic):
-        found, data = check_data(config, rank, world_size)
-        findings += found
-        arithmetic = check_arithmetic(config, world_size, data)
-        arithmetic += check_memory(config, strategy, world_size, accelerator.device)
+        found, data = check_data(config, place.rank, place.world_size)
+        findings += found + (check_resume(config, data) if data else [])
+        arithmetic = check_arithmetic(config, place.world_size, data)
+        arithmetic += check_memory(config, strategy, place.world_size, place.device)
     return findings + arithmetic + check_storage(config)
+
+
+def parse_plan(arguments):
+    """Take ``--processes`` and ``--strategy`` out of a command line -> (plan or None, the other arguments)."""
+    flags = Parser(prog="python -m caco_scale.doctor", allow_abbrev=False, add_help=False)
+    flags.add_argument("--processes", type=int)
+    flags.add_argument("--strategy", default="ddp")
+    options, others = flags.parse_known_args(arguments)
+    if options.processes is None:
+        return None, others
+    if options.processes < 1:
+        raise UserError(f"--processes {options.processes}: give at least 1")
+    return (options.strategy, options.processes), others
 
 
 def everywhere(findings):
@@ -246,8 +310,9 @@ def main(arguments=None):
     """Print the findings; exit code 1 if any of them is a failure, 2 on a typo."""
     from caco_scale.config import parse
 
-    config = parse(sys.argv[1:] if arguments is None else arguments, prog="python -m caco_scale.doctor")
-    findings = everywhere(examine(config))
+    plan, arguments = parse_plan(sys.argv[1:] if arguments is None else arguments)
+    config = parse(arguments, prog="python -m caco_scale.doctor")
+    findings = everywhere(examine(config, plan))
     failures = sum(f.status == "FAIL" for f in findings)
     if int(os.environ.get("RANK", 0)):
         sys.exit(0)  # rank 0 answers for all; a failure here would have it ended before it speaks

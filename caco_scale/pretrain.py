@@ -24,6 +24,7 @@ def main(arguments=None):
     from caco_scale.training import run
 
     run(config, signals)
+    signals.retire()
 
 
 if __name__ == "__main__":

@@ -45,6 +45,10 @@ class Signals:
         follow_launcher()
         return self
 
+    def retire(self):
+        """The run has ended in good order: a late SIGUSR1 must not kill the exiting interpreter."""
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
     def _handle(self, number, frame):
         if number == signal.SIGINT:
             if self._interrupted:

@@ -67,7 +67,7 @@ def run(config, signals):
     end = min(schedule.total_steps, config.run.max_steps or schedule.total_steps)
     checkpointer = checkpoint.Checkpointer(directory.checkpoints, keep=config.run.keep_checkpoints)
     newest = checkpointer.latest()
-    resumed = find_checkpoint(config, directory, newest, data)
+    resumed = find_checkpoint(config, newest, data)
     step = checkpoint.read_values(resumed)["step"] if resumed else 0
     # One that was stopped after its last step still has its last evaluation before it.
     if resumed and step >= end and directory.interrupted_step() != step:
@@ -97,7 +97,7 @@ def refuse_to_start(config, is_main):
     assert_equal_on_all_ranks({}, "start", error=complaint)
 
 
-def find_checkpoint(config, directory, newest, data):
+def find_checkpoint(config, newest, data):
     """The checkpoint to resume from, or None for a fresh start; refuses one that this config cannot continue.
 
     ``newest``: the newest complete checkpoint of the run directory, or None.

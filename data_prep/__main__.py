@@ -45,6 +45,11 @@ def parser():
         metavar="PIXELS",
         help="shrink larger images to it; 0 = keep all bytes",
     )
+    make.add_argument(
+        "--part",
+        metavar="I/N",
+        help="build every N-th shard only, from the I-th: N processes with I = 1 to N share a build, on any nodes",
+    )
     make.add_argument("--dry-run", action="store_true", help="say what would be written, and how large")
 
     mend = commands.add_parser(
@@ -126,6 +131,22 @@ def parse(arguments):
     return options
 
 
+def parse_part(text):
+    """``I/N`` -> (I, N), or None where it is not given."""
+    if text is None:
+        return None
+    numbers = text.split("/")
+    if (
+        len(numbers) != 2
+        or not all(n.isdigit() for n in numbers)
+        or not 1 <= int(numbers[0]) <= int(numbers[1])
+    ):
+        raise UserError(
+            f"--part {text} is not I/N with I from 1 to N: give 1/4, 2/4, 3/4 and 4/4 to four processes"
+        )
+    return int(numbers[0]), int(numbers[1])
+
+
 def run_build(options):
     start = time.monotonic()
     results = build(
@@ -139,6 +160,7 @@ def run_build(options):
         short_side=options.short_side,
         source_options=_source_options(options),
         dry_run=options.dry_run,
+        part=parse_part(options.part),
     )
     if options.dry_run:
         _say(
@@ -149,7 +171,15 @@ def run_build(options):
             )
         )
         return
-    print_summary([(path, manifest) for path, manifest, _ in results], time.monotonic() - start)
+    finished = [(path, manifest) for path, manifest, _ in results if manifest]
+    print_summary(finished, time.monotonic() - start)
+    _say(
+        *(
+            f"{path}: part {options.part} is finished, others are not"
+            for path, manifest, _ in results
+            if not manifest
+        )
+    )
     _say(*(f"{path} was finished already, by the same build" for path, _, was_there in results if was_there))
 
 

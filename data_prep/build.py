@@ -37,6 +37,7 @@ from data_prep.destination import (
     free_space,
     locked,
     prepare_destination,
+    record_path,
     same_build,
     scratch_removed,
 )
@@ -58,13 +59,16 @@ def build(
     short_side=0,
     source_options=None,
     dry_run=False,
+    part=None,
 ):
     """Build the shard sets of a source of images; returns [(directory or address, manifest, was there)].
 
     src: what :func:`~data_prep.sources.open_source` takes with ``source_options``. dst: a directory, or the address
     of a folder of an object store. A source of splits gives one set per split, in ``dst/<split>``. short_side:
     pixels; larger images are made so small (0: none). dry_run: write nothing; the results are
-    [(directory or address, number of images, of shards, bytes)]. Raises UserError, and keeps finished shards.
+    [(directory or address, number of images, of shards, bytes)]. part: (I, N), of N processes that share a build, on
+    any nodes, this is the I-th, from 1; who finds all shards finished writes the manifest, for the others it is None.
+    Raises UserError, and keeps finished shards.
     """
     src, dst = os.fspath(src), os.fspath(dst)
     if samples_per_shard < 1 or (workers is not None and workers < 0):
@@ -89,14 +93,20 @@ def build(
                     _plan(_join(dst, name), folder, samples_per_shard)
                     for name, folder in folders(source).items()
                 ]
+            make = build_remote_part if part else build_remote_set
+            options |= {"part": part} if part else {}
             return [
-                (_join(dst, name), *build_remote_set(source, folder, _join(dst, name), **options))
+                (_join(dst, name), *make(source, folder, _join(dst, name), **options))
                 for name, folder in folders(source).items()
             ]
     dst = os.path.abspath(os.path.expanduser(dst))
     check_apart(src, dst)
     with ExitStack() as stack:
         packed = needs_scratch(src, **source_options)
+        if packed and part:
+            raise UserError(
+                f"a compressed tar cannot be shared among {part[1]} parts: decompress {src} first"
+            )
         if packed:
             stack.enter_context(scratch_removed(dst, existed=os.path.isdir(dst)))
         stack.enter_context(destination_errors(dst))
@@ -111,6 +121,9 @@ def build(
         results = []
         for name, folder in folders.items():
             target = _join(dst, name)
+            if part:
+                results.append((target, *build_part(source, folder, target, part=part, **options)))
+                continue
             held = packed and target == dst
             results.append((target, *build_set(source, folder, target, locked_already=held, **options)))
         if packed:
@@ -178,6 +191,33 @@ def build_set(
         return manifest, False
 
 
+def build_part(source, folder, dst, *, part, samples_per_shard, seed, workers, short_side):
+    """Build this part's shards of a set in ``dst``, at the same time as the others -> (manifest or None, was there).
+
+    Only shards are shared out: the last part to end checks them all and writes the manifest.
+    """
+    what = describe_build(folder, samples_per_shard, seed, short_side)
+    state = os.path.join(dst, STATE_DIR)
+    with destination_errors(dst):
+        manifest = finished_manifest(dst, what)
+        if manifest:
+            return manifest, True
+        if os.path.exists(os.path.join(dst, MANIFEST_NAME)):
+            raise UserError(f"{dst} is a finished set with damaged shards: build it again without --part")
+        with locked(dst, shared=True):
+            manifest = finished_manifest(dst, what)  # the others may have just finished it
+            if manifest:
+                return manifest, True
+            if not os.path.exists(os.path.join(state, "build.json")):
+                write_atomically(os.path.join(state, "build.json"), json.dumps(what).encode())
+            jobs = plan_shards(source, folder, dst, what)
+            _run(jobs[part[0] - 1 :: part[1]], dst, workers, quiet=False)
+        if not all(os.path.exists(record_path(state, job.number)) for job in jobs):
+            return finished_manifest(dst, what), False
+    options = {"samples_per_shard": samples_per_shard, "seed": seed, "workers": workers}
+    return build_set(source, folder, dst, short_side=short_side, wait=True, **options)
+
+
 def build_remote_set(source, folder, dst, *, samples_per_shard=1000, seed=0, workers=None, short_side=0):
     """Build one shard set straight into an object store; returns (manifest, was there).
 
@@ -204,6 +244,30 @@ def build_remote_set(source, folder, dst, *, samples_per_shard=1000, seed=0, wor
             ) from None
     remote.delete(f"{STATE_DIR}/{name.rpartition('/')[2]}" for name in remote.list(STATE_DIR))
     return manifest, False
+
+
+def build_remote_part(source, folder, dst, *, part, samples_per_shard, seed, workers, short_side):
+    """:func:`build_part` in an object store, where nobody is locked out: the last part or parts write one manifest."""
+    what = describe_build(folder, samples_per_shard, seed, short_side)
+    remote = Remote(dst)
+    manifest = _remote_manifest(remote, what)
+    if manifest:
+        return manifest, True
+    records, sizes = _remote_records(remote, what), remote.list()
+    with tempfile.TemporaryDirectory(prefix="caco-build-") as staging, destination_errors(staging):
+        jobs = plan_shards(source, folder, staging, what, remote)
+        own = jobs[part[0] - 1 :: part[1]]
+        _run(
+            [replace(job, kept=_if_there(records.get(job.number), sizes)) for job in own],
+            dst,
+            workers,
+            quiet=False,
+        )
+    manifest = _remote_manifest(remote, what)  # a quicker part may have finished it, and removed the records
+    if manifest or len(_remote_records(remote, what)) < len(jobs):
+        return manifest, False
+    options = {"samples_per_shard": samples_per_shard, "seed": seed, "workers": workers}
+    return build_remote_set(source, folder, dst, short_side=short_side, **options)
 
 
 def _remote_manifest(remote, what):

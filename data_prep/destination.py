@@ -59,15 +59,19 @@ def free_space(path):
 
 
 @contextmanager
-def locked(dst, wait=False):
-    """Hold the lock of a destination, so that two builds never write it at once; makes ``dst/.build``."""
+def locked(dst, wait=False, shared=False):
+    """Hold the lock of a destination, so that two builds never write it at once; makes ``dst/.build``.
+
+    ``shared``: with others that build other parts of it.
+    """
     state = os.path.join(dst, STATE_DIR)
     path = os.path.join(state, "lock")
     while True:
         os.makedirs(state, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115 (closed below; the lock lives as long as the file)
+        file = open(path, "a+")  # noqa: SIM115 (closed below; the lock lives as long as the file)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
             if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
         except BlockingIOError:

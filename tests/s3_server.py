@@ -279,9 +279,9 @@ class _Quiet(http.server.ThreadingHTTPServer):
 class _Server:
     """A web server in threads of this process; ``url`` is where."""
 
-    def __init__(self, handler):
-        self.http = _Quiet(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+    def __init__(self, handler, address=("127.0.0.1", 0)):
+        self.http = _Quiet(address, handler)
+        self.url = f"http://{address[0]}:{self.http.server_address[1]}"
         threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
 
     def __enter__(self):
@@ -393,7 +393,7 @@ HOP_HEADERS = ("content-length", "connection", "transfer-encoding", "keep-alive"
 class WebServer(_Server):
     """A plain web server for the files of a folder. ``ranges`` False: it answers with whole files only."""
 
-    def __init__(self, folder, ranges=True):
+    def __init__(self, folder, ranges=True, address=("127.0.0.1", 0)):
         class Handler(http.server.SimpleHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
@@ -418,4 +418,4 @@ class WebServer(_Server):
                 self.end_headers()
                 self.wfile.write(data)
 
-        super().__init__(Handler)
+        super().__init__(Handler, address)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -366,6 +367,28 @@ def test_two_builds_of_one_destination(tree, tmp_path):
         done = command("build", tree, tmp_path / "set")
     assert done.returncode == 2
     assert "another build is writing" in done.stderr
+
+
+def test_parts_share_a_build_and_the_last_writes_the_manifest(tree, tmp_path):
+    options = ("--samples-per-shard", "3", "--workers", "1")
+    assert command("build", tree, tmp_path / "whole", *options).returncode == 0
+    build_part = lambda part: command("build", tree, tmp_path / "set", *options, "--part", f"{part}/3")
+    first = build_part(1)
+    assert first.returncode == 0
+    assert "part 1/3 is finished, others are not" in first.stdout.replace("\n", " ")
+    assert not (tmp_path / "set/manifest.json").exists()
+    assert sorted(path.name for path in (tmp_path / "set").glob("*.tar")) == [
+        f"{n:06d}.tar" for n in (0, 3, 6, 9)
+    ]
+    with locked(str(tmp_path / "locked")):
+        refused("another build is writing", "build", tree, tmp_path / "locked", "--part", "1/3")
+    with ThreadPoolExecutor() as pool:
+        others = list(pool.map(build_part, (2, 3)))
+    assert [part.returncode for part in others] == [0, 0], others
+    assert files_of(tmp_path / "set") == files_of(tmp_path / "whole")
+    assert "was finished already" in build_part(1).stdout
+    for part in ("0/3", "4/3", "1", "a/b"):
+        refused(f"--part {part} is not I/N", "build", tree, tmp_path / "set", "--part", part)
 
 
 # ---- errors, each one line through the real command

@@ -29,6 +29,36 @@ def test_a_signal_only_sets_a_flag(signals, name):
     assert signals.requested == name
 
 
+ENDING = """
+import ctypes, os
+from caco_scale.signals import Signals
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.pause, None, None)  # after the interpreter, whose end drops its handlers, as torch's threads do
+signals = Signals().install()
+print("pids", os.getpid(), flush=True)
+"""
+
+
+def catches(pid, number):
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("SigCgt:")[1].split()[0], 16) >> (number - 1) & 1
+
+
+@pytest.mark.parametrize("retired", [True, False])
+def test_a_late_signal_does_not_kill_a_trainer_that_has_retired(tmp_path, retired):
+    script = tmp_path / "ending.py"
+    script.write_text(ENDING + "signals.retire()\n" * retired)
+    process, (pid,) = start(script)
+    deadline = time.time() + 60
+    while catches(pid, signal.SIGTERM):
+        assert time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == (-signal.SIGTERM if retired else -signal.SIGUSR1)
+    process.communicate()
+
+
 def start(script, *args, **kwargs):
     """A python process that prints its pids on its first line; in a process group of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,91 @@
+"""What a run will cost: steps, hours, GPU-hours and their price, from a measured or stated number of images a second.
+
+    python -m caco_scale.estimate [RECIPE] [--flags] --gpus 32 [--images-per-second 12800] [--price 2.10]
+
+Measured is what the run's own ``metrics.jsonl`` says; on another number of GPUs it counts in proportion.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from caco_scale.errors import Parser, UserError, exit_on_user_error
+from caco_scale.run_directory import last_json_line, read_json_lines
+
+IMAGENET = 1_281_167  # training images; what is counted with where no shard set is named
+RECENT_LINES = 20
+
+
+def total_steps(config):
+    """(optimizer steps in all, training images): by the schedule, and by the shard set's manifest if one is named."""
+    from caco_scale.assemble import build_schedule
+    from caco_scale.data.store import open_store
+
+    images = IMAGENET
+    if config.data.shards:
+        images = open_store(config.data.shards, "none").manifest.num_samples
+    batch = config.data.global_batch_size
+    if batch > images:
+        raise UserError(
+            f"data.global_batch_size {batch:,} is more than the {images:,} training images: lower it"
+        )
+    schedule = build_schedule(config, SimpleNamespace(num_samples=images, steps_per_epoch=images // batch))
+    return min(schedule.total_steps, config.run.max_steps or schedule.total_steps), images
+
+
+def measured(run_dir):
+    """(images per second of all processes, the median of the last lines; processes), or None where none are known."""
+    metrics = read_json_lines(Path(run_dir, "metrics.jsonl"))
+    rates = [rate for line in metrics if (rate := line.get("images_per_second"))]
+    attempt = last_json_line(Path(run_dir, "attempts.jsonl"))
+    return (statistics.median(rates[-RECENT_LINES:]), attempt["world_size"]) if rates and attempt else None
+
+
+def estimate(config, gpus, images_per_second=None, price=None):
+    """The lines to print. ``images_per_second``: of all GPUs together; ``price``: of a GPU-hour."""
+    from caco_scale import checkpoint
+
+    steps, images = total_steps(config)
+    folder = Path(config.run.dir, "checkpoints")
+    newest = checkpoint.latest(folder) if folder.is_dir() else None
+    done = int(newest.name.removeprefix("step_")) if newest else 0
+    batch = config.data.global_batch_size
+    which = config.data.shards or "ImageNet, for data.shards is empty"
+    lines = [f"{steps:,} steps of {batch:,} images ({images:,} in {which}), {done:,} done"]
+    source = "stated"
+    if not images_per_second:
+        found = measured(config.run.dir)
+        if not found:
+            return [
+                *lines,
+                "no images/s known: give --images-per-second, or let the run train some steps first",
+            ]
+        images_per_second = found[0] * gpus / found[1]
+        source = f"measured: {found[0]:,.0f} on {found[1]}"
+    hours = max(steps - done, 0) * batch / images_per_second / 3600
+    cost = f", {hours * gpus * price:,.2f} at {price:g} each" if price else ""
+    rate = f"at {images_per_second:,.0f} images/s ({source})"
+    return [*lines, f"{rate}: {hours:,.1f} hours on {gpus} GPU(s) = {hours * gpus:,.1f} GPU-hours{cost}"]
+
+
+@exit_on_user_error
+def main(arguments=None):
+    """Print the estimate; exit code 2 on a user's mistake."""
+    from caco_scale.config import parse
+
+    flags = Parser(prog="python -m caco_scale.estimate", allow_abbrev=False, add_help=False)
+    flags.add_argument("--gpus", type=int, required=True)
+    flags.add_argument("--images-per-second", type=float)
+    flags.add_argument("--price", type=float)
+    options, others = flags.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+    for name, value in vars(options).items():
+        if value is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: give more than 0")
+    config = parse(others, prog="python -m caco_scale.estimate")
+    for line in estimate(config, **vars(options)):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

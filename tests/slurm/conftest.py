@@ -1,0 +1,41 @@
+"""One cluster for the session, and runs on it."""
+
+import pytest
+from cluster import CannotStart, Cluster
+from shard_sets import make_shard_set
+from slurm_run import SlurmRun
+
+
+def pytest_collection_modifyitems(items):
+    """Everything in this folder starts a real SLURM."""
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slurm)
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    try:
+        with Cluster() as cluster:
+            yield cluster
+    except CannotStart as error:
+        pytest.skip(f"no SLURM: {error}")
+
+
+@pytest.fixture(scope="session")
+def shards(cluster):
+    return make_shard_set(cluster.folder / "set", num_images=96, samples_per_shard=20)
+
+
+@pytest.fixture
+def new_run(cluster, shards, request):
+    """A function (name, options of :class:`SlurmRun`) -> a run whose jobs do not outlive the test."""
+    runs = []
+
+    def new(name, **options):
+        runs.append(SlurmRun(cluster, name, shards, **options))
+        return runs[-1]
+
+    yield new
+    for run in runs:
+        run.cancel()

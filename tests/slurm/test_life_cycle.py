@@ -1,0 +1,174 @@
+"""What happens to jobs, and to the run that they carry: real SLURM, real trainer, audit logs against the pure order."""
+
+import sys
+
+import pytest
+from launch import ROOT, SWITCH
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_a_signal_has_it_saved_requeued_resumed_and_finished(new_run, strategy):
+    """Once in the bank warm-up, once beyond the switch."""
+    warmup = 150
+    run = new_run(f"usr1-{strategy}", strategy=strategy, **{"bank.size": 8 * warmup, "data.workers": 1})
+    job = run.submit()
+    run.wait_for_steps(job)
+    run.signal(job)
+    run.wait_for_event("stopped")
+    first = run.saved()
+    assert first < warmup
+    run.wait_for_steps(job, more=warmup - first + 1)
+    run.signal(job)
+    run.wait_for_event("stopped", times=2)
+    second = run.saved()
+    assert second > warmup
+    run.end_at(second + 12)
+    assert run.wait_until_over(job) == "COMPLETED", run.story()
+    assert run.restarts(job) == 2
+    assert [attempt["resumed_step"] for attempt in run.attempts()] == [None, first, second]  # not a step lost
+    assert run.events() == ["start", "stopped", "start", "stopped", "start", "done"]
+    run.check_done(second + 12)
+
+
+def test_a_node_is_powered_off_and_a_spare_takes_its_place(new_run, cluster):
+    run = new_run("power", **{"run.save_every": 5})
+    job = run.submit()
+    run.wait_for_steps(job, more=SWITCH + 8)
+    lost = cluster.run(["squeue", "-h", "-j", job, "-o", "%N"]).stdout
+    lost = cluster.run(["scontrol", "show", "hostnames", lost.strip()]).stdout.split()[-1]
+    cluster.power_off(lost)
+    try:
+        run.wait(lambda: run.restarts(job) == 1, "requeued")
+        end = run.saved() + 10
+        run.end_at(end)
+        assert run.wait_until_over(job) == "COMPLETED", run.story()
+        nodes = cluster.run(["scontrol", "show", "hostnames", run.field(job, "NodeList")]).stdout.split()
+        assert len(nodes) == 2
+        assert lost not in nodes
+    finally:
+        cluster.power_on(lost)
+    resumed = run.attempts()[1]["resumed_step"]
+    assert resumed % 5 == 0
+    run.check_done(end)
+
+
+def test_time_limits_are_survived(new_run, cluster):
+    """Of one minute, where the machine trains a step within it."""
+    run = new_run("limit", **{"run.stop_before_end_seconds": 5})
+    job, survived = run.submit("--time=1", "--signal=B:USR1@10"), 0
+    for restart in range(1, 8):
+        run.wait(lambda restart=restart: run.restarts(job) == restart, f"requeued {restart} times")
+        progress = run.saved() - survived if run.steps() else 0
+        if not progress:  # a slow machine
+            cluster.run(["scontrol", "update", f"JobId={job}", f"TimeLimit={restart + 1}"])
+            continue
+        survived += 1
+        if survived == 3:
+            break
+    assert survived == 3, run.story()
+    end = run.saved() + 3
+    run.end_at(end)
+    assert run.wait_until_over(job) == "COMPLETED", run.story()
+    assert set(run.events()) <= {"start", "stopped", "terminated", "failed", "done"}
+    run.check_done(end)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["batch shell told", "steps alone told"])
+def test_a_higher_partition_takes_the_nodes_and_gives_them_back(new_run, cluster, told):
+    run = new_run(f"preempted-{told}", strategy="zero2" if told else "ddp")
+    cluster.send_user_signal(told)
+    job = run.submit("--partition=preemptible", "--nodelist=n1,n2")
+    run.wait_for_steps(job, more=SWITCH + 2)
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodelist=n1,n2", "--nodes=2", "--exclusive"]
+    urgent += ["--output=/dev/null", "--wrap=srun sleep 1"]
+    run.jobs.append(cluster.run(urgent).stdout.strip())
+    run.wait(lambda: run.restarts(job) == 1, "requeued")
+    run.wait_until_over(run.jobs[-1])
+    saved = run.saved()
+    assert saved > SWITCH + 2
+    run.end_at(saved + 5)
+    assert run.wait_until_over(job) == "COMPLETED", run.story()
+    assert run.attempts()[1]["resumed_step"] == saved
+    assert ("asking the trainer" in run.said(job)) == told
+    run.check_done(saved + 5)
+
+
+def test_scancel_is_final_and_one_node_goes_on_where_two_stopped(new_run):
+    run = new_run("scancel")
+    job = run.submit()
+    run.wait_for_steps(job, more=SWITCH + 2)
+    run.cluster.run(["scancel", job])
+    assert run.wait_until_over(job) == "CANCELLED"
+    assert run.restarts(job) == 0
+    assert "terminated" in run.events()
+    saved = run.saved()
+    run.end_at(saved + 5)
+    again = run.submit(nodes=1)
+    assert run.wait_until_over(again) == "COMPLETED", run.story()
+    assert run.state(job) == "CANCELLED"
+    assert [(a["world_size"], a["resumed_step"]) for a in run.attempts()] == [(2, None), (1, saved)]
+    run.check_done(saved + 5)
+
+
+def test_an_admin_requeues_the_job(new_run):
+    run = new_run("admin")
+    job = run.submit()
+    run.wait_for_steps(job, more=SWITCH + 2)
+    run.cluster.run(["scontrol", "requeue", job])
+    run.wait(lambda: run.state(job) == "PENDING", "requeued")
+    saved = run.saved()
+    run.end_at(saved + 5)
+    assert run.wait_until_over(job) == "COMPLETED", run.story()
+    assert run.restarts(job) == 1
+    assert run.attempts()[1]["resumed_step"] == saved
+    run.check_done(saved + 5)
+
+
+def test_a_job_that_crashes_at_every_start_gives_up(new_run):
+    run = new_run("crash", site="MAX_FAILURES=2", **{"optim.lr": 1e30})
+    job = run.submit()
+    assert run.wait_until_over(job) == "FAILED", run.story()
+    assert run.field(job, "ExitCode") == "42:0"
+    assert run.restarts(job) == 2
+    assert run.events() == ["start", "failed", "start", "failed", "gave-up"]
+    assert "2 starts in a row failed at step 0" in run.said(job)
+    assert "steps in a row were not finite" in run.said(job)  # the trainer's own line
+
+
+def test_a_hang_ends_the_start_and_the_next_goes_on(new_run, cluster):
+    run = new_run("hang", **{"run.timeout_seconds": 45, "run.save_every": 5})
+    job = run.submit("--nodelist=n3,n4")
+    run.wait_for_steps(job, more=SWITCH + 8)
+    cluster.on_node("n4", "pkill -STOP -f '^[^ ]*python[^ ]* .*-m caco_scale.pretrain'")
+    run.wait_for_event("failed")
+    end = run.saved() + 10
+    run.end_at(end)
+    assert run.wait_until_over(job) == "COMPLETED", run.story()
+    assert run.events() == ["start", "failed", "start", "done"]
+    run.check_done(end)
+
+
+def test_a_bad_node_is_left_out_and_the_others_stage_shards(new_run, cluster, shards):
+    """The shards come from a web server onto each node's own disk."""
+    serve = f"import time; from s3_server import WebServer; WebServer({shards!r}, address=('10.77.0.254', 8080)); "
+    serve += "time.sleep(1e9)"
+    cluster.run(
+        ["bash", "-c", 'setsid "$0" -c "$1" > /dev/null 2>&1 &', sys.executable, serve], cwd=ROOT / "tests"
+    )
+    site = f"PREFLIGHT=yes SHM_GB=0.03 CACHE_DIR={cluster.folder}/scratch/cache"
+    end = SWITCH + 20
+    run = new_run("bad-node", site=site, **{"run.max_steps": end, "data.shards": "http://10.77.0.254:8080"})
+    cluster.on_node("n1", "fallocate -l 60M /dev/shm/full")
+    try:
+        job = run.submit("--exclude=n6")
+        assert run.wait_until_over(job) == "COMPLETED", run.story()
+    finally:
+        cluster.on_node("n1", "rm /dev/shm/full")
+    assert "bad node n1: 0.00 GB free in /dev/shm, not 0.03" in run.said(job)
+    assert run.field(job, "ExcNodeList") == "n[1,6]"
+    assert run.events() == ["start", "bad-nodes", "start", "done"]
+    for node in run.cluster.run(["scontrol", "show", "hostnames", run.field(job, "NodeList")]).stdout.split():
+        assert any(path.is_file() for path in (cluster.folder / "disk" / node / "cache").rglob("*.tar*")), (
+            node
+        )
+    run.check_done(end)
