@@ -104,7 +104,7 @@ describe_job() {
 # One field of what SLURM says of this job.
 job_field() { scontrol show job -o "$JOB" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
 
-# Seconds since 1970 at which the job ends, nothing where it has no end. SLURM itself says so from 22.05.9 on.
+# Seconds since 1970 at which the job ends, nothing where it has no end; newer SLURMs say so themselves.
 job_end() {
   local end
   end=$(job_field EndTime)
@@ -185,7 +185,12 @@ check_before_start() {
   on_one_node python -m caco_scale.doctor "$RECIPE" "${FLAGS[@]}" --run.dir "$RUN_DIR" --processes "$PROCESSES" \
     --strategy "${STRATEGY%_offload}" > "$LOGS/doctor.log" 2>&1 && return
   line=$(grep -m 1 -E '^(FAIL|error:)' "$LOGS/doctor.log" || tail -n 1 "$LOGS/doctor.log")
-  die "${line#error: } (all in $LOGS/doctor.log)"
+  ((RESTART > 0)) || die "${line#error: } (all in $LOGS/doctor.log)"
+  # What has trained already may only have lost its storage for a while: a failed start like any other.
+  say "error: ${line#error: } (all in $LOGS/doctor.log)" >&2
+  note start "$SLURM_JOB_NODELIST"
+  RC=$MISTAKE
+  conclude
 }
 
 strategies() { (cd "$ROOT/ds_configs" && echo ./*.yaml | sed 's|\./||g; s|\.yaml||g'); }

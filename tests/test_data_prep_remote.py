@@ -8,6 +8,7 @@ import resource
 import signal
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,18 @@ def test_a_set_in_the_bucket_is_the_one_on_disk_at_any_number_of_workers(tree, s
     refused(
         "is not imagenet1k-train: it has 30 images", "verify", f"{s3}/one", "--expect", "imagenet1k-train"
     )
+
+
+def test_parts_share_a_build_in_the_bucket(tree, s3, tmp_path):
+    options = ("--samples-per-shard", "3", "--workers", "1")
+    build(tree, tmp_path / "local", samples_per_shard=3)
+    url = f"{s3}/parts"
+    with ThreadPoolExecutor() as pool:
+        run = lambda part: command("build", tree, url, *options, "--part", f"{part}/2")
+        parts = list(pool.map(run, (1, 2)))
+    assert [part.returncode for part in parts] == [0, 0], parts
+    assert objects(url) == local_files(tmp_path / "local")
+    assert "was finished already" in command("build", tree, url, *options, "--part", "2/2").stdout
 
 
 def test_killed_twice_on_the_way_into_the_bucket(s3, tmp_path):

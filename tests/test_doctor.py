@@ -11,6 +11,7 @@ from shard_sets import make_shard_set
 
 from caco_scale import doctor
 from caco_scale.config import load_recipe, recipe_names, replace
+from caco_scale.errors import UserError
 from caco_scale.memory import estimate_memory
 
 
@@ -136,3 +137,33 @@ def test_a_healthy_launch_is_ready_and_a_broken_one_is_not(tmp_path):
     assert broken.returncode == 1
     assert "FAIL" in broken.stdout
     assert "python -m data_prep" in broken.stdout
+
+
+def test_a_launch_to_come_is_answered_by_one_process(tmp_path):
+    shards = make_shard_set(tmp_path / "set", num_images=32)
+    flags = ["demo", "--data.shards", str(shards), "--data.val_shards", "", "--eval.knn_every", "0"]
+    flags += ["--eval.baselines", "False", "--data.window", "16", "--run.dir", str(tmp_path / "run")]
+    plan = ["--processes", "4", "--strategy", "zero2", "--data.global_batch_size", "8"]
+    planned = examine([*flags, *plan])
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    assert "planned: strategy zero2, 4 process(es), cpu" in planned.stdout
+    assert "global batch 8 = 4 process(es) x 2 images" in planned.stdout
+    assert "a fresh start" in planned.stdout
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/STOP").touch()
+    refused = examine([*flags, *plan, "--data.global_batch_size", "10"])
+    assert "cannot be divided by 4 processes" in refused.stdout
+    stopped = examine([*flags, *plan])
+    assert f"FAIL {tmp_path / 'run/STOP'} is there, which stops this run" in stopped.stdout
+    assert (refused.returncode, stopped.returncode) == (1, 1)
+
+
+def test_a_plan_that_cannot_be():
+    config = replace(load_recipe("demo"), run__world_size=8)
+    assert "run.world_size 8, but 4 processes" in failures(doctor.check_plan(config, "ddp", 4)[0])[0]
+    assert "give one of ddp, zero1" in failures(doctor.check_plan(config, "zero9", 8)[0])[0]
+    config = replace(config, precision__compute="fp64")
+    assert len(failures(doctor.check_plan(config, "zero2", 8)[0])) == 1
+    assert doctor.parse_plan(["demo", "--run.seed", "1"]) == (None, ["demo", "--run.seed", "1"])
+    with pytest.raises(UserError, match="give at least 1"):
+        doctor.parse_plan(["demo", "--processes", "0"])

@@ -1,5 +1,7 @@
 """One cluster for the session, and runs on it."""
 
+import os
+
 import pytest
 from cluster import CannotStart, Cluster
 from shard_sets import make_shard_set
@@ -15,11 +17,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def cluster():
+    """CACO_REQUIRE_SLURM set: it must start."""
     try:
         with Cluster() as cluster:
             yield cluster
     except CannotStart as error:
-        pytest.skip(f"no SLURM: {error}")
+        give_up = pytest.fail if os.environ.get("CACO_REQUIRE_SLURM") else pytest.skip
+        give_up(f"no SLURM: {error}")
 
 
 @pytest.fixture(scope="session")
