@@ -223,8 +223,11 @@ def test_what_was_evaluated_afterwards_is_shown(tmp_path):
         (tmp_path / "run/evaluate" / name).mkdir()
         (tmp_path / "run/evaluate" / name / "result.json").write_text(text)
     text = Page(write_report([tmp_path / "run"], images=0)).text
-    assert "kNN, query encoder, backbone, k 10, T 0.07 /other/val 71.25% 70.00 to 72.50" in text
-    assert "linear, query encoder, lr 0.1 per 256 images /other/val 73.50% 72.00 to 75.00" in text
+    assert (
+        "71.25% kNN of the query encoder, step 32, on /other/val backbone, k 10, T 0.07 71.25% 70.00 to 72.50"
+        in text
+    )
+    assert "73.50% linear of the query encoder, step 32, on /other/val lr 0.1 per 256 images 73.50%" in text
 
 
 def test_numbers_are_written_for_people():

@@ -67,7 +67,7 @@ TRAINING = (
     Panel("bank_lr", "Bank learning rate", "of the rows, absolute", digits=3, from_zero=True),
     Panel("key_momentum", "Key momentum", "of the key encoder's average", digits=6),
     Panel(
-        "images_per_second", "Throughput", "all processes, evaluation excluded", "images/s", 4, from_zero=True
+        "images_per_second", "Throughput", "all processes, evaluation excluded", "images/s", 3, from_zero=True
     ),
     Panel(
         "data_wait", "Data wait", "share of the time spent waiting for batches", "%", 3, 100, from_zero=True
@@ -83,9 +83,14 @@ TRAINING = (
     ),
 )
 HEALTH = (
-    Panel("bank_rows_used", "Rows used", "share that was a positive in the last epoch", "%", 4, 100, True),
     Panel(
-        "bank_assignment_entropy", "Assignment entropy", "1: all rows alike, 0: one row takes all", digits=4
+        "bank_rows_used", "Rows used", "caco: share that was a positive in the last epoch", "%", 4, 100, True
+    ),
+    Panel(
+        "bank_assignment_entropy",
+        "Assignment entropy",
+        "caco: 1 if all rows are used alike, 0 if one is all",
+        digits=4,
     ),
     Panel("bank_row_norm", "Row norm", "mean norm of the bank's rows", digits=4),
     Panel(
@@ -210,7 +215,7 @@ def _draw(panel, runs, lines, resumes, end):
         axes.set_axisbelow(True)
         _references(axes, panel, runs)
         for number, (run, line, epochs) in enumerate(zip(runs, lines, resumes, strict=True)):
-            _line(axes, f"#04040{number}", run, line, epochs)
+            _line(axes, f"#04040{number}", run, line, epochs, is_alone=len(runs) == 1)
         if panel.from_zero:
             axes.set_ylim(bottom=0)
         axes.set_xlim(-0.015 * end, 1.015 * end)
@@ -222,10 +227,12 @@ def _draw(panel, runs, lines, resumes, end):
     return _for_page(file.getvalue(), panel), frame
 
 
-def _line(axes, colour, run, line, resumed_at):
+def _line(axes, colour, run, line, resumed_at, is_alone):
     """One run's line, the end of its bank warm-up and its resumes."""
-    if run.warmup_end() is not None:
+    if run.warmup_end() is not None and is_alone:
         axes.axvspan(0, run.warmup_end(), color=colour, alpha=0.07, linewidth=0)
+    elif run.warmup_end() is not None:  # shades of several runs would hide each other
+        axes.axvline(run.warmup_end(), color=colour, linewidth=0.9, alpha=0.45)
     for epoch in resumed_at:
         axes.axvline(epoch, color=colour, linewidth=1, linestyle=(0, (2, 3)), alpha=0.8)
     if line["band"]:

@@ -47,7 +47,8 @@ def build_page(runs, pictures):
         sections=[(title, anchor, charts) for title, anchor, charts in sections if charts],
         has_warmup=any(run.warmup_end() is not None for run in runs),
         has_resumes=any(resumes),
-        scores=[evaluation_scores(run.path) for run in runs],
+        evaluations=_evaluations(runs),
+        columns=2 if len(runs) in (2, 4) else 3,
         pictures=pictures,
         incidents=[[(i.step, i.kind, KINDS[i.kind], i.text) for i in listed] for listed in found],
         configuration=_configuration(runs),
@@ -155,6 +156,26 @@ def _pixels(last):
 def _phase(run):
     phase = next((r["phase"] for r in reversed(run.metrics) if r.get("phase")), "")
     return f"phase {phase}" if phase else ""
+
+
+def _evaluations(runs):
+    """What was evaluated, together what one command measured -> list of dicts for the page."""
+    groups = {}
+    for number, run in enumerate(runs):
+        for score in evaluation_scores(run.path):
+            groups.setdefault((number, score.step, score.encoder, score.protocol, score.data), []).append(
+                score
+            )
+    return [
+        {
+            "run": number,
+            "words": f"{protocol} of the {encoder} encoder, step {step:,}, on {data}",
+            "least": min(score.top1 for score in scores),
+            "greatest": max(score.top1 for score in scores),
+            "scores": scores,
+        }
+        for (number, step, encoder, protocol, data), scores in groups.items()
+    ]
 
 
 def _configuration(runs):
