@@ -76,7 +76,7 @@ def check_library(library, arch):
         import timm  # noqa: F401
     except ModuleNotFoundError:
         raise UserError(
-            "--format timm compares with timm's own model, which is not installed: pip install 'caco_scale[timm]'"
+            "--format timm compares with timm's own model, which is not installed: pip install timm"
         ) from None
     if arch == "tiny":
         raise UserError("timm has no model tiny, it is this project's own: use --format safetensors")

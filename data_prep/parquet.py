@@ -57,7 +57,7 @@ class ParquetSource(TarSource):
             import pyarrow.parquet as parquet
         except ImportError:
             raise UserError(
-                "--format parquet needs pyarrow: pip install pyarrow (or caco_scale[parquet])"
+                "--format parquet needs pyarrow: pip install pyarrow"
             ) from None
         unreadable = (pyarrow.ArrowException, OSError, LookupError, TypeError, ValueError, AttributeError)
         try:

@@ -374,7 +374,7 @@ def test_the_map_needs_its_extra_and_says_so(run, monkeypatch, without):
         assert [name for _, name in drawn.map["classes"]] == ["class0", "class1", "class2", "class3"]
     else:
         assert drawn.map is None
-        assert "pip install 'caco_scale[report]'" in drawn.notes[0]
+        assert "pip install scikit-learn" in drawn.notes[0]
 
 
 def no_checkpoint(run):

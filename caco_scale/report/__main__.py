@@ -25,7 +25,7 @@ def write_report(directories, to=None, images=None):
         from caco_scale.report.page import build_page
         from caco_scale.report.runs import read_runs
     except ModuleNotFoundError as error:
-        raise UserError(f"the report needs {error.name}: pip install 'caco_scale[report]'") from None
+        raise UserError(f"the report needs {error.name}: pip install {error.name}") from None
     from caco_scale.atomic import write_atomically
     from caco_scale.report.pictures import Pictures, draw_pictures
 

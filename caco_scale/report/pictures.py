@@ -307,7 +307,7 @@ def feature_map(encoders, images):
     keep = np.linspace(0, len(images.ids) - 1, min(MAP_IMAGES, len(images.ids))).astype(int)
     places, method = embed_in_plane(encoders.features(images)[keep])
     if places is None:
-        return None, "No map of the features: pip install 'caco_scale[report]' (scikit-learn), or umap-learn."
+        return None, "No map of the features: pip install scikit-learn, or umap-learn."
     labels = images.labels[keep].tolist()
     shown = [label for label, _ in Counter(x for x in labels if x >= 0).most_common(MAP_CLASSES)]
     shown.sort()
