@@ -56,9 +56,7 @@ class ParquetSource(TarSource):
             import pyarrow
             import pyarrow.parquet as parquet
         except ImportError:
-            raise UserError(
-                "--format parquet needs pyarrow: pip install pyarrow"
-            ) from None
+            raise UserError("--format parquet needs pyarrow: pip install pyarrow") from None
         unreadable = (pyarrow.ArrowException, OSError, LookupError, TypeError, ValueError, AttributeError)
         try:
             with open(self.path, "wb") as packed:

@@ -23,6 +23,7 @@ one_of EVALUATION linear knn finetune
 LOGS=$RUNS/evaluate/slurm/$JOB.$RESTART
 mkdir -p "$LOGS" || die "cannot write $LOGS: give another RUNS"
 describe_job
+# shellcheck disable=SC2317 # the trap calls it
 come_back_later() {
   say "SIGUSR1: the job's end is near"
   [ "$REQUEUE" = no ] || scontrol requeue "$JOB" || say "scontrol requeue fails: submit again, it resumes"
