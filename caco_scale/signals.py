@@ -92,8 +92,10 @@ def shielded():
     """
     atexit.unregister(_kill_children)
     atexit.register(_kill_children)  # before multiprocessing's own, which would wait for them for ever
-    resource_tracker.ensure_running()  # its start unblocks SIGTERM and SIGINT whatever they were before
     before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    # multiprocessing's tracker ignores SIGTERM and SIGINT, and would die of the others; its start unblocks the two.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
     try:
         yield
     finally:

@@ -91,7 +91,7 @@ describe_job() {
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   # Below the ephemeral range, and new on every start; the one after it is for training.
   MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + RESTART) * 2 % 10000))
-  SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(job_end)}
+  SLURM_JOB_END_TIME=$(job_end)
   export MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
   # The launcher kills trainers so many seconds after a SIGTERM; its default of 30 is less than a save may take.
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
@@ -104,7 +104,7 @@ describe_job() {
 # One field of what SLURM says of this job.
 job_field() { scontrol show job -o "$JOB" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
 
-# Seconds since 1970 at which the job ends, nothing where it has no end; newer SLURMs say so themselves.
+# Seconds since 1970 at which the job ends, nothing where it has no end. SLURM 22.05 does not say so itself.
 job_end() {
   local end
   end=$(job_field EndTime)

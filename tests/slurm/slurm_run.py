@@ -163,6 +163,10 @@ class SlurmRun:
         """DONE at ``end``, and every image was trained on exactly as the pure order says."""
         assert (self.path / "DONE").exists(), self.story()
         assert json.loads((self.path / "DONE").read_text())["step"] == end
+        self.check_audit(end)
+
+    def check_audit(self, end):
+        """``end`` steps, each image exactly as the pure order says."""
         audit = self.flags["data.audit"]
         assert read_audit(audit) == dict(enumerate(planned_keys(self.shards, self.flags, end)))
         assert incomplete_steps(audit) == {}

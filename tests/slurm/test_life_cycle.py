@@ -1,5 +1,6 @@
 """What happens to jobs, and to the run that they carry: real SLURM, real trainer, audit logs against the pure order."""
 
+import json
 import shutil
 import sys
 
@@ -97,6 +98,36 @@ def test_a_higher_partition_takes_the_nodes_and_gives_them_back(new_run, cluster
     assert run.attempts()[1]["resumed_step"] == saved
     assert ("asking the trainer" in run.said(job)) == told
     run.check_done(saved + 5)
+
+
+def test_a_job_stops_before_its_end_and_for_good_when_it_is_told_to(new_run):
+    """Its end, the file STOP, and what a run leaves; a second job in its directory is refused."""
+    run = new_run("stop", **{"run.stop_before_end_seconds": 100_000})
+    job = run.submit()  # of half an hour
+    run.wait_for_event("stopped")
+    assert json.loads((run.path / "INTERRUPTED").read_text())["reason"] == "SLURM_JOB_END_TIME"
+    assert run.saved() == 1
+    run.flags["run.stop_before_end_seconds"] = 60
+    run.end_at(0)
+    run.wait_for_steps(job, more=SWITCH + 2)
+    second = run.submit()
+    assert run.wait_until_over(second) == "FAILED"
+    assert f"error: job {job} trains in {run.path}" in run.said(second)
+    (run.path / "STOP").touch()
+    assert run.wait_until_over(job) == "COMPLETED", run.story()
+    assert run.events() == ["start", "stopped", "start", "stopped"]
+    third = run.submit()
+    assert run.wait_until_over(third) == "COMPLETED"
+    assert "STOP is there: remove it to train on" in run.said(third)
+    assert run.events().count("start") == 2
+    run.check_audit(run.saved())
+    snapshot = {path.name for path in (run.path / "slurm/snapshot").iterdir()}
+    assert snapshot == {"command", "commit", "changes.diff", "job.sh", "recipe.yaml", "site.sh", "ddp.yaml"}
+    assert {path.name for path in (run.path / f"slurm/{job}.1").iterdir()} == {
+        "started",
+        "node0.log",
+        "node1.log",
+    }
 
 
 def test_scancel_is_final_and_one_node_goes_on_where_two_stopped(new_run):
