@@ -1,5 +1,6 @@
 """Wrong and hostile inputs to every evaluation: one clear line, exit code 2, nothing run, nothing left behind."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from test_evaluate_knn import image_folder
 from weight_files import Bomb, encoder
 
 from caco_scale.data.shards import MANIFEST_NAME
+from caco_scale.evaluate import results
 from caco_scale.evaluate.__main__ import main
 
 COMMANDS = {
@@ -251,6 +253,14 @@ def test_places_that_cannot_hold_the_result(capsys, tmp_path, place, command):
     (tmp_path / "other/settings.json").write_text("{")
     line = line_of(capsys, tmp_path, place, command, more=("--to", tmp_path / "other"))
     assert "settings.json cannot be read" in line
+
+
+def test_two_evaluations_in_one_folder(capsys, tmp_path, place, monkeypatch):
+    monkeypatch.setattr(results, "LOCK_SECONDS", 0.5)
+    (tmp_path / "to").mkdir()
+    with open(tmp_path / "to/.lock", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "is in use by another evaluation" in line_of(capsys, tmp_path, place, "knn")
 
 
 @pytest.mark.parametrize("arguments", [[], ["knn"], ["linaer", "x"], ["--fast"]])
