@@ -317,7 +317,7 @@ def evaluation(options):
     )
 
 
-@pytest.mark.parametrize("more", [LONG, FAST], ids=["long", "fast"])
+@pytest.mark.parametrize("more", [LONG, pytest.param(FAST, marks=pytest.mark.slow)], ids=["long", "fast"])
 def test_a_killed_evaluation_goes_on_and_ends_in_the_same_result(place, tmp_path, more):
     """Killed among the blocks of features and again in the training; 2 processes take over from 1."""
     whole = run_linear.run(parse(words("linear", place, *more, "--to", tmp_path / "whole")))
