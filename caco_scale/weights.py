@@ -155,7 +155,7 @@ def _load_run(path, which):
         backbone=backbone,
         projector=projector,
         unmatched=() if projector is not None else tuple(f"{which}.projector.{name}" for name in rest),
-        sha256=_digest(backbone),
+        sha256=digest(backbone),
         size=views.get("size", 224),
         mean=tuple(views.get("mean", IMAGENET_MEAN)),
         std=tuple(views.get("std", IMAGENET_STD)),
@@ -205,7 +205,7 @@ def _load_file(path, which, arch, stem):
         backbone=backbone,
         projector=projector,
         unmatched=(*unexpected, *names, *others),
-        sha256=_digest(backbone),
+        sha256=digest(backbone),
         metadata={key: metadata[key] for key in ("recipe", "step", "epoch", "git_commit") if key in metadata},
         **_views_of(path, metadata),
     )
@@ -485,13 +485,13 @@ def _assign(module, state, path):
     module.eval().requires_grad_(False)
 
 
-def _digest(module):
-    """sha256 of a module's tensors, names included."""
-    digest = hashlib.sha256()
+def digest(module):
+    """sha256 (hex) of a module's tensors, names included."""
+    sha256 = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
+        sha256.update(name.encode())
+        sha256.update(tensor.cpu().numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def _views_of(path, metadata):

@@ -1,5 +1,6 @@
 """Wrong and hostile inputs to every evaluation: one clear line, exit code 2, nothing run, nothing left behind."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -14,7 +15,10 @@ from test_evaluate_knn import image_folder
 from weight_files import Bomb, encoder
 
 from caco_scale.data.shards import MANIFEST_NAME
+from caco_scale.errors import UserError
+from caco_scale.evaluate import results
 from caco_scale.evaluate.__main__ import main
+from caco_scale.evaluate.loop import check_batch
 
 COMMANDS = {
     "knn": ("--k", "3"),
@@ -253,23 +257,32 @@ def test_places_that_cannot_hold_the_result(capsys, tmp_path, place, command):
     assert "settings.json cannot be read" in line
 
 
+def test_two_evaluations_in_one_folder(capsys, tmp_path, place, monkeypatch):
+    monkeypatch.setattr(results, "LOCK_SECONDS", 0.5)
+    (tmp_path / "to").mkdir()
+    with open(tmp_path / "to/.lock", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "is in use by another evaluation" in line_of(capsys, tmp_path, place, "knn")
+
+
 @pytest.mark.parametrize("arguments", [[], ["knn"], ["linaer", "x"], ["--fast"]])
 def test_no_command_or_no_weights(capsys, arguments):
     assert "--help" in refused(capsys, arguments)
 
 
-def test_through_the_real_command_and_two_processes(place, tmp_path):
-    """The lines above were seen within this process; here the whole of stderr, and a launch of two."""
-    for weights, message in (("bomb.pth", "nothing of it was run"), ("nan.pth", "not finite")):
-        command = ["linear", place / weights, "--data", place / "train", "--val", place / "val"]
-        words = [sys.executable, "-m", "caco_scale.evaluate", *map(str, command)]
-        done = subprocess.run(
-            words, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1, done.stderr
+def test_through_the_real_command_nothing_but_the_line_is_said(place, tmp_path):
+    arguments = ["linear", place / "bomb.pth", "--data", place / "train", "--val", place / "val"]
+    words = [sys.executable, "-m", "caco_scale.evaluate", *map(str, arguments)]
+    done = subprocess.run(words, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "nothing of it was run" in done.stderr
+    assert (done.stderr.count("\n"), done.stdout) == (1, "")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_batch_that_processes_cannot_share():
+    with pytest.raises(UserError, match="--batch_size 15 cannot be divided by 2 processes: give 14 or 16"):
+        check_batch(15, 64, 2)
 
 
 def test_help_says_what_is_out_of_scope(capsys):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from evaluation_cases import run_of_rank
 from gloo import run_ranks
-from launch import ROOT, environment
+from launch import ROOT, SMALL, environment, launch
 from shard_sets import encode, make_shard_set, smooth_image
 from test_knn import NORMALISATION, brute_force
 from weight_files import authors_checkpoint, encoder
@@ -20,6 +20,7 @@ from caco_scale.evaluate.__main__ import main, parse
 from caco_scale.evaluate.features import extract_features
 from caco_scale.evaluate.results import interval
 from caco_scale.evaluate.stores import FolderStore, Subset, open_images
+from caco_scale.run_directory import read_json_lines
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +195,23 @@ def test_the_interval_is_the_percentile_bootstrap():
     assert interval(300, 400) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.3)
     assert interval(400, 400) == (100.0, 100.0)
     assert interval(0, 400) == (0.0, 0.0)
+
+
+def test_a_runs_own_figures_are_the_commands_and_their_cost_is_in_the_metrics(tmp_path):
+    sets = {
+        name: make_shard_set(tmp_path / name, num_images=n, size=32)
+        for name, n in (("train", 96), ("val", 40))
+    }
+    run = tmp_path / "run"
+    flags = {**SMALL, "data.shards": sets["train"], "data.val_shards": sets["val"], "run.dir": run}
+    launch({**flags, "eval.knn_every": 1, "eval.knn_k": 5, "eval.knn_temperature": 0.1})
+    lines = [line for line in read_json_lines(run / "metrics.jsonl") if "knn_top1" in line]
+    assert [line["step"] for line in lines] == [12, 15]
+    assert all(line["knn_seconds"] > 0 for line in lines)
+    options = ["knn", str(run), "--k", "5", "--temperature", "0.1", "--precision", "fp64", "--workers", "0"]
+    result = run_knn.run(parse(options))
+    assert [row["top1"] for row in result["results"] if row["feature"] == "features"] == [
+        lines[-1]["knn_top1"]
+    ]
+    assert result["weights"]["metadata"]["step"] == 15
+    assert len(list((run / "evaluate").glob("knn-step_00000015-query-*/result.json"))) == 1

@@ -278,9 +278,15 @@ def test_the_learning_rates_origin_stands_in_the_result(place, tmp_path):
     )
 
 
-def test_a_rate_too_low_for_lars_to_learn_is_told(place, tmp_path, capsys):
-    run_linear.run(parse(words("linear", place, "--epochs", 1, "--batch_size", 32, "--to", tmp_path)))
+def test_too_few_steps_to_learn_from_are_told(place, tmp_path, capsys):
+    run_linear.run(
+        parse(words("linear", place, "--epochs", 1, "--batch_size", 32, "--to", tmp_path / "long"))
+    )
     assert "warning: in 2 steps LARS lets the classifier grow by e^0.0 at most" in capsys.readouterr().out
+    run_linear.run(
+        parse(words("linear", place, "--fast", "--epochs", 1, "--batch_size", 32, "--to", tmp_path / "fast"))
+    )
+    assert "warning: 2 steps are few for a linear classifier" in capsys.readouterr().out
 
 
 def test_training_images_are_random_resized_crops_and_flips(place, tmp_path):
@@ -311,7 +317,7 @@ def evaluation(options):
     )
 
 
-@pytest.mark.parametrize("more", [LONG, FAST], ids=["long", "fast"])
+@pytest.mark.parametrize("more", [LONG, pytest.param(FAST, marks=pytest.mark.slow)], ids=["long", "fast"])
 def test_a_killed_evaluation_goes_on_and_ends_in_the_same_result(place, tmp_path, more):
     """Killed among the blocks of features and again in the training; 2 processes take over from 1."""
     whole = run_linear.run(parse(words("linear", place, *more, "--to", tmp_path / "whole")))

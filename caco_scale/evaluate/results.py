@@ -8,6 +8,7 @@
 import fcntl
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from rich.table import Table
 from caco_scale.atomic import write_atomically
 from caco_scale.distributed.collectives import assert_equal_on_all_ranks
 from caco_scale.errors import UserError
-from caco_scale.run_directory import to_json
+from caco_scale.run_directory import LOCK_SECONDS, to_json
 
 RESAMPLES = 10_000
 CONFIDENCE = 95
@@ -67,15 +68,11 @@ class ResultFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a")  # noqa: SIM115, held as long as the process lives
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.path} is in use by another evaluation: end that one, or give another --to"
-            ) from None
         except OSError as error:
             raise UserError(
                 f"cannot write {self.path}: {error.strerror}; name another place with --to"
             ) from None
+        self._be_alone()
         found = self._read("settings.json")
         if found is None:
             self.write("settings.json", self.settings)
@@ -83,6 +80,21 @@ class ResultFolder:
             names = sorted(n for n in {*found, *self.settings} if found.get(n) != self.settings.get(n))
             changed = "; ".join(f"{n}: {found.get(n)} -> {self.settings.get(n)}" for n in names)
             raise UserError(f"{self.path} holds another evaluation ({changed}): give another --to")
+
+    def _be_alone(self):
+        """Hold the folder's lock until this process ends; one that was just killed may still be on its way out."""
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{self.path} is in use by another evaluation: end that one, or give another --to"
+                    ) from None
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                return None
 
     def _read(self, name):
         try:

@@ -55,9 +55,6 @@ def run(flags):
         "batch_size": batch_size,
         "seed": flags.seed,
     }
-    # BatchNorm's statistics are those of one forward: how many images that has is part of the mathematics.
-    share = batch_size // setting.world_size
-    settings["forward"] = setting.world_size * min(share, setting.images_at_once)
     folder = setting.folder(flags, f"finetune-{flags.fraction:g}", settings)
     setting.say(
         f"{len(chosen):,} of {len(labels):,} labels (at least one a class), {epochs} epochs, base learning rate "

@@ -6,6 +6,7 @@ from caco_scale.errors import UserError
 from caco_scale.evaluate.knn import evaluate_knn
 from caco_scale.evaluate.results import CONFIDENCE, interval, show
 from caco_scale.evaluate.setting import build_setting
+from caco_scale.weights import digest
 
 USUAL_NEIGHBOURS = [10, 20, 100, 200]
 
@@ -17,7 +18,9 @@ def run(flags):
     names = ("features", "embeddings") if setting.weights.projector is not None else ("features",)
     if len(names) == 1:
         setting.say("no embeddings: the source has no projector of ours")
-    folder = setting.folder(flags, "knn", {"k": ks, "temperature": flags.temperature})
+    projector = None if len(names) == 1 else digest(setting.weights.projector)
+    settings = {"k": ks, "temperature": flags.temperature, "projector": projector}
+    folder = setting.folder(flags, "knn", settings)
     result = folder.finished()
     if result is None:
         result = _evaluate(setting, folder, ks, flags.temperature, names)

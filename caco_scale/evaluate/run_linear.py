@@ -28,7 +28,7 @@ FAST_LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 EPOCHS, BATCH_SIZE = 100, 4096
 FAST_EPOCHS, FAST_BATCH_SIZE = 10, 256
 HELD_OUT = 83  # keeps these random numbers apart from others
-LEAST_GROWTH = 5
+LEAST_GROWTH, FEW_STEPS = 5, 1000
 
 
 def run(flags):
@@ -137,8 +137,7 @@ def _evaluate(setting, folder, labels, rates, epochs, batch_size, fast):
     steps_per_epoch = images.order.steps_per_epoch
     num_steps = epochs * steps_per_epoch
     heads = _build_heads(setting, rates * 2 if fast else rates, batch_size, "sgd" if fast else "lars")
-    if not fast:
-        _warn_of_little_growth(setting, heads.rates[0], num_steps)
+    _warn_of_few_steps(setting, heads.rates[0], num_steps, fast)
     num_classes = len(setting.val.manifest.classes)
     val = features_of(setting, setting.val, folder, "val")
     held_out = choose_held_out(len(labels), setting.seed) if fast else None
@@ -177,9 +176,15 @@ def _evaluate(setting, folder, labels, rates, epochs, batch_size, fast):
     return {**figures, "history": progress.history}
 
 
-def _warn_of_little_growth(setting, rate, num_steps):
+def _warn_of_few_steps(setting, rate, num_steps, fast):
+    """Say so where so few steps, or for LARS such small ones, cannot train a classifier to its end."""
     reach = growth([rate], num_steps)[0]
-    if reach < LEAST_GROWTH:
+    if fast and num_steps < FEW_STEPS:
+        setting.say(
+            f"warning: {num_steps:,} steps are few for a linear classifier: raise --epochs, or lower --batch_size, to "
+            f"{FEW_STEPS:,} or more"
+        )
+    if not fast and reach < LEAST_GROWTH:
         setting.say(
             f"warning: in {num_steps:,} steps LARS lets the classifier grow by e^{reach:.1f} at most, too little to "
             f"learn from weights of 0.01: raise --lr about {LEAST_GROWTH / reach:.0f} times, or lower --batch_size"

@@ -10,6 +10,7 @@ import torch
 from caco_scale import weights as weights_module
 from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.remote import Patience
+from caco_scale.distributed.collectives import gather_objects
 from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.errors import UserError
 from caco_scale.evaluate.results import ResultFolder
@@ -103,7 +104,8 @@ class Setting:
         return ResultFolder(flags.to, base, f"{name}-{step}", settings, self.is_main)
 
     def report(self, folder, seconds, **result):
-        """Write ``result.json``: the figures, and all that one needs to trust them -> its content."""
+        """Write ``result.json``: the figures, and all that one needs to trust them -> its content. Collective."""
+        places = gather_objects((str(self.device), os.uname().nodename))
         content = {
             **result,
             "settings": folder.settings,
@@ -116,9 +118,11 @@ class Setting:
                 }
                 for name, store in (("train", self.train), ("val", self.val))
             },
-            "seconds": round(seconds, 1),
+            "seconds_of_this_start": round(seconds, 1),
             "environment": describe_environment(
-                world_size=self.world_size, devices=[str(self.device)], hosts=[os.uname().nodename]
+                world_size=self.world_size,
+                devices=[device for device, _ in places],
+                hosts=[host for _, host in places],
             ),
         }
         folder.write("result.json", content)
