@@ -354,6 +354,15 @@ def test_a_sample_of_a_set_is_spread_over_it():
     assert len(np.flatnonzero(np.diff(ids) > 1)) == pictures.BLOCKS - 1
 
 
+def test_a_sample_holds_the_images_of_its_numbers(run, shards):
+    images = pictures.read_images(read_run(run), shards[0], 20)
+    wanted = pictures.spread_ids(64, 20)
+    assert images.ids.tolist() == wanted.tolist()
+    assert images.total == 64
+    assert torch.equal(images.crops, crops_of(shards[0])[wanted])
+    assert images.labels.tolist() == (wanted % 4).tolist()
+
+
 def test_images_of_any_size_become_small_pictures():
     small, large = (pictures.data_uri(np.zeros((s, s, 3), np.uint8)) for s in (32, 224))
     assert small.startswith("data:image/png;base64,")
