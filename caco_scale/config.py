@@ -127,6 +127,10 @@ class Bank:
     """caco (positives and negatives learned), adco (negatives learned), moco (a queue of keys)."""
     exchange: Literal["statistics", "logits"] = "statistics"
     """What ranks exchange: exact softmax statistics, or whole rows of logits (equal result, heavy)."""
+    kernel: Literal["torch", "triton"] = "torch"
+    """How the bank computes: torch (chunks), or Triton kernels on CUDA, which have not been run on a GPU so far."""
+    kernel_inputs: Literal["fp32", "tf32", "bf16"] = "tf32"
+    """Number format that the Triton kernels' matrix products read (their sums are fp32)."""
     temperature: float = 0.08
     """Temperature of the bank's gradient."""
     lr: float = 3.0

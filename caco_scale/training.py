@@ -166,6 +166,8 @@ class Trainer:
             dtype=self.dtype,
             seed=config.run.seed,
             exchange=config.bank.exchange,
+            kernel=config.bank.kernel,
+            kernel_inputs=config.bank.kernel_inputs,
         )
         self.branched_from = None  # the checkpoint of another run that this one began with
         self.step = self.skipped = self.skipped_in_a_row = 0

@@ -1,6 +1,6 @@
 """Measure against straightforward peers, in one run: a table, the machine, one JSON object on the last line.
 
-    python -m caco_scale.benchmark {bank,loader} [--save DIR]
+    python -m caco_scale.benchmark {bank,step,scale,loader} [--save DIR]
 
 Every figure that matters is a ratio, so that it can be repeated on any machine.
 """
@@ -35,6 +35,40 @@ def _parser():
     )
     bank.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where it runs (default cpu)")
 
+    step = commands.add_parser(
+        "step",
+        help="the training step of a recipe against the same in fp32, eager, with a dense bank",
+        epilog="further flags are the recipe's: --data.global_batch_size 64 --precision.compute bf16",
+    )
+    step.add_argument("recipe", nargs="?", default="demo", help="name or YAML file (default demo)")
+    _numbers(
+        step,
+        steps=(4, "steps in a round"),
+        rounds=(3, "times that each is measured, in turn"),
+        threads=(cores, "threads of each contender"),
+    )
+
+    scale = commands.add_parser(
+        "scale", help="bytes that the bank sends as rows and ranks grow (gloo), and a run on paper"
+    )
+    _numbers(
+        scale,
+        samples=(240, "samples of the global batch, each in two views"),
+        dim=(128, "size of an embedding"),
+        ranks=(4, "most ranks"),
+        rounds=(2, "times that each step is timed; the least counts"),
+    )
+    scale.add_argument(
+        "--gpu-images-per-second",
+        type=float,
+        default=2500.0,
+        metavar="X",
+        help="for the run on paper: what one of your GPUs trains of a supervised ResNet-50 (2,500 is an assumption)",
+    )
+    scale.add_argument(
+        "--sizes", type=int, nargs="+", default=[4096, 16384, 65536], metavar="N", help="bank rows"
+    )
+
     loader = commands.add_parser(
         "loader", help="two views of JPEGs against torchvision's ImageFolder and PIL"
     )
@@ -61,6 +95,32 @@ def _bank(options):
     )
 
 
+def _step(options):
+    import torch
+
+    from caco_scale.assemble import check_temperatures, resolve_precision
+    from caco_scale.benchmark.step import measure
+    from caco_scale.config import parse
+
+    config = parse([options.recipe, *options.flags], prog="python -m caco_scale.benchmark step")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = resolve_precision(config, device)
+    check_temperatures(config)
+    title = "one training step, augmentation included"
+    return title, measure(config, options.steps, options.rounds, options.threads, device.type)
+
+
+def _scale(options):
+    from caco_scale.benchmark.paper import Inputs, work_out
+    from caco_scale.benchmark.scale import measure
+
+    title = "what a rank sends for the bank in one step"
+    result, notes = measure(options.samples, options.sizes, options.dim, options.ranks, options.rounds)
+    inputs = Inputs(supervised_images_per_second=options.gpu_images_per_second)
+    result |= {"paper_inputs": vars(inputs), "paper": work_out(inputs)}
+    return title, (result, notes)
+
+
 def _loader(options):
     from caco_scale.benchmark.loader import measure
 
@@ -68,18 +128,23 @@ def _loader(options):
     return title, measure(options.images, options.rounds, options.batch, options.size)
 
 
-COMMANDS = {"bank": _bank, "loader": _loader}
+COMMANDS = {"bank": _bank, "step": _step, "scale": _scale, "loader": _loader}
 
 
 @exit_on_user_error
 def main(arguments=None):
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, options.flags = parser.parse_known_args(arguments)
+    if options.flags and options.command != "step":
+        raise UserError(f"unknown argument {options.flags[0]}; see {parser.prog} {options.command} --help")
     for name, value in vars(options).items():
         if isinstance(value, int) and value < 1:
             raise UserError(f"--{name} is {value}: give at least 1")
     machine = describe_machine()
     title, (result, notes) = COMMANDS[options.command](options)
     show(title, result["rows"], machine, notes)
+    if "paper" in result:
+        show("ResNet-50, 800 epochs, batch 4,096, 32 GPUs, on paper: nothing of it was run", result["paper"])
     publish(options.command, machine, result, options.save)
 
 

@@ -1,47 +1,54 @@
-"""The peers of the bank's benchmark: every rank holds the whole bank, and every pair its N×K logits.
+"""The peers of the benchmarks, as one writes them first: whole matrices, one parameter after the other.
 
-What one writes down first: the formulae of arXiv:2203.14370 on whole matrices. Shapes: B this rank's batch, K rows,
-D embedding; two views, the sum of both pairs.
+The formulae of arXiv:2203.14370 on N×K logits, a bank that every rank holds whole. Shapes: B this rank's batch, K rows,
+D embedding, V views, the two global ones first.
 """
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-PAIRS = ((0, 1), (1, 0))
+
+def pair_list(num_views):
+    """(query view, key view, weight) of every pair: two views are summed, more are averaged group by group."""
+    pairs = [(i, j) for i in range(num_views) for j in (0, 1) if i != j]
+    if num_views == 2:
+        return [(i, j, 1.0) for i, j in pairs]
+    return [(i, j, 1 / 2 if i < 2 else 1 / (2 * (num_views - 2))) for i, j in pairs]
 
 
 class DenseBank:
     """The bank replicated; its gradient is averaged over the ranks by an all-reduce of all K rows.
 
     ``by_autograd``: the bank's gradient is that of its objective by autograd. Otherwise it is written out, from the
-    softmax that is there anyway, as the paper's authors do: one product and one softmax fewer.
+    similarities that are there anyway, as the paper's authors do: one product fewer.
     """
 
-    def __init__(self, rows, temperature=0.08, momentum=0.9, by_autograd=True):
+    def __init__(self, rows, temperature=0.08, bank_temperature=0.08, momentum=0.9, by_autograd=True):
         self.rows = rows.clone().requires_grad_(by_autograd)
         self.velocity = torch.zeros_like(rows)
-        self.temperature, self.momentum, self.by_autograd = temperature, momentum, by_autograd
+        self.temperature, self.bank_temperature = temperature, bank_temperature
+        self.momentum, self.by_autograd = momentum, by_autograd
 
     def step(self, queries, keys, lr):
-        """One step of queries, two (B, D) with gradient, and keys -> (loss, positives, bank gradient)."""
+        """One step of queries, V (B, D) with gradient, and two keys -> (loss, positives, bank gradient)."""
         unit = F.normalize(self.rows)
         loss = objective = 0
         positives, gradient = [], torch.zeros_like(self.velocity)
-        for i, j in PAIRS:
+        for i, j, share in pair_list(len(queries)):
             with torch.no_grad():
                 positive = (keys[j] @ unit.T).argmax(1)
             similarity = queries[i] @ unit.detach().T
-            loss = loss + F.cross_entropy(similarity / self.temperature, positive)
+            loss = loss + share * F.cross_entropy(similarity / self.temperature, positive)
             with torch.no_grad():
-                weight = torch.softmax(similarity / self.temperature, 1)
-                weight[torch.arange(len(positive)), positive] -= 1
+                weight = torch.softmax(similarity / self.bank_temperature, 1)
+                weight[torch.arange(len(positive), device=positive.device), positive] -= 1
                 weight.abs_()
             if self.by_autograd:
                 pulled = (weight * (queries[i].detach() @ unit.T)).sum()
-                objective = objective - pulled / (len(positive) * self.temperature)
+                objective = objective - share * pulled / (len(positive) * self.bank_temperature)
             else:
-                gradient += self._written_out(queries[i].detach(), similarity.detach(), weight)
+                gradient += share * self._written_out(queries[i].detach(), similarity.detach(), weight)
             positives.append(positive)
         loss.backward()
         if self.by_autograd:
@@ -57,4 +64,39 @@ class DenseBank:
     def _written_out(self, query, similarity, weight):
         norm = self.rows.norm(dim=1, keepdim=True)
         mean = (weight * similarity).mean(0)[:, None]
-        return -(weight.T @ query / len(query) - mean * self.rows / norm) / (self.temperature * norm)
+        return -(weight.T @ query / len(query) - mean * self.rows / norm) / (self.bank_temperature * norm)
+
+
+class PlainOptimizer:
+    """LARS, SGD or AdamW, one parameter after the other; one-dimensional ones without decay and factor."""
+
+    def __init__(self, name, module, lr, weight_decay):
+        self.parameters, self.lr, self.weight_decay = list(module.parameters()), lr, weight_decay
+        self.momenta = [torch.zeros_like(p) for p in self.parameters]
+        self.torch_optimizer = None
+        if name != "lars":
+            cls = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
+            groups = [
+                {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": weight_decay},
+                {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+            ]
+            more = {"momentum": 0.9} if name == "sgd" else {"betas": (0.9, 0.95)}
+            self.torch_optimizer = cls(groups, lr=lr, foreach=False, **more)
+
+    @torch.no_grad()
+    def step(self):
+        """One update; the gradients are gone afterwards."""
+        if self.torch_optimizer:
+            self.torch_optimizer.step()
+        else:
+            for p, momentum in zip(self.parameters, self.momenta, strict=True):
+                update = p.grad
+                if p.ndim > 1:
+                    update = update + self.weight_decay * p
+                    p_norm, u_norm = p.norm(), update.norm()
+                    factor = torch.where((p_norm > 0) & (u_norm > 0), 0.001 * p_norm / u_norm, 1.0)
+                    update = update * factor
+                momentum.mul_(0.9).add_(update)
+                p -= self.lr * momentum
+        for p in self.parameters:
+            p.grad = None

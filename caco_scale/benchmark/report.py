@@ -36,7 +36,7 @@ def describe_machine():
     }
 
 
-def show(title, rows, machine, notes=()):
+def show(title, rows, machine=None, notes=()):
     """The measurements as a table: one row per measurement, a column per figure; below it what must be known."""
     table = Table(title=title, title_justify="left")
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -49,7 +49,8 @@ def show(title, rows, machine, notes=()):
     console.print(table)
     for line in notes:
         console.print(line, markup=False)
-    console.print(", ".join(f"{name} {value}" for name, value in machine.items()), markup=False)
+    if machine:
+        console.print(", ".join(f"{name} {value}" for name, value in machine.items()), markup=False)
 
 
 def _cell(value):

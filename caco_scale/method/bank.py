@@ -34,6 +34,8 @@ from caco_scale.errors import UserError, did_you_mean
 
 RULES = ("caco", "adco", "moco")
 EXCHANGES = ("statistics", "logits")
+KERNELS = ("torch", "triton")
+KERNEL_INPUTS = ("fp32", "tf32", "bf16")
 
 # Bytes that a block of queries' exponentials with all own rows takes. They stay until Z is known, for which each block
 # waits in one all-reduce: a GPU takes few, large blocks, on a CPU memory counts.
@@ -168,6 +170,9 @@ class ShardedBank:
         device: of rows, velocity, queries and keys.
         dtype: torch.float32 or torch.float64, of rows, velocity and computation.
         seed: of the initial rows, which are the same at any world size.
+        kernel: "torch": chunks by torch's own operations. "triton": kernels of ``kernels.py``, whose exponentials
+            never reach memory, for float32 on CUDA; asked for, never chosen, as they have not run on a GPU yet.
+        kernel_inputs: what the kernels' matrix products read: "fp32", "tf32" or "bf16"; sums are fp32.
         exchange: what crosses ranks for the softmax. "statistics": one sum per query. "logits": whole rows of
             similarities, to the rank that owns the query; heavy, simple, equal in result: the other's check.
 
@@ -191,14 +196,21 @@ class ShardedBank:
         dtype=torch.float32,
         seed=0,
         exchange="statistics",
+        kernel="torch",
+        kernel_inputs="tf32",
     ):
         if size < 1 or dim < 1:
             raise UserError(f"a bank needs at least one row and one dimension, got size {size}, dim {dim}")
         if dtype not in MIN_TEMPERATURE:
             raise UserError(f"the bank's dtype is {dtype}: use torch.float32 or torch.float64")
         self.exchange = _known(exchange, EXCHANGES, "bank exchange")
+        self.kernel_inputs = _known(kernel_inputs, KERNEL_INPUTS, "bank kernel_inputs")
+        self._kernels = (
+            _load_kernels(device, dtype) if _known(kernel, KERNELS, "bank kernel") == "triton" else None
+        )
         facts = {"size": size, "dim": dim, "momentum": momentum, "dtype": dtype, "seed": seed}
-        collectives.assert_equal_on_all_ranks({**facts, "exchange": exchange}, "bank", group)
+        facts |= {"exchange": exchange, "kernel": kernel, "kernel_inputs": kernel_inputs}
+        collectives.assert_equal_on_all_ranks(facts, "bank", group)
         self.size, self.dim, self.momentum, self.group = size, dim, momentum, group
         self.num_ranks, self.rank = collectives.world_size(group), collectives.rank(group)
         self.rows_range = collectives.shard_range(size, self.num_ranks, self.rank)
@@ -302,7 +314,7 @@ class ShardedBank:
             )
             attraction[samples] = attracted * factors[0]
             if learns:
-                self._pull_(pull, query[samples] * factors[-1], tiles)
+                self._pull_(pull, query[samples], query[samples] * factors[-1], temperatures[-1], tiles)
 
         loss = -weight * (pairs * log_p[0]).sum() / num_samples
         loss = loss + 0 * key.sum()  # a key that is not finite chose a meaningless positive: say so
@@ -396,6 +408,9 @@ class ShardedBank:
         if self.exchange == "logits":
             whole = collectives.exchange_row_blocks(keys @ F.normalize(self.rows).T, self.size, self.group)
             return collectives.all_gather_rows(whole.argmax(1), self.group).view(-1, 2)
+        if self._kernels:
+            found = self._kernels.nearest(keys, F.normalize(self.rows), self.kernel_inputs)
+            return self._global_nearest(found[0], found[1] + self.rows_range[0]).view(-1, 2)
         best = keys.new_full((len(keys),), -math.inf)
         rows = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
         for tile in self._tiles(len(keys)):
@@ -429,6 +444,9 @@ class ShardedBank:
 
     def _blocks(self, num_samples, num_views):
         """The samples in blocks, and for each the tiles: own rows, and where the block's e with them is kept."""
+        if self._kernels:  # which keep nothing
+            yield slice(0, num_samples), None
+            return
         num_bytes = BLOCK_BYTES_CPU if self.rows.device.type == "cpu" else BLOCK_BYTES_GPU
         most_rows = collectives.shard_range(self.size, self.num_ranks, 0)[1]  # as many blocks on every rank
         queries = max(LEAST_QUERIES, num_bytes // (most_rows * self.rows.element_size()))
@@ -455,6 +473,12 @@ class ShardedBank:
 
         The tiles keep e, at T_bank where there are two temperatures.
         """
+        if self._kernels:
+            unit = F.normalize(self.rows)
+            sums, attracted = self._kernels.attract(
+                query.flatten(0, 1), unit, temperatures, self.kernel_inputs
+            )
+            return sums.view(*query.shape[:2], -1), attracted.view_as(query)
         first, *others = temperatures
         scaled = query.flatten(0, 1) * (math.log2(math.e) / first)  # a power of 2 is quicker than one of e
         sums = scaled.new_zeros(len(temperatures), len(scaled))
@@ -469,10 +493,14 @@ class ShardedBank:
                 sums[i] += tile.mul_(first / t).exp2_().sum(1)
         return sums.T.reshape(*query.shape[:2], -1), attracted.view_as(query)
 
-    def _pull_(self, pull, query, tiles):
-        """Add eᵀ q of one's own rows to ``pull`` (S, D); ``query`` (n, V, D) is divided by Z already."""
+    def _pull_(self, pull, query, weighted, temperature, tiles):
+        """Add eᵀ (q / Z) of one's own rows to ``pull`` (S, D); ``weighted`` (n, V, D) is the query divided by Z."""
+        query, weighted = query.flatten(0, 1), weighted.flatten(0, 1)
+        if self._kernels:
+            unit = F.normalize(self.rows)
+            return self._kernels.pull_(pull, query, weighted, unit, temperature, self.kernel_inputs)
         for rows, tile in tiles:
-            pull[rows].addmm_(tile.T, query.flatten(0, 1))
+            pull[rows].addmm_(tile.T, weighted)
 
     def _query_gradient(self, attraction, key, positives, pairs, p):
         """Σ_pairs weight (p U − positive), summed over the ranks: (B, V, D) for this rank's queries."""
@@ -583,6 +611,21 @@ class ShardedBank:
                     f"{name} {t}: use at least {lowest}, below it exp((s - 1) / T) leaves {self.rows.dtype}"
                 )
         return None
+
+
+def _load_kernels(device, dtype):
+    """The module ``kernels``, or a UserError that says why it cannot serve this bank."""
+    if dtype != torch.float32:
+        raise UserError(f"bank kernel triton computes in float32, the bank is {dtype}: use the kernel torch")
+    try:
+        from caco_scale.method import kernels
+    except ImportError:
+        raise UserError("bank kernel triton needs the package triton: install it, or use torch") from None
+    if torch.device(device).type != "cuda" and not kernels.INTERPRETED:
+        raise UserError(
+            f"bank kernel triton needs a CUDA device, the bank is on {device}: use the kernel torch"
+        )
+    return kernels
 
 
 def _known(name, names, what):

@@ -1,0 +1,162 @@
+"""The real training step, by recipe and flags, against the same step as one writes it first: fp32, eager, dense.
+
+Both take the same uint8 crops and start from the same weights, with the recipe's encoder, optimizer and bank. The peer
+does as the authors' code: contiguous fp32, nothing compiled, the whole bank with its N×K logits, in optimizer and EMA
+one parameter after the other. Reading and decoding images is not in it: that is ``benchmark loader``.
+"""
+
+import functools
+
+from caco_scale.benchmark.rounds import in_turn, median
+
+LR, BANK_LR, KEY_MOMENTUM = 0.01, 3.0, 0.99
+
+
+def measure(config, steps, rounds, threads, device):
+    """``({"rows": [...], "shares": {...}, ...}, notes)`` of a resolved config; a round is ``steps`` steps."""
+    arguments = {"config": config, "steps": steps, "device": device}
+    ours, peer = f"this project, {config.precision.compute}", "fp32, eager, dense"
+    contenders = {
+        ours: functools.partial(prepare_ours, **arguments),
+        peer: functools.partial(prepare_peer, **arguments),
+    }
+    measured = in_turn(contenders, rounds, threads)
+    images = steps * config.data.global_batch_size
+    rows = [_row(name, images, rounds_of) for name, rounds_of in measured.items()]
+    for row in rows:
+        for figure in ("images_per_cpu_second", "images_per_second"):
+            row[f"{figure.removeprefix('images_per_')}_ratio"] = round(row[figure] / rows[1][figure], 2)
+    found = {name: rounds_of[0].value for name, rounds_of in measured.items()}
+    parts = found[ours]["parts"]
+    shares = {name: round(seconds / parts["total"], 4) for name, seconds in parts.items() if name != "total"}
+    apart = abs(found[ours]["loss"] - found[peer]["loss"]) / abs(found[peer]["loss"])
+    small = sum(shares[name] for name in ("bank", "bank step", "ema", "optimizer"))
+    notes = [
+        f"{config.recipe}: {config.model.arch}, batch {config.data.global_batch_size:,}, views {_views(config)}, "
+        f"K = {config.bank.size:,}, {config.optim.name}, {threads} thread(s), {device}",
+        "share of a step: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share),
+        f"bank, EMA and optimizer together: {small:.1%}; losses of the first step apart by {apart:.1e} of their size",
+    ]
+    result = {"recipe": config.recipe, "arch": config.model.arch, "batch": config.data.global_batch_size}
+    return {
+        **result,
+        "steps": steps,
+        "rounds": rounds,
+        "rows": rows,
+        "shares": shares,
+        "loss_apart": apart,
+    }, notes
+
+
+def _row(name, images, measured):
+    figures = {
+        "images_per_cpu_second": images / median(measured, "cpu_seconds"),
+        "images_per_second": images / median(measured, "seconds"),
+        "extra_mb": measured[0].extra_bytes / 1e6,
+    }
+    return {"what": name, **{figure: round(value, 1) for figure, value in figures.items()}}
+
+
+def _views(config):
+    views = config.views
+    crops = f" + {views.num_local_crops} x {views.local_size}" if views.num_local_crops else ""
+    return f"2 x {views.size}{crops}"
+
+
+# ---- in a contender's process
+
+
+def draw_batch(config):
+    """A loader's :class:`~caco_scale.data.loader.Batch` of random pixels with the recipe's random parameters."""
+    import numpy as np
+    import torch
+
+    from caco_scale.assemble import view_specs
+    from caco_scale.data.loader import Batch
+    from caco_scale.data.order import sample_keys
+    from caco_scale.data.views import draw_colour
+
+    rng, ids = np.random.default_rng(0), np.arange(config.data.global_batch_size)
+    crops, params = [], []
+    for view, spec in enumerate(view_specs(config.views)):
+        pixels = rng.integers(0, 256, (len(ids), spec.size, spec.size, 3), dtype=np.uint8)
+        drawn = draw_colour(spec, sample_keys(config.run.seed, 0, ids, view))
+        crops.append(torch.from_numpy(pixels))
+        params.append({name: torch.from_numpy(value) for name, value in drawn.items()})
+    if config.precision.compute != "fp32" and torch.cuda.is_available():
+        crops = [crop.pin_memory() for crop in crops]
+    return Batch(step=0, epoch=0, keys=[str(i) for i in ids], crops=crops, params=params, corrupt=[])
+
+
+def prepare_ours(config, steps, device):
+    """A function that trains ``steps`` steps as ``pretrain`` would in one process."""
+    from caco_scale.assemble import MicroBatches, build_model, parameter_dtype
+    from caco_scale.distributed.launch import start_processes
+    from caco_scale.distributed.strategy import build_strategy
+    from caco_scale.method.bank import ShardedBank
+    from caco_scale.optim.schedule import HyperParameters
+    from caco_scale.profiling import PartsClock
+    from caco_scale.step import train_step
+
+    accelerator, dtype = start_processes(), parameter_dtype(config)
+    optim = config.optim.name, config.optim.weight_decay, config.precision.compile
+    strategy = build_strategy("ddp", accelerator, build_model(config), *optim)
+    bank = ShardedBank(config.bank.size, config.model.embedding_dim, device=device, dtype=dtype)
+    temperatures = {"temperature": config.loss.temperature, "bank_temperature": config.bank.temperature}
+    rates = {"lr": LR, "bank_lr": BANK_LR, "key_momentum": KEY_MOMENTUM}
+    hp = HyperParameters(step=0, rule="caco", in_warmup=False, is_switch=False, **temperatures, **rates)
+    batch = draw_batch(config)
+    micro = config.data.micro_batch_size or config.data.global_batch_size
+
+    def run():
+        losses = [
+            train_step(
+                strategy, bank, MicroBatches(batch, micro, strategy.device, dtype, config.views), hp
+            ).loss
+            for _ in range(steps)
+        ]
+        return functools.partial(with_parts, losses[0])
+
+    def with_parts(loss):
+        with PartsClock(strategy.device) as clock:
+            run()
+        return {"loss": loss.item(), "parts": clock.seconds()}
+
+    return run
+
+
+def prepare_peer(config, steps, device):
+    """As :func:`prepare_ours`, of the peer."""
+    import torch
+
+    from caco_scale import config as configuration
+    from caco_scale.assemble import MicroBatches, build_model
+    from caco_scale.benchmark.dense import DenseBank, PlainOptimizer
+    from caco_scale.method.bank import initial_rows
+
+    config = configuration.replace(config, precision__compute="fp32", precision__compile=False)
+    model = build_model(config).to(device)
+    rows = initial_rows(0, config.bank.size, config.model.embedding_dim, 0, torch.float32, device)
+    bank = DenseBank(rows, config.loss.temperature, config.bank.temperature, by_autograd=False)
+    optimizer = PlainOptimizer(config.optim.name, model.query, LR, config.optim.weight_decay)
+    batch = draw_batch(config)
+
+    def step():
+        (views,) = MicroBatches(batch, len(batch.keys), torch.device(device), torch.float32, config.views)
+        queries = [model.query(view) for view in views]
+        with torch.no_grad():
+            keys = [model.key(view) for view in views[:2]]
+        leaves = [query.detach().requires_grad_() for query in queries]
+        loss, _, _ = bank.step(leaves, keys, BANK_LR)
+        torch.autograd.backward(queries, [leaf.grad for leaf in leaves])
+        optimizer.step()
+        with torch.no_grad():
+            for query, key in zip(model.query.parameters(), model.key.parameters(), strict=True):
+                key.copy_(KEY_MOMENTUM * key + (1 - KEY_MOMENTUM) * query)
+        return loss
+
+    def run():
+        losses = [step() for _ in range(steps)]
+        return lambda: {"loss": losses[0].item()}
+
+    return run

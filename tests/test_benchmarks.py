@@ -1,0 +1,132 @@
+"""The benchmarks run, their contenders compute the same, and bytes are counted as the formula says.
+
+No figure is asserted that depends on the clock. (``benchmark loader`` has a file of its own.)
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from launch import environment
+from oracle import oracle_step, random_inputs
+
+from caco_scale.benchmark import paper
+from caco_scale.benchmark.__main__ import main
+from caco_scale.benchmark.dense import DenseBank, pair_list
+from caco_scale.method.bank import pair_weights
+
+
+def run(tmp_path, *words):
+    """The JSON that a benchmark saves, which is also its last line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "caco_scale.benchmark", *map(str, words), "--save", str(tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob(f"{words[0]}_*.json")
+    saved = json.loads(file.read_text())
+    assert json.loads(done.stdout.splitlines()[-1]) == saved
+    assert saved["machine"]["cores"] >= 1
+    return saved
+
+
+def test_the_bank_benchmark_measures_three_banks_that_agree(tmp_path):
+    saved = run(tmp_path, "bank", "--samples", 12, "--size", 300, "--dim", 16, "--rounds", 1, "--threads", 1)
+    assert [row["what"] for row in saved["rows"]] == [
+        "sharded bank",
+        "dense, autograd",
+        "dense, gradient written out",
+    ]
+    assert all(row["cpu_seconds"] > 0 for row in saved["rows"])
+    for agreement in saved["agreement"].values():
+        assert agreement.pop("positives_equal") == 1
+        assert max(agreement.values()) < 1e-5
+
+
+def test_the_step_benchmark_takes_a_recipe_and_flags_and_both_steps_have_the_same_loss(tmp_path):
+    flags = [
+        "--data.global_batch_size",
+        8,
+        "--bank.size",
+        50,
+        "--views.num_local_crops",
+        1,
+        "--views.local_size",
+        16,
+    ]
+    saved = run(tmp_path, "step", "demo", "--steps", 1, "--rounds", 1, "--threads", 1, *flags)
+    assert saved["batch"] == 8
+    assert saved["loss_apart"] < 1e-5
+    assert saved["shares"]["query"] > 0
+    assert sum(saved["shares"].values()) == pytest.approx(1, abs=0.01)
+
+
+def test_the_bytes_of_the_sharded_bank_do_not_grow_with_it_and_are_those_of_the_formula(tmp_path):
+    words = ["--ranks", 2, "--samples", 24, "--dim", 16, "--sizes", 100, 1000, "--rounds", 1]
+    saved = run(tmp_path, "scale", *words)
+    assert saved["independent_of_size"]
+    by_size = {(row["ranks"], row["bank_rows"]): row for row in saved["rows"]}
+    assert set(by_size) == {(1, 100), (1, 1000), (2, 100), (2, 1000)}
+    inputs = paper.Inputs(gpus=2, batch=24, embedding=16)
+    checks = by_size[2, 100]["sharded_bytes"] - paper.bank_bytes(inputs)
+    assert 0 <= checks < 1000  # small facts between hosts
+    assert by_size[2, 1000]["replicated_bytes"] == 1000 * 16 * 4
+    assert all(row["sharded_bytes"] == 0 for (ranks, _), row in by_size.items() if ranks == 1)
+
+
+@pytest.mark.parametrize("by_autograd", [True, False])
+@pytest.mark.parametrize("num_views", [2, 4])
+def test_the_dense_peer_is_the_oracle(num_views, by_autograd):
+    queries, keys, rows, velocity = random_inputs(12, 40, 8, num_views)
+    queries = [q.requires_grad_() for q in queries]
+    bank = DenseBank(rows, 0.1, 0.07, by_autograd=by_autograd)
+    bank.velocity.copy_(velocity)
+    expected = oracle_step(queries, keys, rows, velocity, 0.1, 0.07)
+    loss, _, gradient = bank.step(queries, keys, lr=3.0)
+    torch.testing.assert_close(loss, expected.loss)
+    torch.testing.assert_close(gradient, expected.bank_gradient)
+    torch.testing.assert_close(bank.rows.detach(), expected.rows)
+    for query, dq in zip(queries, expected.dq, strict=True):
+        torch.testing.assert_close(query.grad, dq)
+    weights = pair_weights(num_views)
+    assert {(i, j): w for i, j, w in pair_list(num_views)} == {
+        (i, j): weights[i, j].item() for i in range(num_views) for j in range(2) if i != j
+    }
+
+
+def test_the_run_on_paper_counts_this_projects_encoder():
+    from caco_scale.assemble import build_encoder
+    from caco_scale.config import load_recipe
+
+    encoder = build_encoder(load_recipe("caco_r50_800ep"))
+    norms = [
+        m.num_features for m in encoder.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
+    ]
+    assert sum(p.numel() for p in encoder.parameters()) == paper.PARAMETERS
+    assert sum(norms) == paper.NORM_CHANNELS
+    rows = {row["what"]: row["value"] for row in paper.work_out(paper.Inputs())}
+    assert rows["optimizer steps"] == "249,600"
+    at_8 = paper.Inputs(gpus=8)
+    assert paper.bank_bytes(at_8) <= paper.replicated_bank_bytes(at_8) / 5
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bank", "--rounds", "0"], "--rounds is 0"),
+        (["bank", "--sizes", "3"], "unknown argument --sizes"),
+        (["step", "dmo"], "did you mean demo?"),
+        (["step", "demo", "--bank.sise", "3"], "--bank.size"),
+    ],
+)
+def test_a_typo_is_one_line(words, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
