@@ -8,13 +8,6 @@ from shard_sets import make_shard_set
 from slurm_run import SlurmRun
 
 
-def pytest_collection_modifyitems(items):
-    """Everything in this folder starts a real SLURM."""
-    for item in items:
-        if "cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.slurm)
-
-
 @pytest.fixture(scope="session")
 def cluster():
     """CACO_REQUIRE_SLURM set: it must start."""

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from pathlib import Path
 
 import yaml
 from launch import ROOT, SMALL, planned_keys
@@ -29,8 +30,9 @@ class SlurmRun:
         self.flags |= {"data.shards": shards, "data.audit": str(self.home / "audit.jsonl")}
         self.flags |= {} if strategy == "ddp" else {"precision.compute": "fp32"}
         self.flags |= flags
+        python = Path(sys.executable).parent
         lines = [
-            f"VENV={sys.prefix}",
+            f"VENV={sys.prefix}" if (python / "activate").exists() else f"export PATH={python}:$PATH",
             f"RUNS={self.home}/runs",
             "MIN_FREE_GB=1",
             "SHM_GB=0.001",

@@ -6,6 +6,8 @@ import pytest
 from cluster import PATH
 from launch import ROOT
 
+pytestmark = pytest.mark.slurm
+
 # What differs from a job that would train: (site file's last lines, environment, sbatch's options, trainer's flags),
 # and what the one line says.
 MISTAKES = {

@@ -8,6 +8,9 @@ import pytest
 from launch import ROOT, SWITCH, final_state, launch, relative_difference
 
 
+pytestmark = pytest.mark.slurm
+
+
 @pytest.mark.parametrize(("strategy", "name"), [("ddp", "USR2"), ("zero2", "TERM")])
 def test_a_signal_has_it_saved_requeued_resumed_and_finished(new_run, tmp_path, strategy, name):
     """Once in the bank warm-up, once beyond the switch; the end is that of a run that nobody disturbed."""

@@ -9,6 +9,9 @@ from slurm_run import SMALL_JOB
 from caco_scale.data.store import open_store
 
 
+pytestmark = pytest.mark.slurm
+
+
 def submit(run, *words, **variables):
     return run.cluster.run(
         ["slurm/submit.sh", "200ep", *words],
