@@ -16,6 +16,7 @@ shapes; every key that has no place in the model is named, and a model with a pa
 import argparse
 import hashlib
 import json
+import os
 import re
 import struct
 import warnings
@@ -92,7 +93,7 @@ def load_weights(path, which=None, step=None, arch=None, stem=None):
             that are not finite.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # pathlib raises for a name that no file can have
         raise UserError(
             f"{path} does not exist: give a run directory, one of its checkpoints, or a file of weights"
         )

@@ -340,6 +340,7 @@ def refusals(run, tmp_path, pair):
     plain = save(pair[0].backbone.state_dict(), tmp_path / "plain.pth")
     (tmp_path / "folder").mkdir()
     yield tmp_path / "none", {}, "does not exist"
+    yield tmp_path / ("x" * 300), {}, "does not exist"
     yield tmp_path / "folder", {}, "no complete checkpoint"
     yield run, {"step": 15}, "no checkpoint of step 15 in .* there are 10, 20"
     yield run / "checkpoints/step_00000010", {"step": 20}, "is the checkpoint of step 10, not 20"
