@@ -7,7 +7,6 @@ import sys
 import pytest
 from launch import ROOT, SWITCH, final_state, launch, relative_difference
 
-
 pytestmark = pytest.mark.slurm
 
 

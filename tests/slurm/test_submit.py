@@ -8,7 +8,6 @@ from slurm_run import SMALL_JOB
 
 from caco_scale.data.store import open_store
 
-
 pytestmark = pytest.mark.slurm
 
 
