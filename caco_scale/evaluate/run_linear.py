@@ -2,9 +2,9 @@
 
 As the paper does (arXiv:2203.14370, section 4; the authors' linear.py): 100 epochs of random resized crops and flips,
 batch 4,096, LARS that scales the bias too, momentum 0.9, no weight decay, cosine, the encoder in eval mode. With
-``--fast``: 10 epochs (of small sets more) of the same images, whose features classifiers with many learning rates share in one pass (SGD
-with momentum, as DINOv2 does). Which rate counts is decided on a tenth of the training images that a second set of
-classifiers never sees, so that no validation label chooses anything.
+``--fast``: 10 epochs of the same images (more of small sets), whose features classifiers with many learning rates share
+in one pass (SGD with momentum, as DINOv2 does). Which rate counts is decided on a tenth of the training images that a
+second set of classifiers never sees, so that no validation label chooses anything.
 
 Shapes: H rates, B this rank's batch, N global, F features.
 """
