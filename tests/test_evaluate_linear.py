@@ -20,7 +20,7 @@ from caco_scale.evaluate.__main__ import parse
 from caco_scale.evaluate.blocks import block_ranges
 from caco_scale.evaluate.heads import LinearHeads, Score, growth, score_features
 from caco_scale.evaluate.loop import LabelledImages
-from caco_scale.evaluate.run_linear import FAST_LRS, choose, choose_held_out
+from caco_scale.evaluate.run_linear import FAST_LRS, choose, choose_held_out, fast_lengths
 from caco_scale.evaluate.setting import build_setting
 from caco_scale.evaluate.stores import labels_of
 
@@ -165,19 +165,20 @@ def test_images_of_the_classes_colours_are_near_100(tmp_path):
     assert (result["top1"], result["images"]) == (100.0, 30)
 
 
-def scores(right, total=10):
+def scores(right, total=10, loss=None):
     """A :class:`Score` of one class of ``total`` images, of which heads have ``right``."""
     score = Score(len(right), 1)
-    score.images[:] = total
+    score.images[:], score.loss = total, torch.tensor(loss or [0.0] * len(right)).double()
     score.top1[:, 0] = score.top5[:, 0] = torch.tensor(right)
     return score
 
 
 def test_no_validation_label_chooses_the_rate():
-    held_out = scores([5, 9, 9, 7, 0, 0, 0, 0])  # the first four never saw these images
-    val = scores([0, 0, 0, 0, 10, 6, 8, 9])
+    # The first four never saw these images; of two that are equally right there, the one with the lower loss counts.
+    held_out = scores([5, 9, 9, 7, 0, 0, 0, 0], loss=[1.0, 4.0, 3.0, 2.0, 0, 0, 0, 0])
+    val = scores([0, 0, 0, 0, 10, 8, 6, 9])
     result = choose([0.1, 1.0, 3.0, 10.0], held_out, val, [True] * 8)
-    assert (result["lr"], result["top1"]) == (1.0, 60.0), "the best when held out, of equals the lowest"
+    assert (result["lr"], result["top1"]) == (3.0, 60.0)
     assert result["best_on_validation"] == {"lr": 0.1, "top1": 100.0}
     assert [row["held_out_top1"] for row in result["results"]] == [50.0, 90.0, 90.0, 70.0]
 
@@ -221,6 +222,7 @@ def test_scores_by_hand():
         "top1": 50.0,
         "top5": 75.0,  # the last image's class 0 has the lowest of six logits
         "mean_per_class": pytest.approx(100 * (1 / 2 + 1 + 0) / 3),
+        "loss": pytest.approx(F.cross_entropy(logits, torch.tensor([0, 1, 5, 0])).item()),
         "right": 2,
         "right_of_5": 3,
         "images": 4,
@@ -236,6 +238,14 @@ def test_growth_is_what_lars_can_reach():
         heads.step(x, y, torch.ones(1, 1, dtype=torch.float64), loop.cosine_decay(step, 200))
     reached = np.log(heads.weight.abs().max().item() / 0.01)
     assert 0.8 < reached / growth([1.0], 200)[0] <= 1.0
+
+
+def test_the_fast_way_takes_more_epochs_of_fewer_images():
+    assert fast_lengths(1_281_167) == (256, 10)
+    assert fast_lengths(4096) == (64, 32)
+    assert fast_lengths(300) == (8, 55)
+    assert fast_lengths(5) == (8, 100)
+    assert fast_lengths(4096, batch_size=128) == (128, 63)
 
 
 def test_blocks_cover_a_set_once():

@@ -70,7 +70,9 @@ def parser():
         metavar="LR",
         help="per 256 images (default: 0.025, the authors' command; --fast: 0.001 to 30, the best on held-out images)",
     )
-    _add_training(linear, epochs="100; --fast: 10", batch_size="4096; --fast: 256")
+    _add_training(
+        linear, epochs="100; --fast: 10, at least 2000 steps", batch_size="4096; --fast: at most 256"
+    )
     finetune = _command(
         commands, "finetune", "encoder and classifier trained on a share of the labels (SimCLR's protocol)"
     )

@@ -103,17 +103,20 @@ def growth(rates, num_steps):
 class Score:
     """Right answers over all images of all ranks: of H heads, by class.
 
-    ``top1``, ``top5`` (H, C) counts; ``images`` (C,) how many there are.
+    ``top1``, ``top5`` (H, C) counts; ``images`` (C,) how many there are; ``loss`` (H,) sums of cross-entropies.
     """
 
     def __init__(self, num_heads, num_classes):
         self.top1, self.top5 = (torch.zeros(num_heads, num_classes, dtype=torch.int64) for _ in range(2))
         self.images = torch.zeros(num_classes, dtype=torch.int64)
+        self.loss = torch.zeros(num_heads, dtype=torch.float64)
 
     def add(self, logits, labels):
         """Logits (H, B, C) of images with ``labels`` (B,), on whatever device."""
         best = logits.topk(min(TOP, logits.shape[2]), dim=2).indices
         right = (best == labels[None, :, None]).cpu()
+        chosen = labels.expand(len(logits), -1)[:, :, None]
+        self.loss -= F.log_softmax(logits, dim=2).gather(2, chosen).sum((1, 2)).double().cpu()
         labels = labels.cpu()
         self.top1.index_add_(1, labels, right[:, :, 0].long())
         self.top5.index_add_(1, labels, right.any(2).long())
@@ -121,12 +124,12 @@ class Score:
 
     def over_ranks(self, device):
         """Sum over the ranks; collective. Returns itself."""
-        for name in ("top1", "top5", "images"):
+        for name in ("top1", "top5", "images", "loss"):
             setattr(self, name, collectives.all_reduce_(getattr(self, name).to(device)).cpu())
         return self
 
     def percent(self, head=0):
-        """{top1, top5, mean_per_class (of the classes that there are)} of a head, and the counts behind them."""
+        """{top1, top5, mean_per_class (of the classes that there are), loss} of a head, and the counts behind them."""
         total, there = int(self.images.sum()), self.images > 0
         if total == 0:
             raise UserError("there is no image to judge by: none of them decodes, or the set is empty")
@@ -135,6 +138,7 @@ class Score:
             "top1": 100 * int(self.top1[head].sum()) / total,
             "top5": 100 * int(self.top5[head].sum()) / total,
             "mean_per_class": 100 * per_class.mean().item(),
+            "loss": self.loss[head].item() / total,
             "right": int(self.top1[head].sum()),
             "right_of_5": int(self.top5[head].sum()),
             "images": total,

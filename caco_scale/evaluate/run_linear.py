@@ -2,13 +2,14 @@
 
 As the paper does (arXiv:2203.14370, section 4; the authors' linear.py): 100 epochs of random resized crops and flips,
 batch 4,096, LARS that scales the bias too, momentum 0.9, no weight decay, cosine, the encoder in eval mode. With
-``--fast``: 10 epochs of the same images, whose features classifiers with many learning rates share in one pass (SGD
-with momentum, as DINOv2 does). Which rate counts is decided on a tenth of the training images that a second set of
-classifiers never sees, so that no validation label chooses anything.
+``--fast``: 10 epochs of the same images (more of small sets), whose features classifiers with many learning rates share
+in one pass (SGD with momentum, as DINOv2 does). Which rate counts is decided on a tenth of the training images that a
+second set of classifiers never sees, so that no validation label chooses anything.
 
 Shapes: H rates, B this rank's batch, N global, F features.
 """
 
+import math
 import time
 
 import numpy as np
@@ -26,7 +27,9 @@ from caco_scale.evaluate.stores import Subset, labels_of
 AUTHORS_LR = 0.025  # per 256 images, of the command that the authors publish; their parser's default is 0.1
 FAST_LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 EPOCHS, BATCH_SIZE = 100, 4096
-FAST_EPOCHS, FAST_BATCH_SIZE = 10, 256
+FAST_EPOCHS, FAST_BATCH_SIZE = (10, 100), (8, 256)  # least and most
+FAST_STEPS = 2000  # at least, as far as FAST_EPOCHS allows
+FAST_STEPS_PER_EPOCH = 64  # at least, as far as FAST_BATCH_SIZE allows
 HELD_OUT = 83  # keeps these random numbers apart from others
 LEAST_GROWTH, FEW_STEPS = 5, 1000
 
@@ -34,8 +37,12 @@ LEAST_GROWTH, FEW_STEPS = 5, 1000
 def run(flags):
     """``evaluate linear`` -> the result's content."""
     setting = build_setting(flags)
-    batch_size = flags.batch_size or (FAST_BATCH_SIZE if flags.fast else BATCH_SIZE)
-    epochs = flags.epochs or (FAST_EPOCHS if flags.fast else EPOCHS)
+    usual = (
+        fast_lengths(setting.train.manifest.num_samples, flags.batch_size)
+        if flags.fast
+        else (BATCH_SIZE, EPOCHS)
+    )
+    batch_size, epochs = flags.batch_size or usual[0], flags.epochs or usual[1]
     rates, source = _rates(flags)
     check_batch(batch_size, setting.train.manifest.num_samples, setting.world_size)
     labels = labels_of(setting.train, "linear evaluation")
@@ -43,6 +50,7 @@ def run(flags):
     name = "linear-fast" if flags.fast else "linear"
     settings = {"lr": rates, "epochs": epochs, "batch_size": batch_size, "seed": flags.seed}
     folder = setting.folder(flags, name, settings)
+    setting.say(f"{epochs} epochs, batch {batch_size:,}")
     setting.say(f"base learning rate {', '.join(f'{rate:g}' for rate in rates)} per 256 images: {source}")
     result = folder.finished()
     if result is None:
@@ -55,6 +63,20 @@ def run(flags):
     if setting.is_main:
         _show(setting, folder, result)
     return result
+
+
+def fast_lengths(num_images, batch_size=None):
+    """The usual (batch size, epochs) of ``--fast``: 256 and 10 on ImageNet, smaller batches and more epochs of less.
+
+    ``batch_size``: the one that is asked for, if any.
+    """
+    least, most = FAST_BATCH_SIZE
+    if batch_size is None:
+        batch_size = most
+        while batch_size > least and num_images // batch_size < FAST_STEPS_PER_EPOCH:
+            batch_size //= 2
+    least, most = FAST_EPOCHS
+    return batch_size, min(max(least, math.ceil(FAST_STEPS / max(1, num_images // batch_size))), most)
 
 
 def _rates(flags):
@@ -152,7 +174,7 @@ def _evaluate(setting, folder, labels, rates, epochs, batch_size, fast):
             return {"epoch": epoch}
         score = score_features(heads, *val[:2], num_classes).percent()
         setting.say(f"epoch {epoch} of {epochs}: top-1 {score['top1']:.2f}%, top-5 {score['top5']:.2f}%")
-        return {"epoch": epoch, **score}
+        return {"epoch": epoch, **score, "val_loss": score["loss"]}
 
     fit(
         learner,
@@ -202,26 +224,23 @@ def choose(rates, held_out, val, finite):
     """The figures of a sweep; the rate is the one whose first head is best on the images that it never saw.
 
     ``held_out``, ``val``: :class:`~caco_scale.evaluate.heads.Score` of 2H heads; ``finite``: of each, whether it still
-    is numbers. Of equal ones the lowest rate. UserError: every head diverged.
+    is numbers. Of equal ones the one with the lowest loss there. UserError: every head diverged.
     """
     num_rates = len(rates)
     rows = []
     for head, rate in enumerate(rates):
+        row = {"lr": rate, "held_out_top1": None}
         if finite[head] and finite[num_rates + head]:
-            row = {
-                "lr": rate,
-                "held_out_top1": held_out.percent(head)["top1"],
-                **val.percent(num_rates + head),
-            }
-        else:
-            row = {"lr": rate, "held_out_top1": None}
+            unseen = held_out.percent(head)
+            row |= {"held_out_top1": unseen["top1"], "held_out_loss": unseen["loss"]}
+            row |= val.percent(num_rates + head)
         rows.append(row)
     usable = [row for row in rows if row["held_out_top1"] is not None]
     if not usable:
         raise UserError(
             f"every classifier of the sweep diverged: give lower rates with --lr than {min(rates):g}"
         )
-    best = max(usable, key=lambda row: row["held_out_top1"])
+    best = max(usable, key=lambda row: (row["held_out_top1"], -row["held_out_loss"]))
     best_on_val = max(usable, key=lambda row: row["top1"])
     return {
         **with_intervals(best),
