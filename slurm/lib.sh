@@ -295,7 +295,8 @@ conclude() {
   local how=failed
   if [ -n "$ASKED" ] || marked_interrupted; then how=stopped; fi
   [ -z "$BAD_NODES" ] || how='bad-nodes'
-  if [ -e "$RUN_DIR/DONE" ]; then
+  # Of this start, not of the end that EXTEND goes beyond; a trainer that finds nothing to do leaves it as it was.
+  if [ "$RUN_DIR/DONE" -nt "$LOGS/started" ] || { [ -e "$RUN_DIR/DONE" ] && [ "$how$RC" = failed0 ]; }; then
     note "done" ""
     say "DONE at step $(newest_step)"
     exit 0

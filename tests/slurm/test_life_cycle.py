@@ -147,6 +147,11 @@ def test_scancel_is_final_and_one_node_goes_on_where_two_stopped(new_run):
     assert run.state(job) == "CANCELLED"
     assert [(a["world_size"], a["resumed_step"]) for a in run.attempts()] == [(2, None), (1, saved)]
     run.check_done(saved + 5)
+    run.end_at(saved + 8)
+    assert run.wait_until_over(run.submit(nodes=1)) == "COMPLETED"
+    run.check_done(saved + 5)
+    assert run.wait_until_over(run.submit(nodes=1, EXTEND="yes")) == "COMPLETED"
+    run.check_done(saved + 8)
 
 
 def test_an_admin_requeues_the_job(new_run):
