@@ -8,6 +8,7 @@ Several processes: accelerate launch --config_file ds_configs/ddp.yaml --num_pro
 
 import argparse
 import importlib
+import os
 import sys
 
 from caco_scale.errors import Parser, UserError, did_you_mean, exit_on_user_error
@@ -141,7 +142,14 @@ def _command(commands, name, words):
         metavar="N",
         help="images per forward and process (default: 256)",
     )
-    add("--workers", type=int, default=4, metavar="N", help="loader processes per process (default: 4)")
+    workers = min(4, len(os.sched_getaffinity(0)))
+    add(
+        "--workers",
+        type=int,
+        default=workers,
+        metavar="N",
+        help=f"loader processes per process (default: {workers})",
+    )
     add("--cache_dir", default="auto", help="where whole shards of an object store are kept (default: auto)")
     add("--seed", type=int, default=0, metavar="N", help="of everything drawn at random (default: 0)")
     add(
