@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +24,7 @@ REQUIRED = (
     *("safetensors", "tensorboard", "tyro", "rich", "pyyaml", "pillow"),
 )
 LOWEST = {"torch": (2, 11), "accelerate": (1, 10), "numpy": (2, 0), "webdataset": (1, 0), "tyro": (1, 0)}
+MEASURED_IMAGES = 64  # in each of two batches, the second of which is timed
 DEEPSPEED = ("deepspeed", "transformers")  # accelerate's DeepSpeed plugin imports transformers at every stage
 
 
@@ -211,6 +213,48 @@ def check_resume(config, data):
     return [ok(f"resumes from {found}" if found else "a fresh start")]
 
 
+def check_loader(config, data, environment=os.environ):
+    """How many workers feed a process, by the rate that one has here -> findings. Reads 128 images, caches none."""
+    try:
+        rate = worker_rate(config, data.store.manifest)
+    except UserError as error:
+        return [fail(one_line(error))]
+    cores, processes = len(os.sched_getaffinity(0)), int(environment.get("LOCAL_WORLD_SIZE", 1))
+    workers, most = config.data.workers, max(1, cores // processes - 1)
+    text = (
+        f"a loader worker prepares {rate:,.0f} images/s on a core (measured): data.workers {workers} can feed "
+        f"{max(workers, 1) * rate:,.0f} images/s to a process; to train X images/s it takes X / {rate:,.0f}"
+    )
+    if workers > most:
+        text += (
+            f"; but {cores} core(s) for {processes} process(es) here bear at most {most} each: "
+            f"give --data.workers {most}"
+        )
+    return [note(text)]
+
+
+def worker_rate(config, manifest):
+    """Images that one loader worker prepares in a second of CPU time, views included, waiting for a store excluded."""
+    from caco_scale.assemble import view_specs
+    from caco_scale.data.loader import train_batches
+    from caco_scale.data.order import Order
+    from caco_scale.data.remote import Patience
+    from caco_scale.data.store import open_store
+
+    sizes = [shard.num_samples for shard in manifest.shards]
+    batch = min(MEASURED_IMAGES, sum(sizes))
+    order = Order(sizes, seed=config.run.seed, global_batch_size=batch)
+    store = open_store(
+        config.data.shards, "none", 0, Patience(config.data.retries, config.data.stall_seconds)
+    )
+    topology = {"rank": 0, "world_size": 1, "workers": 0, "seed": config.run.seed}
+    batches = train_batches(store, order, view_specs(config.views), start_step=0, num_steps=2, **topology)
+    next(batches)  # what is only done once: imports, indices
+    start = time.process_time()
+    next(batches)
+    return batch / max(time.process_time() - start, 1e-6)
+
+
 def check_storage(config):
     """Whether the run directory can be made and written, and how much room there is -> findings."""
     path = Path(config.run.dir).absolute()
@@ -279,6 +323,7 @@ def examine(config, plan=None):
         findings += found + (check_resume(config, data) if data else [])
         arithmetic = check_arithmetic(config, place.world_size, data)
         arithmetic += check_memory(config, strategy, place.world_size, place.device)
+        arithmetic += check_loader(config, data) if data else []
     return findings + arithmetic + check_storage(config)
 
 

@@ -49,6 +49,26 @@ def test_world_size_arithmetic():
     assert "does not divide the 32 images" in failures(doctor.check_arithmetic(config, 3))[0]
 
 
+def test_workers_are_suggested_from_the_rate_that_one_has_here(tmp_path, monkeypatch):
+    make_shard_set(tmp_path)
+    settings = {"data__shards": str(tmp_path), "data__val_shards": "", "data__workers": 5}
+    config = replace(load_recipe("demo"), data__global_batch_size=8, **settings)
+    (shards,), data = doctor.check_data(config, 0, 1)
+    assert shards.status == "ok"
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: range(8))
+    (found,) = doctor.check_loader(config, data, {"LOCAL_WORLD_SIZE": "2"})
+    assert found.status == "note"
+    assert "data.workers 5 can feed" in found.text
+    assert "8 core(s) for 2 process(es) here bear at most 3 each: give --data.workers 3" in found.text
+    (found,) = doctor.check_loader(config, data, {})
+    assert "give --data.workers" not in found.text
+    assert doctor.worker_rate(config, data.store.manifest) > 0
+    for shard in tmp_path.glob("*.tar"):
+        shard.unlink()
+    (found,) = doctor.check_loader(config, data, {})
+    assert found.status == "FAIL"
+
+
 def test_a_run_directory_that_cannot_be_made_is_a_failure(tmp_path):
     (tmp_path / "file").touch()
     config = replace(load_recipe("demo"), run__dir=str(tmp_path / "file/run"))

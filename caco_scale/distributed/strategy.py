@@ -35,8 +35,7 @@ def build_strategy(name, accelerator, model, optimizer_name, weight_decay, compi
     """
     check_combination(name, next(model.parameters()).dtype, compiled)
     if compiled:
-        model.query.compile()
-        model.key.compile()
+        compile_encoders(model)
     if name == "ddp":
         return DataParallel(accelerator, model, optimizer_name, weight_decay)
     if name == "fsdp2":
@@ -46,6 +45,12 @@ def build_strategy(name, accelerator, model, optimizer_name, weight_decay, compi
     from caco_scale.distributed.zero import Zero
 
     return Zero(accelerator, model, optimizer_name, weight_decay)
+
+
+def compile_encoders(model, backend="inductor"):
+    """Compile both encoders: once for each size of view, whatever follows (a graph of free sizes would be slower)."""
+    model.query.compile(backend=backend, dynamic=False)
+    model.key.compile(backend=backend, dynamic=False)
 
 
 def check_combination(name, dtype, compiled):
