@@ -197,7 +197,7 @@ def _decode_other(data, max_pixels):
         with Image.open(io.BytesIO(data), formats=FALLBACK_FORMATS) as image:
             if image.mode.startswith("I;16"):  # PIL would clip 16 bits to 8 instead of scaling
                 return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-            return np.asarray(image.convert("RGB"))
+            return np.array(image.convert("RGB"))  # a copy: PIL's own is read-only, of which torch warns
 
 
 def _check_size(height, width, max_pixels):
