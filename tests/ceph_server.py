@@ -21,7 +21,7 @@ from s3_server import (
     end_with_parent,
     free_port,
     signed_put,
-    tests_cache,
+    cache_of_tests,
 )
 
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd", "ceph-common")
@@ -70,7 +70,7 @@ def ceph_programs():
     for program in ("apt-get", "dpkg"):
         if not shutil.which(program):
             raise CannotStart(f"Ceph comes from Debian's packages, and there is no {program} here")
-    folder = tests_cache() / "ceph"
+    folder = cache_of_tests() / "ceph"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / "ceph.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

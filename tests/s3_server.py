@@ -92,7 +92,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def tests_cache():
+def cache_of_tests():
     """Where what the tests install once is kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "caco_scale-tests"
 
@@ -102,7 +102,7 @@ def swift_programs():
     beside = Path(sys.executable).parent
     if (beside / "swift-proxy-server").exists():
         return beside
-    folder = tests_cache() / f"swift-{sys.version_info.major}.{sys.version_info.minor}"
+    folder = cache_of_tests() / f"swift-{sys.version_info.major}.{sys.version_info.minor}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / f"{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs at once

@@ -12,7 +12,7 @@ import urllib.request
 from email.utils import formatdate
 
 import pytest
-from s3_server import end_processes, end_with_parent, free_port, tests_cache
+from s3_server import end_processes, end_with_parent, free_port, cache_of_tests
 from test_data_prep import command, write_tree
 
 from caco_scale.data.remote import Remote
@@ -30,7 +30,7 @@ def azurite():
     """The emulator's program, installed once from npm; skips with the reason where it cannot be had."""
     if not shutil.which("npm"):
         pytest.skip("no Azurite: npm is not installed")
-    folder = tests_cache() / "azurite"
+    folder = cache_of_tests() / "azurite"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder.parent / "azurite.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

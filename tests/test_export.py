@@ -439,7 +439,7 @@ def test_a_mistake_is_one_line(tiny_run, tmp_path, capsys, monkeypatch, name):
 
 def test_without_timm_the_line_says_what_to_install(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match=r"pip install 'caco_scale\[timm\]'"):
+    with pytest.raises(UserError, match=r"pip install timm"):
         export.export(run, tmp_path / "w", "timm")
 
 
