@@ -17,11 +17,11 @@ from s3_server import (
     BUCKET,
     SECRET_KEY,
     CannotStart,
+    cache_of_tests,
     end_processes,
     end_with_parent,
     free_port,
     signed_put,
-    cache_of_tests,
 )
 
 PACKAGES = ("radosgw", "ceph-mon", "ceph-osd", "ceph-common")

@@ -12,7 +12,7 @@ import urllib.request
 from email.utils import formatdate
 
 import pytest
-from s3_server import end_processes, end_with_parent, free_port, cache_of_tests
+from s3_server import cache_of_tests, end_processes, end_with_parent, free_port
 from test_data_prep import command, write_tree
 
 from caco_scale.data.remote import Remote

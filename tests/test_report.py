@@ -606,8 +606,8 @@ def test_a_mistake_is_one_line(tmp_path, capsys, monkeypatch, name):
 
 def test_without_matplotlib_the_line_says_what_to_install(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "caco_scale.report.curves")
-    monkeypatch.delitem(sys.modules, "caco_scale.report.page")
+    monkeypatch.delitem(sys.modules, "caco_scale.report.curves", raising=False)
+    monkeypatch.delitem(sys.modules, "caco_scale.report.page", raising=False)
     with pytest.raises(UserError, match=r"needs matplotlib: pip install matplotlib"):
         write_report([run], tmp_path / "page.html")
 
