@@ -192,6 +192,23 @@ def _now():
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def be_alone(lock, complaint):
+    """Hold the lock of an open file until this process ends, however: two in one folder would undo each other's work.
+
+    Raises UserError (``complaint``) where another process holds it, after a while: one that was just killed may linger.
+    """
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UserError(complaint) from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return None
+
+
 class RunDirectory:
     """One run's directory. Only the main rank writes; on the others every writing method does nothing.
 
@@ -215,24 +232,10 @@ class RunDirectory:
                     f"cannot create the run directory {self.path}: {error.strerror}; "
                     "name another place with run.dir"
                 ) from error
-            self._be_alone()
-
-    def _be_alone(self):
-        """Hold the directory's lock until this process ends, however: two runs in one would undo each other's work."""
-        deadline = (
-            time.monotonic() + LOCK_SECONDS
-        )  # a predecessor that was just killed may still be on its way out
-        while True:
-            try:
-                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"{self.path} is in use by another running process: end that one, or give another run.dir"
-                    ) from None
-                time.sleep(0.2)
-            except OSError:  # a file system without locks
-                return None
+            be_alone(
+                self._lock,
+                f"{self.path} is in use by another running process: end that one, or give another run.dir",
+            )
 
     def write_config(self, text):
         if self.is_main:

@@ -14,9 +14,9 @@ from shard_sets import make_shard_set
 from test_evaluate_knn import image_folder
 from weight_files import Bomb, encoder
 
+from caco_scale import run_directory
 from caco_scale.data.shards import MANIFEST_NAME
 from caco_scale.errors import UserError
-from caco_scale.evaluate import results
 from caco_scale.evaluate.__main__ import main
 from caco_scale.evaluate.loop import check_batch
 
@@ -258,7 +258,7 @@ def test_places_that_cannot_hold_the_result(capsys, tmp_path, place, command):
 
 
 def test_two_evaluations_in_one_folder(capsys, tmp_path, place, monkeypatch):
-    monkeypatch.setattr(results, "LOCK_SECONDS", 0.5)
+    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0.5)
     (tmp_path / "to").mkdir()
     with open(tmp_path / "to/.lock", "a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)

@@ -5,10 +5,8 @@
 <folder>/...               progress of an evaluation that takes long
 """
 
-import fcntl
 import hashlib
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ from rich.table import Table
 from caco_scale.atomic import write_atomically
 from caco_scale.distributed.collectives import assert_equal_on_all_ranks
 from caco_scale.errors import UserError
-from caco_scale.run_directory import LOCK_SECONDS, to_json
+from caco_scale.run_directory import be_alone, to_json
 
 RESAMPLES = 10_000
 CONFIDENCE = 95
@@ -72,7 +70,9 @@ class ResultFolder:
             raise UserError(
                 f"cannot write {self.path}: {error.strerror}; name another place with --to"
             ) from None
-        self._be_alone()
+        be_alone(
+            self._lock, f"{self.path} is in use by another evaluation: end that one, or give another --to"
+        )
         found = self._read("settings.json")
         if found is None:
             self.write("settings.json", self.settings)
@@ -80,21 +80,6 @@ class ResultFolder:
             names = sorted(n for n in {*found, *self.settings} if found.get(n) != self.settings.get(n))
             changed = "; ".join(f"{n}: {found.get(n)} -> {self.settings.get(n)}" for n in names)
             raise UserError(f"{self.path} holds another evaluation ({changed}): give another --to")
-
-    def _be_alone(self):
-        """Hold the folder's lock until this process ends; one that was just killed may still be on its way out."""
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"{self.path} is in use by another evaluation: end that one, or give another --to"
-                    ) from None
-                time.sleep(0.2)
-            except OSError:  # a file system without locks
-                return None
 
     def _read(self, name):
         try:
