@@ -164,7 +164,9 @@ def test_a_signal_to_every_process_of_a_job_step(flags, tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run(flags, tmp_path):
-    process = start({**flags, "run.dir": tmp_path / "run", "run.timeout_seconds": 20}, num_processes=2)
+    """In the middle of a save, as likely as not, in whose thread the others must not wait longer either."""
+    flags = {**flags, "run.dir": tmp_path / "run", "run.timeout_seconds": 20, "run.save_every": 1}
+    process = start(flags, num_processes=2)
     with running(process):
         ranks = [p for p in psutil.Process(process.pid).children() if "caco_scale.pretrain" in p.cmdline()]
         assert len(ranks) == 2
