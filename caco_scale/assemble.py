@@ -139,10 +139,13 @@ def view_specs(views):
 
 
 class MicroBatches:
-    """A batch's augmented views on the training device, one micro-batch at a time: lists of (b, 3, H, H)."""
+    """A batch's augmented views, one micro-batch at a time: lists of (b, 3, H, H), where the batch is.
 
-    def __init__(self, batch, size, device, dtype, views):
-        self._batch, self._size, self._device, self._dtype, self._views = batch, size, device, dtype, views
+    ``augment``: of :func:`build_augment`.
+    """
+
+    def __init__(self, batch, size, augment, dtype, views):
+        self._batch, self._size, self._augment, self._dtype, self._views = batch, size, augment, dtype, views
 
     def __len__(self):
         return len(self._batch.keys) // self._size
@@ -152,8 +155,8 @@ class MicroBatches:
             rows = slice(start, start + self._size)
             with part("augmentation"):
                 views = [
-                    augment(
-                        crops[rows].to(self._device, non_blocking=True),
+                    self._augment(
+                        crops[rows],
                         {name: p[rows] for name, p in params.items()},
                         self._views.mean,
                         self._views.std,
@@ -162,6 +165,11 @@ class MicroBatches:
                     for crops, params in zip(self._batch.crops, self._batch.params, strict=True)
                 ]
             yield views
+
+
+def build_augment(config, backend="inductor"):
+    """``augment``; with ``precision.compile`` compiled once for each size of view, to few passes over the images."""
+    return torch.compile(augment, backend=backend, dynamic=False) if config.precision.compile else augment
 
 
 def build_schedule(config, order):

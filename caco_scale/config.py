@@ -176,7 +176,7 @@ class Precision:
     compute: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     """Number format of the forward pass; auto = bf16 on CUDA, fp32 on CPU. Parameters stay fp32 (fp64: all)."""
     compile: bool = False
-    """Compile the encoders with torch.compile."""
+    """Compile the encoders and the augmentation with torch.compile."""
     channels_last: bool = True
     """Give the encoders channels_last inputs on CUDA."""
 

@@ -16,6 +16,7 @@ from caco_scale import config as configuration
 from caco_scale.assemble import (
     MicroBatches,
     TrainingData,
+    build_augment,
     build_model,
     build_schedule,
     parameter_dtype,
@@ -24,6 +25,7 @@ from caco_scale.assemble import (
 from caco_scale.audit import AuditLog
 from caco_scale.data.loader import cache_is_large_enough, start_fork_server
 from caco_scale.data.store import COUNTERS, mend
+from caco_scale.data.transfer import on_device
 from caco_scale.diagnostics import CollapseAlarm, embedding_std, rankme
 from caco_scale.distributed.collectives import all_max, assert_equal_on_all_ranks, gather_objects
 from caco_scale.distributed.launch import launched_strategy, start_processes
@@ -163,6 +165,7 @@ class Trainer:
             config.precision.compile,
         )
         self.device = self.strategy.device
+        self.augment = build_augment(config)
         self.bank = ShardedBank(
             config.bank.size,
             config.model.embedding_dim,
@@ -258,7 +261,7 @@ class Trainer:
             self._evaluate_baselines()
         if self.step and self._evaluation_is_due():
             self._evaluate_if_it_fits()
-        batches = iter(self.data.batches(self.step, self.end))
+        batches = on_device(self.data.batches(self.step, self.end), self.device)
         stop = None
         self._note_small_cache()
         while self.step < self.end and not stop:
@@ -315,7 +318,7 @@ class Trainer:
             self.strategy.synchronise_key()
             self.bank.reset_velocity()
         micro_batches = MicroBatches(
-            batch, self.data.micro_batch_size, self.device, self.dtype, self.config.views
+            batch, self.data.micro_batch_size, self.augment, self.dtype, self.config.views
         )
         self.features = None
         result = train_step(self.strategy, self.bank, micro_batches, hp)

@@ -257,6 +257,7 @@ def credentials(endpoint):
 # ----------------------------------------------------------------------------------------------------
 
 FAULTS = ("503", "cut", "stall", "truncate", "slow")
+MOST_IN_A_ROW = 3
 
 
 class _Quiet(http.server.ThreadingHTTPServer):
@@ -301,7 +302,9 @@ class _Server:
 class FaultProxy(_Server):
     """Passes requests on to ``upstream`` and spoils answers to GETs of shards and indexes.
 
-    ``faults``: which, a tuple of FAULTS; every ``every``-th such GET is spoiled, by each fault in turn.
+    ``faults``: which, a tuple of FAULTS; every ``every``-th such GET is spoiled, by each fault in turn. With ``every``
+    above 1 the same bytes are spoiled MOST_IN_A_ROW times at most: among several threads one read may otherwise be hit
+    by chance until its patience ends.
     ``injected`` counts them; ``requests`` counts all GETs of shards. ``stall_seconds``: how long a stall lasts.
     """
 
@@ -310,6 +313,9 @@ class FaultProxy(_Server):
         self.faults, self.every, self.stall_seconds = faults, every, stall_seconds
         self.gone = False  # set: no request is answered any more
         self.injected, self.requests, self.lock = Counter(), 0, threading.Lock()
+        self.in_a_row = (
+            Counter()
+        )  # by path and last byte: a retry asks for what is missing, up to the same end
         proxy = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -330,10 +336,14 @@ class FaultProxy(_Server):
         path = urllib.parse.urlsplit(handler.path).path
         if handler.command != "GET" or not path.endswith((".tar", ".idx")):
             return None
+        wanted = path, handler.headers.get("Range", "").rpartition("-")[2]
         with self.lock:
             self.requests += 1
-            if not self.faults or self.requests % self.every:
+            enough = self.every > 1 and self.in_a_row[wanted] >= MOST_IN_A_ROW
+            if not self.faults or self.requests % self.every or enough:
+                del self.in_a_row[wanted]
                 return None
+            self.in_a_row[wanted] += 1
             fault = self.faults[self.requests // self.every % len(self.faults)]
             self.injected[fault] += 1
             return fault

@@ -145,5 +145,5 @@ def test_normalise_and_memory_format():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_on_a_gpu_as_on_the_cpu(dtype):
     crops, params = draw(96, 32, solarize_p=0.3)
-    images = augment(crops.cuda(), params, dtype=dtype)
+    images = augment(crops.cuda(), {name: values.cuda() for name, values in params.items()}, dtype=dtype)
     assert_close(images.cpu(), augment(crops, params, dtype=dtype), 1e-5 if dtype == torch.float32 else 1e-12)

@@ -1,11 +1,22 @@
-"""Compiled encoders: one graph for each size of view, and none for what comes after."""
+"""Compiled encoders and augmentation: one graph for each size of view, and none for what comes after."""
 
+import shutil
+
+import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from caco_scale import config as configuration
+from caco_scale.assemble import build_augment
+from caco_scale.data.augment import IMAGENET_STD, augment
+from caco_scale.data.order import sample_keys
+from caco_scale.data.views import ViewSpec, draw_colour
 from caco_scale.distributed.strategy import compile_encoders
 from caco_scale.method.model import Encoder, QueryKeyModel
+
+COMPILED = configuration.replace(configuration.load_recipe("demo"), precision__compile=True)
 
 
 def test_multi_crop_compiles_each_encoder_once_for_each_size():
@@ -19,3 +30,29 @@ def test_multi_crop_compiles_each_encoder_once_for_each_size():
     for _ in range(2):
         model(views)
     assert counter.frame_count == 3
+
+
+def drawn(side, seed):
+    params = draw_colour(ViewSpec(side, (0.2, 1.0), solarize_p=0.3), sample_keys(seed, 0, np.arange(8), 0))
+    crops = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (8, side, side, 3), np.uint8))
+    return crops, {name: torch.from_numpy(values) for name, values in params.items()}
+
+
+def test_the_augmentation_compiles_once_for_each_size_whatever_is_drawn():
+    counter = CompileCounter()
+    compiled = build_augment(COMPILED, backend=counter)
+    for seed in range(3):
+        for side in (16, 12):
+            compiled(*drawn(side, seed))
+    assert counter.frame_count == 2
+    assert build_augment(configuration.load_recipe("demo")) is augment
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="needs a C++ compiler")
+def test_compiled_code_augments_as_the_eager_one():
+    compiled = build_augment(COMPILED)
+    for seed in range(2):
+        torch.testing.assert_close(
+            compiled(*drawn(32, seed)), augment(*drawn(32, seed)), rtol=0, atol=1e-5 / min(IMAGENET_STD)
+        )

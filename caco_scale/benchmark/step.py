@@ -5,6 +5,7 @@ does as the authors' code: contiguous fp32, nothing compiled, the whole bank wit
 one parameter after the other. Reading and decoding images is not in it: that is ``benchmark loader``.
 """
 
+import dataclasses
 import functools
 
 from caco_scale.benchmark.rounds import in_turn, median
@@ -90,7 +91,8 @@ def draw_batch(config):
 
 def prepare_ours(config, steps, device):
     """A function that trains ``steps`` steps as ``pretrain`` would in one process."""
-    from caco_scale.assemble import MicroBatches, build_model, parameter_dtype
+    from caco_scale.assemble import MicroBatches, build_augment, build_model, parameter_dtype
+    from caco_scale.data.transfer import on_device
     from caco_scale.distributed.launch import start_processes
     from caco_scale.distributed.strategy import build_strategy
     from caco_scale.method.bank import ShardedBank
@@ -105,15 +107,14 @@ def prepare_ours(config, steps, device):
     temperatures = {"temperature": config.loss.temperature, "bank_temperature": config.bank.temperature}
     rates = {"lr": LR, "bank_lr": BANK_LR, "key_momentum": KEY_MOMENTUM}
     hp = HyperParameters(step=0, rule="caco", in_warmup=False, is_switch=False, **temperatures, **rates)
-    batch = draw_batch(config)
+    batch, augment = draw_batch(config), build_augment(config)
     micro = config.data.micro_batch_size or config.data.global_batch_size
 
     def run():
+        batches = on_device((batch for _ in range(steps)), strategy.device)
         losses = [
-            train_step(
-                strategy, bank, MicroBatches(batch, micro, strategy.device, dtype, config.views), hp
-            ).loss
-            for _ in range(steps)
+            train_step(strategy, bank, MicroBatches(b, micro, augment, dtype, config.views), hp).loss
+            for b in batches
         ]
         return functools.partial(with_parts, losses[0])
 
@@ -132,6 +133,7 @@ def prepare_peer(config, steps, device):
     from caco_scale import config as configuration
     from caco_scale.assemble import MicroBatches, build_model
     from caco_scale.benchmark.dense import DenseBank, PlainOptimizer
+    from caco_scale.data.augment import augment
     from caco_scale.method.bank import initial_rows
 
     config = configuration.replace(config, precision__compute="fp32", precision__compile=False)
@@ -139,10 +141,13 @@ def prepare_peer(config, steps, device):
     rows = initial_rows(0, config.bank.size, config.model.embedding_dim, 0, torch.float32, device)
     bank = DenseBank(rows, config.loss.temperature, config.bank.temperature, by_autograd=False)
     optimizer = PlainOptimizer(config.optim.name, model.query, LR, config.optim.weight_decay)
-    batch = draw_batch(config)
+    drawn = draw_batch(config)
 
     def step():
-        (views,) = MicroBatches(batch, len(batch.keys), torch.device(device), torch.float32, config.views)
+        crops = [view.to(device) for view in drawn.crops]
+        params = [{name: values.to(device) for name, values in p.items()} for p in drawn.params]
+        batch = dataclasses.replace(drawn, crops=crops, params=params)
+        (views,) = MicroBatches(batch, len(batch.keys), augment, torch.float32, config.views)
         queries = [model.query(view) for view in views]
         with torch.no_grad():
             keys = [model.key(view) for view in views[:2]]

@@ -1,9 +1,9 @@
 """The batched part of the augmentation, on the training device: jitter, grey, blur, solarize, flip.
 
 Equal, sample by sample, to torchvision's functional operations on float images, with a parameter of its own
-for each sample. The parameters stay on the CPU, where the loader put them: on a CPU only the samples that use
-an operation go through it. On a GPU (and under ``torch.compile``) every operation covers the whole batch and
-leaves the samples that do not use it unchanged: static shapes, no look at a value, no wait of the host.
+for each sample. On a CPU only the samples that use an operation go through it. On a GPU (and under
+``torch.compile``) every operation covers the whole batch and leaves the samples that do not use it unchanged:
+static shapes, no look at a value, no wait of the host.
 
 Shapes: B this rank's batch, H = W the crop's side, k blur kernel size. Images are (B, 3, H, W) in [0, 1].
 """
@@ -19,7 +19,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def augment(crops, params, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=torch.float32, channels_last=False):
     """Jitter, grey, blur, solarize, flip, normalise: (B, H, W, 3) uint8 -> (B, 3, H, W) of ``dtype``.
 
-    params: what ``views.draw_colour`` drew, as CPU tensors with first axis B. Per sample equal to
+    params: what ``views.draw_colour`` drew, as tensors with first axis B on the crops' device. Per sample equal to
     ``torchvision.transforms.v2.functional`` (reflect-padded blur of the given kernel) to 1e-5 in float32.
     """
     images = _to_float(crops, dtype)
@@ -49,21 +49,17 @@ def _normalised(images, mean, std, channels_last):
 
 def _where(use, operation, images, *values):
     """``operation(images, *values)`` for the samples that ``use`` (B,) names, the others as they are."""
+    values = [value.to(images.dtype) for value in values]
     if images.device.type != "cpu" or torch.compiler.is_compiling():
-        use = use.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
-        return torch.where(use, operation(images, *(_like(v, images) for v in values)), images)
+        use = use.view(-1, 1, 1, 1)
+        return torch.where(use, operation(images, *values), images)
     samples = use.nonzero().squeeze(1)
     if len(samples) == 0:
         return images
     if len(samples) == len(images):
-        return operation(images, *(_like(v, images) for v in values))
-    changed = operation(images[samples], *(_like(v[samples], images) for v in values))
+        return operation(images, *values)
+    changed = operation(images[samples], *(value[samples] for value in values))
     return images.index_copy(0, samples, changed)
-
-
-def _like(values, images):
-    """Per-sample parameters (B, ...) on the images' device and in their dtype."""
-    return values.to(images, non_blocking=True)
 
 
 def _jitter(images, params):

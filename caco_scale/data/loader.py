@@ -55,9 +55,9 @@ class Batch:
     """This rank's share of one global batch.
 
     keys: planned samples as "shard/key", in batch order. crops: one (B, h, w, 3) uint8 per view. params: one
-    dict per view of CPU tensors with first axis B, for ``augment``. corrupt: samples that did not decode, as
-    {"key", "error", "substitute"}; their rows hold the substitute's pixels under the planned sample's random
-    numbers.
+    dict per view of tensors with first axis B, for ``augment``. Both come on the CPU; ``transfer.on_device`` moves
+    them. corrupt: samples that did not decode, as {"key", "error", "substitute"}; their rows hold the substitute's
+    pixels under the planned sample's random numbers.
     """
 
     step: int
