@@ -1,6 +1,9 @@
 """Launches: what training sees is what was asked for, or one line says how to launch it."""
 
 import json
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -179,3 +182,30 @@ def test_fp64_under_deepspeed_says_what_can(tmp_path):
     flags = {**SMALL, "data.shards": shards, "run.dir": tmp_path / "run"}
     assert "fp64 cannot be had from DeepSpeed" in failure(launch(flags, launcher=launcher, code=1))
     assert not (tmp_path / "run").exists()
+
+
+PAGES_OF_FREED_MEMORY = """
+import resource, sys, torch
+from caco_scale.distributed.launch import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+def pages():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(12 << 20)
+before = pages()
+for _ in range(10):
+    torch.ones(12 << 20)  # 48 MiB, 12,288 pages
+print(pages() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_a_step_takes_the_memory_that_the_one_before_it_freed():
+    pages = {}
+    for how in ("kept", "as it comes"):
+        run = subprocess.run(
+            [sys.executable, "-c", PAGES_OF_FREED_MEMORY, how], capture_output=True, text=True
+        )
+        pages[how] = int(run.stdout)
+    assert pages["kept"] <= 2 * 12_288
+    assert pages["as it comes"] >= 9 * 12_288

@@ -6,8 +6,10 @@ nothing fails, the loss falls, and the result is another one. So all of it is ch
 """
 
 import contextlib
+import ctypes
 import json
 import os
+import platform
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +26,10 @@ STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 # What launchers leave in the environment of a process that is one of several.
 PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+
+# glibc's mallopt: freed memory from whose end on is given back, blocks from which size on are mapped alone.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST_KEPT_BLOCK = 2**30
 
 CHECKOUT = Path(__file__).parents[2]  # where ds_configs/ lies beside the package
 
@@ -238,6 +244,7 @@ def start_processes(asked_world_size=0, timeout_seconds=1800):
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         refuse_lost_driver(os.environ)
+        keep_freed_memory()
     # accelerate 1.15 believes to be rank 0 of 1 on a CPU unless it is told the backend; alone it refuses one.
     grouped = int(os.environ.get("WORLD_SIZE", 1)) > 1 or strategy.startswith("zero")
     backend, timeout = "gloo" if on_cpu else "nccl", timedelta(seconds=timeout_seconds)
@@ -253,6 +260,18 @@ def start_processes(asked_world_size=0, timeout_seconds=1800):
             accelerator = Accelerator(cpu=on_cpu, **options)
     check_world_size(accelerator.num_processes, asked_world_size, os.environ)
     return accelerator
+
+
+def keep_freed_memory():
+    """Let this process keep what its tensors free for the next ones, as torch does by itself on a GPU.
+
+    By default glibc gives large blocks back to the system, which hands them out again page by page, zeroed: that was a
+    sixth of the demo's CPU time. Memory stays at its peak instead of falling between steps.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _start_deepspeed(on_cpu, options):
