@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
-from caco_scale.errors import Parser, UserError, exit_on_user_error, one_line
+from caco_scale.errors import Parser, UserError, exit_on_user_error, one_line, run_command
 
 REQUIRED = (
     *("torch", "torchvision", "accelerate", "webdataset", "obstore", "numpy", "simplejpeg"),
@@ -371,4 +371,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -34,7 +34,7 @@ from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 
-from caco_scale.errors import Parser, UserError, exit_on_user_error, one_line
+from caco_scale.errors import Parser, UserError, exit_on_user_error, one_line, run_command
 
 BAD_NODES, NO_CULPRIT = 3, 4  # exit codes
 PACKAGES = ("torch", "deepspeed", "accelerate")
@@ -504,4 +504,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,7 +6,7 @@ answered at once). Loader workers import this module too, so it imports nothing 
 
 import sys
 
-from caco_scale.errors import exit_on_user_error
+from caco_scale.errors import exit_on_user_error, run_command
 
 
 @exit_on_user_error
@@ -28,4 +28,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

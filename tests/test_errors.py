@@ -112,3 +112,25 @@ def test_images_that_do_not_decode_are_replaced_up_to_a_limit(flags, tmp_path):
     assert (tmp_path / "run/corrupt.jsonl").exists()
     code, error = pretrain({**flags, "data.max_corrupt": 0.5, "run.dir": str(tmp_path / "run2")}, tmp_path)
     assert code == 0, error
+
+
+PROGRAM = """
+import atexit, os, sys
+from caco_scale.errors import UserError, exit_on_user_error, run_command
+atexit.register(os.abort)  # what a thread of gloo does to the interpreter's end
+@exit_on_user_error
+def main():
+    print("all is saved")
+    if sys.argv[1] == "error":
+        atexit.unregister(os.abort)
+        raise UserError("no such thing")
+    sys.exit(0) if sys.argv[1] == "exit" else None
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("return", 0), ("exit", 0), ("error", 2)])
+def test_a_good_end_does_not_hang_on_the_interpreters_own(how, code):
+    run = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (code, "all is saved\n")
+    assert run.stderr == ("error: no such thing\n" if code else "")

@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-from caco_scale.errors import Parser, UserError, did_you_mean, exit_on_user_error
+from caco_scale.errors import Parser, UserError, did_you_mean, exit_on_user_error, run_command
 
 
 def parse(arguments):
@@ -199,4 +199,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
