@@ -4,11 +4,13 @@ Parquet is read row group by row group, while a build reads images in random ord
 to one file in the scratch folder, and read from there by offset.
 """
 
+import contextlib
 import json
 import os
 import re
 from pathlib import Path
 
+from caco_scale.atomic import write_atomically
 from caco_scale.errors import UserError, one_line
 from data_prep.destination import FULL_DISK, free_space
 from data_prep.sources import File, Listing, TarSource
@@ -42,10 +44,11 @@ class ParquetSource(TarSource):
     def scan(self):
         there = None
         if os.path.exists(self.note) and os.path.exists(self.path):
-            there = json.loads(Path(self.note).read_text())
+            with contextlib.suppress(ValueError):  # cut short by an earlier version
+                there = json.loads(Path(self.note).read_text())
         if there is None or there["origin"] != self.origin:
             there = {"origin": self.origin, "files": self._unpack()}
-            Path(self.note).write_text(json.dumps(there))
+            write_atomically(self.note, json.dumps(there).encode())
         listing = Listing()
         for name, size, offset in there["files"]:
             listing.add(File(name, size, offset))

@@ -101,14 +101,19 @@ describe_job() {
     --kill-on-bad-exit=1 --wait=300 "${SRUN_OPTIONS[@]}")
 }
 
-# One field of what SLURM says of this job.
-job_field() { scontrol show job -o "$JOB" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
+# job_field NAME [TRIES]: one field of what SLURM says of this job. Its controller may be restarting: asked again, ten
+# seconds apart, for two minutes; then nothing, which says nothing of the job.
+job_field() {
+  local record='' tries=${2:-13}
+  until record=$(scontrol show job -o "$JOB" 2> /dev/null) || ((--tries <= 0)); do sleep 10; done
+  tr ' ' '\n' <<< "$record" | sed -n "s/^$1=//p" | head -n 1
+}
 
 # Seconds since 1970 at which the job ends, nothing where it has no end. SLURM 22.05 does not say so itself.
 job_end() {
   local end
   end=$(job_field EndTime)
-  [ "$end" = Unknown ] || date -d "$end" +%s
+  [ -z "$end" ] || [ "$end" = Unknown ] || date -d "$end" +%s
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,7 +274,7 @@ run_step() {
     if [ -n "$ASKED" ]; then
       # Again and again until it has saved: the first may come before there is a trainer to hear it.
       marked_interrupted || ((told++ % 5)) || kill -USR1 $STEP_PID 2> /dev/null
-      [ "$ASKED" != TERM ] || [ "$(job_field Reason)" != TimeLimit ] || break # nothing will be heard of it
+      [ "$ASKED" != TERM ] || [ "$(job_field Reason 1)" != TimeLimit ] || break # nothing will be heard of it
     fi
   done
   if kill -0 $STEP_PID 2> /dev/null; then RC=$LEFT_TO_SLURM; else wait $STEP_PID; RC=$?; fi
@@ -312,7 +317,14 @@ conclude() {
 }
 
 # SLURM has taken the job away (scancel, an admin's requeue, a node lost): it knows what comes next.
-taken_away() { [ "$(job_field JobState)" != RUNNING ] && [ "$(job_field Reason)" != TimeLimit ]; }
+taken_away() {
+  local state
+  state=$(job_field JobState)
+  [ -n "$state" ] && [ "$state" != RUNNING ] && [ "$(job_field Reason)" != TimeLimit ]
+}
+
+# Once more where it fails: after the controller answers again.
+requeue() { scontrol requeue "$JOB" || { job_field JobState > /dev/null && scontrol requeue "$JOB"; }; }
 
 come_back() {
   if taken_away; then
@@ -325,7 +337,7 @@ come_back() {
     exit 0
   fi
   trap '' TERM # SLURM's, for a requeued job
-  scontrol requeue "$JOB" || { say "error: scontrol requeue fails: submit again, it resumes" >&2; exit 1; }
+  requeue || { say "error: scontrol requeue fails: submit again, it resumes" >&2; exit 1; }
   # It is pending now, and this shell has the time until SLURM kills it.
   [ -z "$BAD_NODES" ] || leave_out "$BAD_NODES" "$JOB"
   exit 0

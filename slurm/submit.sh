@@ -86,10 +86,13 @@ header() {
 }
 
 dry_run() {
-  local gpus
+  local gpus nodes
   cat "$RENDERED"
   bash -n "$RENDERED" || die "the script is not valid bash"
-  gpus=$(($(header nodes) * $(header gpus-per-node SBATCH_GPUS_PER_NODE)))
+  nodes=$(header nodes) gpus=$(header gpus-per-node SBATCH_GPUS_PER_NODE)
+  gpus=${gpus##*:} # of h100:8
+  [[ $nodes =~ ^[0-9]+$ && $gpus =~ ^[0-9]+$ ]] || die "no estimate for $nodes nodes of $gpus GPUs: give numbers"
+  gpus=$((nodes * gpus))
   # shellcheck disable=SC2086
   "${CONTAINER[@]}" python -m caco_scale.estimate "$RECIPE" "${FLAGS[@]}" --run.dir "$RUN_DIR" --gpus $((gpus > 0 ? gpus : 1)) \
     ${IMAGES_PER_SECOND:+--images-per-second $IMAGES_PER_SECOND} ${PRICE_PER_GPU_HOUR:+--price $PRICE_PER_GPU_HOUR} ||

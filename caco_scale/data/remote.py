@@ -348,6 +348,8 @@ def _final_error(error, what, verb, reason):
         return MissingObject(f"{what} does not exist ({reason})")
     if isinstance(error, exceptions.AlreadyExistsError | exceptions.PreconditionError):
         return ObjectExists(f"{what} exists already")
+    if re.search(r"\b(RequestTimeout|IncompleteBody|BadDigest)\b", reason):
+        return None  # S3 says 400 to an upload that stalled or was cut, too
     status = re.search(r"status code: (\d+)", reason)
     refused = exceptions.PermissionDeniedError | exceptions.UnauthenticatedError | PermissionError
     if isinstance(error, refused) or (status and int(status[1]) in REFUSED):
