@@ -313,9 +313,8 @@ class FaultProxy(_Server):
         self.faults, self.every, self.stall_seconds = faults, every, stall_seconds
         self.gone = False  # set: no request is answered any more
         self.injected, self.requests, self.lock = Counter(), 0, threading.Lock()
-        self.in_a_row = (
-            Counter()
-        )  # by path and last byte: a retry asks for what is missing, up to the same end
+        # By path and last byte: a retry asks for what is missing, up to the same end.
+        self.in_a_row = Counter()
         proxy = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
