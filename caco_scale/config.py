@@ -128,7 +128,7 @@ class Bank:
     exchange: Literal["statistics", "logits"] = "statistics"
     """What ranks exchange: exact softmax statistics, or whole rows of logits (equal result, heavy)."""
     kernel: Literal["torch", "triton"] = "torch"
-    """How the bank computes: torch (chunks), or Triton kernels on CUDA, which have not been run on a GPU so far."""
+    """How the bank computes: torch (chunks), or Triton kernels on CUDA (README, "How fast")."""
     kernel_inputs: Literal["fp32", "tf32", "bf16"] = "tf32"
     """Number format that the Triton kernels' matrix products read (their sums are fp32)."""
     temperature: float = 0.08

@@ -6,6 +6,13 @@ import pytest
 from ceph_server import CephServer
 from s3_server import BUCKET, CannotStart, SwiftServer, credentials
 
+
+def pytest_configure(config):
+    """GPUs are for ``-m gpu``: the other tests start several processes, perhaps more than this machine has GPUs."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 S3_SERVERS = {"swift": SwiftServer, "ceph": CephServer}
 
 

@@ -139,7 +139,11 @@ def run(case, strategy, bank):
         hook = None
         if step == case["not_finite_step"] and strategy.rank == strategy.world_size - 1:
             hook = _poison(strategy)
-        result = train_step(strategy, bank, views_of(case, step, strategy.rank, strategy.world_size), hp)
+        micro_batches = [
+            [view.to(strategy.device) for view in views]
+            for views in views_of(case, step, strategy.rank, strategy.world_size)
+        ]
+        result = train_step(strategy, bank, micro_batches, hp)
         if hook:
             hook.remove()
         moved.append(bool(result.moved))

@@ -15,6 +15,8 @@ from oracle import oracle_step, random_inputs
 from caco_scale.benchmark import paper
 from caco_scale.benchmark.__main__ import main
 from caco_scale.benchmark.dense import DenseBank, pair_list
+from caco_scale.benchmark.rounds import in_turn
+from caco_scale.errors import UserError
 from caco_scale.method.bank import pair_weights
 
 
@@ -130,3 +132,16 @@ def test_a_typo_is_one_line(words, said, capsys):
         main(words)
     assert end.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def prepare_too_large():
+    return too_large
+
+
+def too_large():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.53 GiB.\nGPU 0 has ...")
+
+
+def test_a_gpu_that_is_too_small_is_one_line():
+    with pytest.raises(UserError, match=r"'peer' needs more memory than is free.*1\.53 GiB\. GPU 0 has"):
+        in_turn({"peer": prepare_too_large}, 1)

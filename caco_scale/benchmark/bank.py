@@ -10,6 +10,7 @@ from caco_scale.benchmark.rounds import in_turn, median
 
 BANK_LR = 3.0
 PEERS = {"dense, autograd": True, "dense, gradient written out": False}
+KERNELS = {f"sharded bank, Triton, {inputs}": inputs for inputs in ("tf32", "bf16")}  # on CUDA
 # Blocks of N×K numbers that a dense peer holds at its peak, at least: for each pair the logits' softmax, for autograd.
 DENSE_BLOCKS = 6
 
@@ -18,6 +19,9 @@ def measure(samples, size, dim, rounds, threads, device):
     """``{"rows": [...], "ratios": {...}, "agreement": {...}, ...}`` of one step (loss, gradients, bank step)."""
     inputs = {"samples": samples, "size": size, "dim": dim, "device": device}
     contenders = {"sharded bank": functools.partial(prepare_sharded, **inputs)}
+    for name, kernel_inputs in KERNELS.items() if device == "cuda" else ():
+        kernels = {"kernel": "triton", "kernel_inputs": kernel_inputs}
+        contenders[name] = functools.partial(prepare_sharded, **kernels, **inputs)
     notes = [
         f"N = {samples:,} samples in two views, K = {size:,} rows, D = {dim}, {threads} thread(s), {device}"
     ]
@@ -35,13 +39,13 @@ def measure(samples, size, dim, rounds, threads, device):
         row["time_ratio"] = round(row["seconds"] / ours["seconds"], 2)
         row["memory_ratio"] = round(row["extra_mb"] / ours["extra_mb"], 2)
     values = {name: rounds_of[0].value for name, rounds_of in measured.items()}
-    agreement = {name: compare(values["sharded bank"], values[name]) for name in contenders if name in PEERS}
+    agreement = {name: compare(values["sharded bank"], values[name]) for name in [*contenders][1:]}
     notes += [f"first step, sharded bank against {name}: {_words(a)}" for name, a in agreement.items()]
     return {**inputs, "threads": threads, "rounds": rounds, "rows": rows, "agreement": agreement}, notes
 
 
 def _row(name, measured):
-    figures = {figure: round(median(measured, figure), 3) for figure in ("cpu_seconds", "seconds")}
+    figures = {name: float(f"{median(measured, name):.4g}") for name in ("cpu_seconds", "seconds")}
     return {"what": name, **figures, "extra_mb": round(measured[0].extra_bytes / 1e6, 1)}
 
 
@@ -69,11 +73,11 @@ def draw_inputs(samples, dim, device):
     return views[:2], views[2:]
 
 
-def prepare_sharded(samples, size, dim, device):
+def prepare_sharded(samples, size, dim, device, **kernels):
     """A function that makes one step of the sharded bank; it returns what gives the step's results by value."""
     from caco_scale.method.bank import ShardedBank
 
-    bank = ShardedBank(size, dim, device=device)
+    bank = ShardedBank(size, dim, device=device, **kernels)
     queries, keys = draw_inputs(samples, dim, device)
 
     def step():

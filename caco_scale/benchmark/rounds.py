@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
-from caco_scale.errors import UserError
+from caco_scale.errors import UserError, one_line
 
 _run = None  # in a contender's process: what is measured
 
@@ -47,8 +47,10 @@ def in_turn(contenders, rounds, threads=1, values=True):
         for number in range(rounds + 1):
             for name, pool in pools.items():
                 results[name].append(pool.submit(_timed, values and number == 0).result())
-    except BrokenProcessPool:
-        raise UserError(f"the process of {name!r} was killed: it needs more memory than is free") from None
+    except (BrokenProcessPool, MemoryError) as error:
+        raise UserError(
+            f"{name!r} needs more memory than is free, give a smaller case: {one_line(error)}"
+        ) from None
     finally:
         for pool in pools.values():
             pool.shutdown()
@@ -71,11 +73,21 @@ def _prepare(prepare, threads):
 
 def _timed(with_value):
     start, start_cpu = time.perf_counter(), time.process_time()
-    value = _run()
+    value = _run_once()
     _Memory.wait()
     cpu, wall = time.process_time() - start_cpu, time.perf_counter() - start
     peak = _Memory.peak()
     return Round(cpu, wall, peak - _Memory.before, peak, value() if with_value else None)
+
+
+def _run_once():
+    """A round; a GPU that is too small is the same mistake as a machine that is."""
+    import torch
+
+    try:
+        return _run()
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(one_line(error)) from None
 
 
 class _Memory:

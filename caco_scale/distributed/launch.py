@@ -241,6 +241,9 @@ def start_processes(asked_world_size=0, timeout_seconds=1800):
         UserError: training would not see the processes or the strategy that were asked for.
     """
     strategy = launched_strategy(os.environ)
+    torch.backends.cudnn.allow_tf32 = (
+        False  # torch's default would have convolutions in fp32 read 10 bits of it
+    )
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         refuse_lost_driver(os.environ)

@@ -171,7 +171,7 @@ class ShardedBank:
         dtype: torch.float32 or torch.float64, of rows, velocity and computation.
         seed: of the initial rows, which are the same at any world size.
         kernel: "torch": chunks by torch's own operations. "triton": kernels of ``kernels.py``, whose exponentials
-            never reach memory, for float32 on CUDA; asked for, never chosen, as they have not run on a GPU yet.
+            never reach memory, for float32 on CUDA; asked for, never chosen: tf32 and bf16 move a few positives.
         kernel_inputs: what the kernels' matrix products read: "fp32", "tf32" or "bf16"; sums are fp32.
         exchange: what crosses ranks for the softmax. "statistics": one sum per query. "logits": whole rows of
             similarities, to the rank that owns the query; heavy, simple, equal in result: the other's check.
