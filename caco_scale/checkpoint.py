@@ -37,7 +37,6 @@ import warnings
 import zipfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -53,12 +52,12 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor
 
 from caco_scale.atomic import flush_to_disk
+from caco_scale.distributed.collectives import new_host_group, world_size
 from caco_scale.distributed.partition import flat_part, is_zero3, whole_shape
 from caco_scale.errors import UserError, one_line
 from caco_scale.optim.groups import named_state
 
 FORMAT = 1
-GROUP_TIMEOUT = timedelta(hours=2)  # one rank may wait this long for another's slow disk
 
 # One process is a legitimate way to train; DCP warns about it at every save.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -389,12 +388,9 @@ def _together(function, group):
     return [result for result, _ in outcomes]
 
 
-def _new_cpu_group(group, timeout=GROUP_TIMEOUT):
-    """A gloo group of the same ranks (collective), which synchronises no GPU; None for one process."""
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return None
-    ranks = None if group is None else dist.get_process_group_ranks(group)
-    return dist.new_group(ranks, backend="gloo", timeout=timeout)
+def _new_cpu_group(group):
+    """A gloo group of the same ranks (collective); None for one process."""
+    return new_host_group(group) if world_size(group) > 1 else None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -406,16 +402,15 @@ class Checkpointer:
 
     ``directory``: the run's ``checkpoints`` folder. ``keep``: newest checkpoints to keep, 0 = all; an older
     one is deleted only when the new one is complete, and only if its step is smaller. ``group``: the ranks
-    that save (default: all). ``timeout``: a rank that waits longer for another in one exchange fails, so that a
-    process that hangs does not keep the others alive in a save. Collective: the constructor, ``save``, ``check``,
-    ``wait``, ``latest``, ``close``. The constructor also removes what killed saves left behind, so build it before
-    asking for the latest checkpoint.
+    that save (default: all). A process that hangs does not keep the others alive in a save for longer than
+    ``collectives.patience()``. Collective: the constructor, ``save``, ``check``, ``wait``, ``latest``, ``close``.
+    The constructor also removes what killed saves left behind, so build it before asking for the latest checkpoint.
     """
 
-    def __init__(self, directory, keep=0, group=None, timeout=GROUP_TIMEOUT):
+    def __init__(self, directory, keep=0, group=None):
         self.directory, self.keep = Path(directory), keep
-        self._group = _new_cpu_group(group, timeout)  # the background thread's own
-        self._control = _new_cpu_group(group, timeout)  # the training thread's: two threads cannot share one
+        self._group = _new_cpu_group(group)  # the background thread's own
+        self._control = _new_cpu_group(group)  # the training thread's: two threads cannot share one
         self._rank = dist.get_rank(self._group) if self._group else 0
         self._world_size = dist.get_world_size(self._group) if self._group else 1
         self._staging, self._thread, self._error = _Staging(), None, None

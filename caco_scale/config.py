@@ -40,7 +40,7 @@ class Run:
     stop_before_end_seconds: float = 60
     """Seconds before the end of a SLURM job, beyond a step and two saves, at which the run stops itself; 0 = off."""
     timeout_seconds: float = 1800
-    """Seconds that a process waits in one exchange for the others, after which the run ends as hung."""
+    """Seconds to wait for another process in one exchange, or for a batch of the loader; then the run ends as hung."""
     profile_steps: int = 0
     """Steps to measure after the first few: a trace and a table of their parts in run.dir/profile; 0 = none."""
     resume: str = "auto"

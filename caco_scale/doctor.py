@@ -24,6 +24,7 @@ REQUIRED = (
     *("safetensors", "tensorboard", "tyro", "rich", "pyyaml", "pillow"),
 )
 LOWEST = {"torch": (2, 11), "accelerate": (1, 10), "numpy": (2, 0), "webdataset": (1, 0), "tyro": (1, 0)}
+OFFLOADING = "zero3_offload"  # the file of ds_configs/ that is no strategy of its own
 MEASURED_IMAGES = 64  # in each of two batches, the second of which is timed
 DEEPSPEED = ("deepspeed", "transformers")  # accelerate's DeepSpeed plugin imports transformers at every stage
 
@@ -131,7 +132,7 @@ def check_plan(config, strategy, processes):
     from caco_scale.distributed.strategy import check_combination
 
     if strategy not in STRATEGIES:
-        return [fail(f"--strategy {strategy}: give one of {', '.join(STRATEGIES)}")], None
+        return [fail(f"--strategy {strategy}: give one of {', '.join(STRATEGIES)}, {OFFLOADING}")], None
     cuda = torch.cuda.is_available()
     try:
         if not cuda:
@@ -266,21 +267,23 @@ def check_storage(config):
     return [ok(f"run.dir {path}, {shutil.disk_usage(existing).free / 1e9:,.0f} GB free")]
 
 
-def check_memory(config, strategy, world_size, device):
-    """The estimate of a rank's memory, against the GPU's -> findings."""
+def check_memory(config, strategy, world_size, device, offloaded=False):
+    """The estimate of a rank's memory, against the GPU's -> findings. ``offloaded``: as of ``estimate_memory``."""
     import torch
 
     from caco_scale.memory import estimate_memory
 
     share = config.data.global_batch_size // world_size
     try:
-        estimate = estimate_memory(config, strategy, world_size, config.data.micro_batch_size or share)
+        micro_batch_size = config.data.micro_batch_size or share
+        estimate = estimate_memory(config, strategy, world_size, micro_batch_size, offloaded)
     except UserError as error:
         return [fail(one_line(error))]
     parts = ", ".join(
         f"{f.name.replace('_', ' ')} {getattr(estimate, f.name) / 1e9:.2f}" for f in fields(estimate)
     )
-    text = f"memory of a rank under {strategy}, estimated: {estimate.total / 1e9:.2f} GB ({parts})"
+    name = f"{strategy} with offloading" if offloaded else strategy
+    text = f"memory of a rank under {name}, estimated: {estimate.total / 1e9:.2f} GB ({parts})"
     if device.type != "cuda":
         return [note(text)]
     free, total = torch.cuda.mem_get_info(device)
@@ -288,7 +291,7 @@ def check_memory(config, strategy, world_size, device):
         return [
             fail(
                 f"{text}, but the GPU has {total / 1e9:.1f} GB: give a smaller --data.micro_batch_size, "
-                "more processes, or ds_configs/zero2.yaml, fsdp2.yaml, zero3_offload.yaml"
+                f"more processes{'' if offloaded else ', or ds_configs/zero2.yaml, fsdp2.yaml, zero3_offload.yaml'}"
             )
         ]
     if estimate.total > free:
@@ -301,12 +304,16 @@ def examine(config, plan=None):
 
     ``plan``: (strategy, number of processes) of a launch to come; None = this launch.
     """
-    from caco_scale.distributed.launch import launched_strategy
+    from caco_scale.distributed.launch import launched_strategy, offloads
 
     try:
         strategy = plan[0] if plan else launched_strategy(os.environ)
+        offloaded = strategy == OFFLOADING if plan else offloads(os.environ)
     except UserError as error:
         return [fail(one_line(error)), *check_versions("ddp"), *check_storage(config)]
+    if plan and offloaded:
+        strategy = strategy.removesuffix("_offload")
+        plan = strategy, plan[1]
     findings = check_versions(strategy)
     if any(f.status == "FAIL" for f in findings):
         return findings + check_storage(config)
@@ -322,7 +329,7 @@ def examine(config, plan=None):
         found, data = check_data(config, place.rank, place.world_size)
         findings += found + (check_resume(config, data) if data else [])
         arithmetic = check_arithmetic(config, place.world_size, data)
-        arithmetic += check_memory(config, strategy, place.world_size, place.device)
+        arithmetic += check_memory(config, strategy, place.world_size, place.device, offloaded)
         arithmetic += check_loader(config, data) if data else []
     return findings + arithmetic + check_storage(config)
 

@@ -5,13 +5,14 @@
 Measured is what the run's own ``metrics.jsonl`` says; on another number of GPUs it counts in proportion.
 """
 
+import math
 import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 from caco_scale.errors import Parser, UserError, exit_on_user_error
-from caco_scale.run_directory import last_json_line, read_json_lines
+from caco_scale.run_directory import read_json_lines
 
 IMAGENET = 1_281_167  # training images; what is counted with where no shard set is named
 RECENT_LINES = 20
@@ -35,11 +36,21 @@ def total_steps(config):
 
 
 def measured(run_dir):
-    """(images per second of all processes, the median of the last lines; processes), or None where none are known."""
-    metrics = read_json_lines(Path(run_dir, "metrics.jsonl"))
-    rates = [rate for line in metrics if (rate := line.get("images_per_second"))]
-    attempt = last_json_line(Path(run_dir, "attempts.jsonl"))
-    return (statistics.median(rates[-RECENT_LINES:]), attempt["world_size"]) if rates and attempt else None
+    """(images per second of all processes, the median of the last lines; processes), or None where none are known.
+
+    Of the newest start that has lines of its own: others may have had more processes or fewer.
+    """
+    lines = [
+        line for line in read_json_lines(Path(run_dir, "metrics.jsonl")) if line.get("images_per_second")
+    ]
+    stop = math.inf
+    for attempt in reversed(list(read_json_lines(Path(run_dir, "attempts.jsonl")))):
+        start = attempt["resumed_step"] or 0
+        rates = [line["images_per_second"] for line in lines if start < line["step"] <= stop]
+        if rates:
+            return statistics.median(rates[-RECENT_LINES:]), attempt["world_size"]
+        stop = min(stop, start)
+    return None
 
 
 def estimate(config, gpus, images_per_second=None, price=None):

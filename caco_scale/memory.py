@@ -21,6 +21,7 @@ PARTITIONED = {  # what each strategy divides by R
     "zero3": ("masters", "optimizer state", "gradients", "parameters"),
     "fsdp2": ("optimizer state", "gradients", "parameters"),
 }
+OFFLOADED = ("masters", "optimizer state")
 GATHERED_ELEMENTS = 100_000_000  # ds_configs/zero3.json: max_live_parameters and prefetch_bucket_size
 BUCKET_ELEMENTS = 50_000_000  # ds_configs/zero*.json: reduce_bucket_size, allgather_bucket_size
 
@@ -42,16 +43,22 @@ class Estimate:
         return sum(dataclasses.astuple(self))
 
 
-def estimate_memory(config, strategy, world_size, micro_batch_size):
-    """The :class:`Estimate` of a resolved config under a strategy. Allocates the weights of one encoder, once."""
+def estimate_memory(config, strategy, world_size, micro_batch_size, offloaded=False):
+    """The :class:`Estimate` of a resolved config under a strategy. Allocates the weights of one encoder, once.
+
+    ``offloaded``: DeepSpeed's ``offload_optimizer``, with which masters and optimizer state are in the host's memory.
+    """
     encoder = build_encoder(config)
+    counted = max(micro_batch_size, 2)  # BatchNorm refuses a single image; several ranks together have more
     with FakeTensorMode():
         _forget_values(encoder)
-        saved = _saved_bytes(config, encoder, micro_batch_size)
+        saved = _saved_bytes(config, encoder, counted) * micro_batch_size // counted
     num_parameters = sum(p.numel() for p in encoder.parameters())
     size = 8 if config.precision.compute == "fp64" else 4
 
     def of(what, elements):
+        if offloaded and what in OFFLOADED:
+            return 0
         share = world_size if what in PARTITIONED[strategy] else 1
         return -(-elements * size // share)
 

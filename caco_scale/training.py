@@ -8,7 +8,6 @@ import os
 import socket
 import time
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
 
 from caco_scale import checkpoint
@@ -68,11 +67,7 @@ def run(config, signals):
     schedule = build_schedule(config, data.order)
     directory = RunDirectory(config.run.dir, accelerator.is_main_process)
     end = min(schedule.total_steps, config.run.max_steps or schedule.total_steps)
-    checkpointer = checkpoint.Checkpointer(
-        directory.checkpoints,
-        keep=config.run.keep_checkpoints,
-        timeout=timedelta(seconds=config.run.timeout_seconds),
-    )
+    checkpointer = checkpoint.Checkpointer(directory.checkpoints, keep=config.run.keep_checkpoints)
     newest = checkpointer.latest()
     resumed = find_checkpoint(config, newest, data)
     step = checkpoint.read_values(resumed)["step"] if resumed else 0

@@ -105,7 +105,9 @@ def build(
         packed = needs_scratch(src, **source_options)
         if packed and part:
             raise UserError(
-                f"a compressed tar cannot be shared among {part[1]} parts: decompress {src} first"
+                f"parquet files are shared among {part[1]} parts into a bucket only: build {dst} with one job"
+                if source_options.get("kind") == "parquet"
+                else f"a compressed tar cannot be shared among {part[1]} parts: decompress {src} first"
             )
         if packed:
             stack.enter_context(scratch_removed(dst, existed=os.path.isdir(dst)))

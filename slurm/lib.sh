@@ -45,6 +45,9 @@ load_site() {
   for name in MIN_FREE_GB MAX_FAILURES MAX_STARTS_PER_STEP MAX_STARTS; do
     [[ ${!name} =~ ^[0-9]+$ ]] || die "$name is '${!name}', which is no whole number: correct $site"
   done
+  [[ $SHM_GB =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "SHM_GB is '$SHM_GB', which is no number: correct $site"
+  CACHE=()
+  [ -z "$CACHE_DIR" ] || CACHE=(--data.cache_dir "$CACHE_DIR")
   local module
   for module in "${MODULES[@]}"; do module load "$module" || die "module load $module fails: correct MODULES in $site"; done
   if [ -n "${VENV:-}" ]; then
@@ -93,6 +96,7 @@ describe_job() {
   MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + RESTART) * 2 % 10000))
   SLURM_JOB_END_TIME=$(job_end)
   export MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
+  export SLURM_EXPORT_ENV=ALL # to srun's tasks, also where sbatch was told to hand nothing on
   # The launcher kills trainers so many seconds after a SIGTERM; its default of 30 is less than a save may take.
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
   # On a NCCL time-out every rank leaves its last collectives here (torch's flight recorder).
@@ -101,13 +105,20 @@ describe_job() {
     --kill-on-bad-exit=1 --wait=300 "${SRUN_OPTIONS[@]}")
 }
 
-# job_field NAME [TRIES]: one field of what SLURM says of this job. Its controller may be restarting: asked again, ten
-# seconds apart, for two minutes; then nothing, which says nothing of the job.
-job_field() {
-  local record='' tries=${2:-13}
-  until record=$(scontrol show job -o "$JOB" 2> /dev/null) || ((--tries <= 0)); do sleep 10; done
-  tr ' ' '\n' <<< "$record" | sed -n "s/^$1=//p" | head -n 1
+# patiently TRIES COMMAND: what it prints when it succeeds. SLURM's controller may be restarting: ten seconds apart.
+patiently() {
+  local tries=$1 output
+  shift
+  until output=$("$@" 2> /dev/null); do
+    ((--tries > 0)) || return
+    sleep 10
+  done
+  printf '%s\n' "$output"
 }
+
+# job_field NAME [TRIES]: one field of what SLURM says of this job; nothing where it does not answer for two minutes,
+# which says nothing of the job.
+job_field() { patiently "${2:-13}" scontrol show job -o "$JOB" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
 
 # Seconds since 1970 at which the job ends, nothing where it has no end. SLURM 22.05 does not say so itself.
 job_end() {
@@ -142,11 +153,11 @@ history_of_chain() {
 
 # Ends the job where starting again has not helped.
 refuse_to_loop() {
-  local failures starts all why=
-  read -r failures starts all LAST_END < <(history_of_chain)
+  local failures starts why=
+  read -r failures starts STARTS LAST_END < <(history_of_chain)
   ((failures < MAX_FAILURES)) || why="$failures starts in a row failed"
   ((starts < MAX_STARTS_PER_STEP)) || why="$starts starts in a row brought no step"
-  ((all < MAX_STARTS)) || why="this is start $((all + 1)), more than MAX_STARTS"
+  ((STARTS < MAX_STARTS)) || why="this is start $((STARTS + 1)), more than MAX_STARTS"
   [ -n "$why" ] || return 0
   note "gave-up" "$why"
   say "error: $why at step $(newest_step): see $RUN_DIR/slurm/*/node*.log, mend it and submit again" >&2
@@ -185,14 +196,20 @@ check_before_start() {
     case $flag in --run.dir* | --run-dir*) die "$flag: name the run by RUN_NAME, RUNS or RUN_DIR" ;; esac
   done
   free=$(($(df -Pk "$RUN_DIR" | awk 'NR == 2 { print $4 }') / 1000000))
-  ((free >= MIN_FREE_GB)) || die "$free GB free at $RUN_DIR, less than MIN_FREE_GB=$MIN_FREE_GB: free some, or give another RUNS"
+  ((free >= MIN_FREE_GB)) ||
+    refuse_start "$free GB free at $RUN_DIR, less than MIN_FREE_GB=$MIN_FREE_GB: free some, or give another RUNS"
   if [ "$LAST_END" = stopped ] && ((RESTART > 0)); then return; fi # it trained a moment ago, as it is
-  on_one_node python -m caco_scale.doctor "$RECIPE" "${FLAGS[@]}" --run.dir "$RUN_DIR" --processes "$PROCESSES" \
-    --strategy "${STRATEGY%_offload}" > "$LOGS/doctor.log" 2>&1 && return
+  on_one_node python -m caco_scale.doctor "$RECIPE" "${CACHE[@]}" "${FLAGS[@]}" --run.dir "$RUN_DIR" \
+    --processes "$PROCESSES" --strategy "$STRATEGY" > "$LOGS/doctor.log" 2>&1 && return
   line=$(grep -m 1 -E '^(FAIL|error:)' "$LOGS/doctor.log" || tail -n 1 "$LOGS/doctor.log")
-  ((RESTART > 0)) || die "${line#error: } (all in $LOGS/doctor.log)"
-  # What has trained already may only have lost its storage for a while: a failed start like any other.
-  say "error: ${line#error: } (all in $LOGS/doctor.log)" >&2
+  refuse_start "${line#error: } (all in $LOGS/doctor.log)"
+}
+
+# A mistake at the first start of a submission. Later its storage may only be away for a while: a failed start like
+# any other.
+refuse_start() {
+  ((STARTS > 0)) || die "$1"
+  say "error: $1" >&2
   note start "$SLURM_JOB_NODELIST"
   RC=$MISTAKE
   conclude
@@ -229,13 +246,17 @@ snapshot() {
 # Every node looks at itself and at the others; bad ones are left out, and the job comes back without them.
 preflight() {
   [ "$PREFLIGHT" = yes ] || return 0
-  local log=$LOGS/preflight.log bad
-  run_step "$log" "${CONTAINER[@]}" python -m caco_scale.preflight --gpus "$GPUS" --shm-gb "$SHM_GB"
+  local log=$LOGS/preflight.log names bad
+  names=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -s -d ,) # there is no scontrol in a container
+  run_step "$log" "${CONTAINER[@]}" python -m caco_scale.preflight --gpus "$GPUS" --shm-gb "$SHM_GB" --hosts "$names"
   [ "$RC" != 0 ] || return 0
-  bad=$(sed -n 's/^bad node \([^:]*\):.*/\1/p' "$log" | sort -u | paste -s -d ,)
-  [ -n "$bad" ] || { grep -m 1 -E '^(no node|error:)' "$log"; conclude; }
-  grep '^bad node' "$log"
-  BAD_NODES=$bad
+  bad=$(sed -n 's/^bad node \([^:]*\):.*/\1/p' "$log" | sort -u)
+  grep '^bad node' "$log" || grep -m 1 -E '^(no node|error:)' "$log"
+  if ((NODES > 1 && $(wc -w <<< "$bad") == NODES)); then
+    say "error: no node passes the preflight, so none is left out: mend what it says of them, or SHM_GB" >&2
+  else
+    BAD_NODES=$(paste -s -d , <<< "$bad")
+  fi
   conclude
 }
 
@@ -282,23 +303,27 @@ run_step() {
 
 # The trainer on all nodes, one launcher on each.
 launch() {
-  local config=$ROOT/ds_configs/$STRATEGY.yaml cache=() launcher
-  [ -z "$CACHE_DIR" ] || cache=(--data.cache_dir "$CACHE_DIR")
+  local config=$ROOT/ds_configs/$STRATEGY.yaml launcher
   # shellcheck disable=SC2016
   launcher='exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' # its own on every node
   say "step $(newest_step) on $SLURM_JOB_NODELIST: $RECIPE, $STRATEGY, $PROCESSES process(es); logs in $LOGS"
   run_step "$LOGS/node%n.log" "${CONTAINER[@]}" bash -c "$launcher" launcher \
     --config_file "$config" --num_machines "$NODES" --num_processes "$PROCESSES" \
     --main_process_ip "$MASTER_ADDR" --main_process_port $((MASTER_PORT + 1)) \
-    -m caco_scale.pretrain "$RECIPE" --run.dir "$RUN_DIR" --run.world_size "$PROCESSES" "${cache[@]}" "${FLAGS[@]}"
+    -m caco_scale.pretrain "$RECIPE" --run.dir "$RUN_DIR" --run.world_size "$PROCESSES" "${CACHE[@]}" "${FLAGS[@]}"
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
 # After the end of the step: done, or again, or SLURM's affair
 
+# The trainer has saved; or it was asked to stop and had nothing to save yet, or no time to.
+stopped_in_order() {
+  marked_interrupted || { [ -n "$ASKED" ] && { ((RC == 0 || RC > 128)) || taken_away; }; }
+}
+
 conclude() {
   local how=failed
-  if [ -n "$ASKED" ] || marked_interrupted; then how=stopped; fi
+  ! stopped_in_order || how=stopped
   [ -z "$BAD_NODES" ] || how='bad-nodes'
   # Of this start, not of the end that EXTEND goes beyond; a trainer that finds nothing to do leaves it as it was.
   if [ "$RUN_DIR/DONE" -nt "$LOGS/started" ] || { [ -e "$RUN_DIR/DONE" ] && [ "$how$RC" = failed0 ]; }; then
@@ -308,12 +333,12 @@ conclude() {
   fi
   note $how "rc=$RC asked=${ASKED:-no} $BAD_NODES"
   say "$how at step $(newest_step)"
-  [ $how != failed ] || grep -h -m 1 -E '^(\[rank[0-9]+\]: )?error:' "$LOGS"/node*.log 2> /dev/null | sort -u
+  [ "$RC" = 0 ] || grep -h -m 1 -E '^(\[rank[0-9]+\]: )?error:' "$LOGS"/node*.log 2> /dev/null | sort -u
   if [ -e "$RUN_DIR/STOP" ]; then
     say "$RUN_DIR/STOP is there: remove it and submit again"
     exit 0
   fi
-  come_back
+  come_back $how
 }
 
 # SLURM has taken the job away (scancel, an admin's requeue, a node lost): it knows what comes next.
@@ -334,7 +359,8 @@ come_back() {
   if [ "$REQUEUE" = no ] || [ "$(job_field Requeue)" = 0 ]; then
     [ -z "$BAD_NODES" ] || leave_out "$BAD_NODES"
     say "no requeue here: the next link of the chain, or the same sbatch, goes on"
-    exit 0
+    [ "$1" = stopped ]
+    exit
   fi
   trap '' TERM # SLURM's, for a requeued job
   requeue || { say "error: scontrol requeue fails: submit again, it resumes" >&2; exit 1; }

@@ -70,8 +70,12 @@ collect_options() {
 render() {
   env | grep '^SBATCH_' | sed 's/^/# from the environment: /' > "$RENDERED.env"
   printf '#SBATCH %s\n' "${OPTIONS[@]}" >> "$RENDERED.env"
+  # Said in the script, for sbatch may be told (SBATCH_EXPORT, --export) to hand no variables on.
+  local name last
+  for name in CACO_ROOT CACO_CHAIN RECIPE RUN_NAME RUN_DIR STRATEGY SITE EXTEND PROCESSES_PER_NODE; do
+    [ -z "${!name:-}" ] || printf 'export %s=%q\n' "$name" "${!name}"
+  done >> "$RENDERED.env"
   # After the header's last line: of two lines with one option sbatch takes the later one.
-  local last
   last=$(grep -n '^#SBATCH' "$SCRIPT" | tail -n 1 | cut -d : -f 1)
   sed "${last}r $RENDERED.env" "$SCRIPT" > "$RENDERED"
 }
@@ -132,7 +136,7 @@ self_test() {
 
 # Until the file has something in it, or the job is over.
 wait_for() {
-  while [ ! -s "$2" ] && [ "$(squeue -h -j "$1" -o %A 2> /dev/null)" ]; do sleep 1; done
+  while [ ! -s "$2" ] && [ "$(patiently 13 squeue -h -j "$1" -o %A)" ]; do sleep 1; done
 }
 
 parse "$@"

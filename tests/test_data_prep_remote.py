@@ -309,6 +309,7 @@ def test_parquet_of_several_splits_or_without_labels_is_refused(tmp_path):
     write_parquet(tmp_path / "data/test-00000-of-00001.parquet", images, [-1, -1, -1])
     refused("has 2 splits (test, train), which are no one set: choose one with --split", *flags)
     refused("label -1 of 3 classes", *flags, "--split", "test")
+    refused("shared among 2 parts into a bucket only", *flags, "--split", "train", "--part", "1/2")
     write_parquet(tmp_path / "data/test-00000-of-00001.parquet", images, [0, 1, 3])
     refused("label 3 of 3 classes", *flags, "--split", "test")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

@@ -91,6 +91,15 @@ def test_partitioning_divides_what_it_should():
         assert of[name].parameters == pytest.approx(2 * num_bytes / 8, rel=1e-6)
     assert of["ddp"].masters == of["fsdp2"].masters == 0
     assert of["zero3"].masters == pytest.approx(num_bytes / 8, rel=1e-6)
+    offloaded = estimate_memory(config, "zero3", 8, 2, offloaded=True)
+    assert offloaded == dataclasses.replace(of["zero3"], masters=0, optimizer_state=0)
+
+
+def test_one_image_at_a_time_can_be_estimated():
+    """As every rank has it where the global batch is the number of ranks; BatchNorm alone would refuse it."""
+    config = replace(load_recipe("demo"), precision__compute="fp32")
+    one, two = (estimate_memory(config, "ddp", 128, micro_batch_size) for micro_batch_size in (1, 2))
+    assert one == dataclasses.replace(two, activations=two.activations // 2)
 
 
 def test_activations_are_what_the_forward_really_saves():

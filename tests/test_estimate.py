@@ -40,11 +40,16 @@ def test_a_measured_rate_counts_in_proportion_and_what_is_done_counts_no_more(tm
     for step, rate in enumerate((None, 9.0, 10.0, 50.0), 1):
         directory.append_metrics({"step": step, "images_per_second": rate})
     directory.close()
+    more = RunDirectory(tmp_path / "run", is_main=True)  # which has no line of its own yet
+    more.start_attempt(world_size=8, resumed_step=4)
     (tmp_path / "run/checkpoints/step_00000010").mkdir()
     first, second = estimate(config, gpus=4)
     assert first == f"100 steps of 8 images (96 in {shards}), 10 done"
     hours = 90 * 8 / 20 / 3600
     assert second.startswith(f"at 20 images/s (measured: 10 on 2): {hours:.1f} hours on 4 GPU(s)")
+    more.append_metrics({"step": 5, "images_per_second": 32.0})
+    more.close()
+    assert "(measured: 32 on 8)" in estimate(config, gpus=4)[1]
 
 
 def test_what_cannot_be_estimated(tmp_path):

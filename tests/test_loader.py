@@ -26,6 +26,7 @@ from caco_scale.data.views import (
     draw_colour,
     draw_crop,
 )
+from caco_scale.distributed import collectives
 from caco_scale.errors import UserError
 
 VIEWS = [ViewSpec(32, (0.2, 1.0)), ViewSpec(24, (0.05, 0.5), blur_p=0.1, solarize_p=0.2)]
@@ -225,6 +226,24 @@ def test_closing_the_iterator_ends_the_workers(shards):
     for worker in workers:
         worker.join(60)
         assert worker.exitcode is not None
+
+
+def test_a_worker_that_hangs_is_a_users_error(shards):
+    """As one does whose disk does not answer; it is stopped here, and hears nothing but SIGKILL."""
+    before = collectives.patience()
+    collectives.set_patience(3)
+    try:
+        stream = batches(shards, num_steps=100_000, workers=2)
+        next(stream)
+        workers = multiprocessing.active_children()
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGSTOP)
+        with pytest.raises(UserError, match="no batch came for 3 seconds: the storage"):
+            for _ in stream:
+                pass
+        assert not any(worker.is_alive() for worker in workers)
+    finally:
+        collectives.set_patience(before.total_seconds())
 
 
 def test_a_killed_worker_is_a_users_error(shards):

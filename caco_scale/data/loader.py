@@ -39,6 +39,7 @@ from caco_scale.data.views import (
     draw_colour,
     draw_crop,
 )
+from caco_scale.distributed.collectives import patience
 from caco_scale.errors import UserError, one_line
 from caco_scale.signals import end_with_trainer, shielded
 
@@ -100,7 +101,7 @@ def train_batches(store, order, views, *, rank, world_size, start_step, num_step
 
     A sample that does not decode is replaced by a random one that depends only on (seed, epoch, sample).
     Raises UserError at the call when the ranks do not divide the global batch, and while iterating when a
-    shard is not as its manifest says or a worker dies.
+    shard is not as its manifest says, a worker dies, or none gives a batch for ``collectives.patience()``.
     """
     rank_share(order.batch(start_step), rank, world_size)  # not divisible: an error now and in this process
     steps = range(start_step, num_steps)
@@ -343,6 +344,7 @@ def _stream(stages, workers):
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=functools.partial(_start_worker, dict(os.environ)),
+        timeout=patience().total_seconds() if workers else 0,
         pin_memory=torch.cuda.is_initialized(),  # pages locked for copies to the GPU that the trainer uses
         generator=torch.Generator(),  # else it would draw from the global one, whose state is the trainer's
     )
@@ -371,6 +373,12 @@ def _unwrap(payloads):
                 raise UserError(payload["user_error"])
             yield payload
     except (RuntimeError, ConnectionError, EOFError) as error:
+        if str(error).startswith("DataLoader timed out"):
+            _give_up(payloads._workers)
+            raise UserError(
+                f"no batch came for {patience().total_seconds():,.0f} seconds: the storage of the shards does not "
+                "answer; once it does, the same command goes on from the last checkpoint"
+            ) from None
         # torch tells of a dead worker by a RuntimeError, and the batch it was sending by the errors of its socket.
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
             raise
@@ -380,6 +388,15 @@ def _unwrap(payloads):
         ) from None
     finally:
         del payloads  # ends the workers now: the traceback of an error would keep it, and them, alive
+
+
+def _give_up(workers):
+    """End workers that hang. Our own end does not wait for one that the kernel keeps, as a disk's silence has it do."""
+    for worker in workers:
+        worker.kill()
+        worker.join(5)
+        if worker.is_alive():
+            multiprocessing.process._children.discard(worker)
 
 
 def start_fork_server():

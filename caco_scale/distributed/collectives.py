@@ -9,6 +9,7 @@ Shapes: R ranks; B rows a rank, equal on all; K rows sharded over the ranks, S o
 
 import functools
 from collections.abc import Mapping
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,20 @@ from caco_scale.errors import UserError
 # torch 2.14 renamed these two, and warns of the old names at every start.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+_patience = timedelta(minutes=30)
+
+
+def set_patience(seconds):
+    """``run.timeout_seconds``, for this process: see :func:`patience`. Groups that exist keep theirs."""
+    global _patience
+    _patience = timedelta(seconds=seconds)
+
+
+def patience():
+    """How long one waits for another process in one exchange between hosts, or for a loader's worker: a timedelta."""
+    return _patience
 
 
 def world_size(group=None):
@@ -150,7 +165,15 @@ def _resolve(group):
 @functools.lru_cache(maxsize=8)
 def _host_group(group):
     """A gloo group of the ranks of ``group``: itself where it is one. The first call is a collective."""
-    if dist.get_backend(group) == "gloo":
-        return group
-    ranks = dist.get_process_group_ranks(group)
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return (
+        group if dist.get_backend(group) == "gloo" else new_host_group(group, use_local_synchronization=True)
+    )
+
+
+def new_host_group(group=None, **options):
+    """A gloo group of the ranks of ``group``: waits for no GPU, and no longer than :func:`patience`. Collective.
+
+    ``options``: of ``torch.distributed.new_group``.
+    """
+    ranks = dist.get_process_group_ranks(_resolve(group))
+    return dist.new_group(ranks, backend="gloo", timeout=_patience, **options)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from caco_scale.distributed.collectives import set_patience
 from caco_scale.errors import UserError, one_line
 
 # torch renames the option; both names mean the same here, and 2.11 knows only this one.
@@ -130,6 +131,14 @@ def deepspeed_config(environment):
     }
 
 
+def offloads(environment):
+    """Whether the launch keeps DeepSpeed's master parameters and optimizer state in the host's memory."""
+    if not _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
+        return False
+    offload = deepspeed_config(environment)["zero_optimization"].get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
 def find_deepspeed_json(name):
     """The JSON file that a launcher's config names: from the working directory, beside it, or in the checkout."""
     beside = _launcher_config_folder()
@@ -241,9 +250,9 @@ def start_processes(asked_world_size=0, timeout_seconds=1800):
         UserError: training would not see the processes or the strategy that were asked for.
     """
     strategy = launched_strategy(os.environ)
-    torch.backends.cudnn.allow_tf32 = (
-        False  # torch's default would have convolutions in fp32 read 10 bits of it
-    )
+    set_patience(timeout_seconds)
+    # By torch's default convolutions in fp32 read 10 bits of mantissa.
+    torch.backends.cudnn.allow_tf32 = False
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         refuse_lost_driver(os.environ)

@@ -167,7 +167,7 @@ def _command(commands, name, words):
         type=float,
         default=1800,
         metavar="S",
-        help="wait for another process (default: 1800)",
+        help="wait for another process, or for the loader (default: 1800)",
     )
     return command
 

@@ -1,9 +1,11 @@
 """One cluster for the session, and runs on it."""
 
 import os
+import sys
 
 import pytest
 from cluster import CannotStart, Cluster
+from launch import ROOT
 from shard_sets import make_shard_set
 from slurm_run import SlurmRun
 
@@ -22,6 +24,16 @@ def cluster():
 @pytest.fixture(scope="session")
 def shards(cluster):
     return make_shard_set(cluster.folder / "set", num_images=96, samples_per_shard=20)
+
+
+@pytest.fixture(scope="session")
+def served_shards(cluster, shards):
+    """The address of the shards on a web server that every node reaches."""
+    serve = f"import time; from s3_server import WebServer; WebServer({shards!r}, address=('10.77.0.254', 8080)); "
+    serve += "time.sleep(1e9)"
+    words = ["bash", "-c", 'setsid "$0" -c "$1" > /dev/null 2>&1 &', sys.executable, serve]
+    cluster.run(words, cwd=ROOT / "tests")
+    return "http://10.77.0.254:8080"
 
 
 @pytest.fixture

@@ -19,6 +19,11 @@ MISTAKES = {
         {"site": "MAX_FAILURES=few"},
         "MAX_FAILURES is 'few', which is no whole number",
     ),
+    "site.sh measures in words": ({"site": "SHM_GB=1GB"}, "SHM_GB is '1GB', which is no number"),
+    "a cache that cannot be": (
+        {"site": "CACHE_DIR=/proc/nowhere", "flags": ["--data.shards", "{served}"]},
+        "/proc/nowhere",
+    ),
     "no site file": ({"variables": {"SITE": "/nowhere/site.sh"}}, "SITE=/nowhere/site.sh is not there"),
     "no such recipe": ({"variables": {"RECIPE": "dem"}}, "no recipe 'dem' (did you mean demo?)"),
     "no such flag": (
@@ -41,12 +46,12 @@ MISTAKES = {
 
 
 @pytest.fixture(scope="module")
-def outputs(cluster, shards, tmp_path_factory):
+def outputs(cluster, shards, served_shards, tmp_path_factory):
     """{mistake: (run, job, output)}, all submitted at once."""
     from slurm_run import SlurmRun
 
     (cluster.folder / "empty").mkdir()
-    place = lambda value: value.replace("{folder}", str(cluster.folder))
+    place = lambda value: value.replace("{folder}", str(cluster.folder)).replace("{served}", served_shards)
     trained = SlurmRun(cluster, "trained", shards, **{"run.max_steps": 4})
     trained.wait_until_over(trained.submit())
     runs = {}

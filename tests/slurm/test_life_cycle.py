@@ -2,10 +2,9 @@
 
 import json
 import shutil
-import sys
 
 import pytest
-from launch import ROOT, SWITCH, final_state, launch, relative_difference
+from launch import SWITCH, final_state, launch, relative_difference
 
 pytestmark = pytest.mark.slurm
 
@@ -200,16 +199,42 @@ def test_a_hang_ends_the_start_and_the_next_goes_on(new_run, cluster):
     run.check_done(end)
 
 
-def test_a_bad_node_is_left_out_and_the_others_stage_shards(new_run, cluster, shards):
+def test_a_last_save_that_fails_is_a_failed_start(new_run):
+    """Asked to stop, it cannot write: that is said and counted; the next start, which can, goes on."""
+    run = new_run("save-fails", **{"run.save_every": 0})
+    job = run.submit()
+    run.wait_for_steps(job, more=SWITCH + 2)
+    folder = run.path / "checkpoints"
+    folder.rmdir()
+    folder.touch()
+    run.signal(job)
+    run.wait_for_event("failed")
+    folder.unlink()
+    end = SWITCH + 20
+    run.end_at(end)
+    assert run.wait_until_over(job) == "COMPLETED", run.story()
+    assert run.events() == ["start", "failed", "start", "done"]
+    assert "asked=USR1" in run.ledger()[1][2]
+    assert "error: " in run.said(job)
+    run.check_done(end)
+
+
+def test_a_start_that_no_node_passes_leaves_none_out(new_run):
+    """More room is asked for than any node has: after three starts it ends instead of wandering through the cluster."""
+    run = new_run("no-node", site="PREFLIGHT=yes\nSHM_GB=1000000")
+    job = run.submit()
+    assert run.wait_until_over(job) == "FAILED", run.story()
+    assert run.field(job, "ExitCode") == "42:0"
+    assert run.events() == ["start", "failed"] * 3 + ["gave-up"]
+    assert run.said(job).count("error: no node passes the preflight, so none is left out") == 3
+    assert run.field(job, "ExcNodeList") in ("", "(null)")
+
+
+def test_a_bad_node_is_left_out_and_the_others_stage_shards(new_run, cluster, served_shards):
     """The shards come from a web server onto each node's own disk."""
-    serve = f"import time; from s3_server import WebServer; WebServer({shards!r}, address=('10.77.0.254', 8080)); "
-    serve += "time.sleep(1e9)"
-    cluster.run(
-        ["bash", "-c", 'setsid "$0" -c "$1" > /dev/null 2>&1 &', sys.executable, serve], cwd=ROOT / "tests"
-    )
     site = f"PREFLIGHT=yes SHM_GB=0.03 CACHE_DIR={cluster.folder}/scratch/cache"
     end = SWITCH + 20
-    run = new_run("bad-node", site=site, **{"run.max_steps": end, "data.shards": "http://10.77.0.254:8080"})
+    run = new_run("bad-node", site=site, **{"run.max_steps": end, "data.shards": served_shards})
     cluster.on_node("n1", "fallocate -l 60M /dev/shm/full")
     try:
         job = run.submit("--exclude=n6")
