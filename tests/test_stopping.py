@@ -176,6 +176,22 @@ def test_a_rank_that_hangs_ends_the_run(flags, tmp_path):
     assert "Timed out waiting 20000ms" in output
 
 
+def test_storage_that_does_not_answer_ends_the_run(flags, tmp_path):
+    """Its loader's worker is stopped, as one is that waits for a disk."""
+    flags = {**flags, "run.dir": tmp_path / "run", "run.timeout_seconds": 8, "run.save_every": 1}
+    process = start_command(command(flags))
+    with running(process):
+        started = psutil.Process(process.pid).children(recursive=True)
+        servers = [p.pid for p in started if "multiprocessing.forkserver" in " ".join(p.cmdline())]
+        workers = [p for p in started if p.pid in servers and p.ppid() in servers]
+        assert len(workers) == 1
+        workers[0].suspend()
+        output, _ = process.communicate(timeout=600)
+    assert process.returncode != 0
+    assert output.count("error: no batch came for 8 seconds: the storage of the shards does not answer") == 1
+    assert checkpoint.latest(tmp_path / "run/checkpoints") is not None
+
+
 def train(flags, variables=None, code=0):
     """One process without a launcher, to its end -> its output."""
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]

@@ -20,6 +20,7 @@ import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import sys
+import threading
 import warnings
 from dataclasses import dataclass
 
@@ -48,6 +49,7 @@ SUBSTITUTE_STREAM = 0x5B57
 SUBSTITUTE_TRIES = 16
 # Images that a worker holds decoded at once while it draws their crops together.
 CHUNK_IMAGES, CHUNK_BYTES = 64, 64 << 20
+LAST_WORD_SECONDS = 5  # for workers that were killed
 PREFETCH_STEPS = 8  # of a worker's own, whose shards are fetched ahead
 
 
@@ -344,7 +346,7 @@ def _stream(stages, workers):
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=functools.partial(_start_worker, dict(os.environ)),
-        timeout=patience().total_seconds() if workers else 0,
+        timeout=patience().total_seconds() + LAST_WORD_SECONDS if workers else 0,
         pin_memory=torch.cuda.is_initialized(),  # pages locked for copies to the GPU that the trainer uses
         generator=torch.Generator(),  # else it would draw from the global one, whose state is the trainer's
     )
@@ -367,14 +369,19 @@ def _start_worker(environment, worker_id):
 
 
 def _unwrap(payloads):
+    deadline = _Deadline(getattr(payloads, "_workers", ()))
     try:
-        for payload in payloads:
+        while True:
+            with deadline:
+                payload = next(payloads, None)
+            if payload is None:
+                return
             if "user_error" in payload:
                 raise UserError(payload["user_error"])
             yield payload
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if str(error).startswith("DataLoader timed out"):
-            _give_up(payloads._workers)
+        if deadline.passed:
+            deadline.abandon()
             raise UserError(
                 f"no batch came for {patience().total_seconds():,.0f} seconds: the storage of the shards does not "
                 "answer; once it does, the same command goes on from the last checkpoint"
@@ -390,13 +397,37 @@ def _unwrap(payloads):
         del payloads  # ends the workers now: the traceback of an error would keep it, and them, alive
 
 
-def _give_up(workers):
-    """End workers that hang. Our own end does not wait for one that the kernel keeps, as a disk's silence has it do."""
-    for worker in workers:
-        worker.kill()
-        worker.join(5)
-        if worker.is_alive():
-            multiprocessing.process._children.discard(worker)
+class _Deadline:
+    """Ends workers that let the trainer wait for a batch for longer than ``collectives.patience()``.
+
+    By SIGKILL: a worker may hang as a whole, and then the trainer waits for it in a place that has no time limit of its
+    own (the shared memory that a finished batch comes in). One that the kernel keeps, as while a disk is silent,
+    hears nothing of it; then the DataLoader's own limit ends the wait, a little later.
+    """
+
+    def __init__(self, workers):
+        self.workers, self.passed = workers, False
+
+    def __enter__(self):
+        self._timer = threading.Timer(patience().total_seconds(), self._end)
+        self._timer.daemon = True
+        if self.workers:
+            self._timer.start()
+
+    def __exit__(self, *exception):
+        self._timer.cancel()
+
+    def _end(self):
+        self.passed = True
+        for worker in self.workers:
+            worker.kill()
+
+    def abandon(self):
+        """This process's end is not to wait for workers that the kernel keeps."""
+        for worker in self.workers:
+            worker.join(LAST_WORD_SECONDS)
+            if worker.is_alive():
+                multiprocessing.process._children.discard(worker)
 
 
 def start_fork_server():
