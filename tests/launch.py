@@ -41,13 +41,23 @@ SWITCH = 3  # the first CaCo step of SMALL
 
 def command(flags, num_processes=1, recipe="demo", launcher=()):
     """The command line of a run: ``accelerate launch`` of ``num_processes`` processes with the project's ddp.yaml."""
-    if not launcher:
-        launcher = ["--config_file", str(ROOT / "ds_configs/ddp.yaml"), "--num_processes", str(num_processes)]
+    launcher = launcher or by("ddp", num_processes)["launcher"]
     if num_processes > 1 and "--run.world_size" not in flags:
         flags = {"run.world_size": num_processes, **flags}
     words = [word for name, value in flags.items() for word in (f"--{name}", *_words(value))]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *launcher]
     return [*launch, "-m", "caco_scale.pretrain", recipe, *words]
+
+
+def by(config, num_processes):
+    """Options of :func:`launch` and :func:`start`: so many processes under a file of ds_configs."""
+    launcher = [
+        "--config_file",
+        str(ROOT / f"ds_configs/{config}.yaml"),
+        "--num_processes",
+        str(num_processes),
+    ]
+    return {"num_processes": num_processes, "launcher": launcher}
 
 
 def _words(value):

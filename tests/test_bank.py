@@ -33,7 +33,7 @@ def share(x, rank, world_size):
 
 
 def make_bank(rows, velocity, exchange="statistics", dtype=torch.float64, group=None):
-    bank = ShardedBank(*rows.shape, dtype=dtype, exchange=exchange, group=group)
+    bank = ShardedBank(*rows.shape, dtype=dtype, exchange=exchange, group=group, device=rows.device)
     bank.load_full(rows, velocity)
     return bank
 
@@ -111,10 +111,10 @@ class Spy(TorchDispatchMode):
 # ---- scenarios: run by every rank
 
 
-def golden(rank, world_size):
+def golden(rank, world_size, device="cpu"):
     for name, case in json.loads(GOLDEN.read_text()).items():
         q, k, rows, velocity, dq, rows_after, velocity_after = (
-            torch.tensor(case[field], dtype=torch.float64)
+            torch.tensor(case[field], dtype=torch.float64, device=device)
             for field in ("q", "k", "W0", "v0", "dq", "W1", "v1")
         )
         for exchange in EXCHANGES:

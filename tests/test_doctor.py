@@ -180,6 +180,9 @@ def test_a_launch_to_come_is_answered_by_one_process(tmp_path):
     assert "a fresh start" in planned.stdout
     (tmp_path / "run").mkdir()
     (tmp_path / "run/STOP").touch()
+    offloaded = examine([*flags, *plan, "--strategy", "zero3_offload"])
+    assert "planned: strategy zero3, 4 process(es)" in offloaded.stdout
+    assert "memory of a rank under zero3 with offloading" in offloaded.stdout
     refused = examine([*flags, *plan, "--data.global_batch_size", "10"])
     assert "cannot be divided by 4 processes" in refused.stdout
     stopped = examine([*flags, *plan])

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from launch import (
-    ROOT,
     SMALL,
     SWITCH,
+    by,
     final_state,
     kill_when,
     launch,
@@ -27,16 +27,6 @@ STEPS = SMALL["run.max_steps"]
 def flags(tmp_path_factory):
     shards = make_shard_set(tmp_path_factory.mktemp("data") / "set", num_images=96, samples_per_shard=20)
     return {**SMALL, "data.shards": shards, "run.save_every": 1, "run.keep_checkpoints": 2}
-
-
-def by(config, num_processes):
-    launcher = [
-        "--config_file",
-        str(ROOT / f"ds_configs/{config}.yaml"),
-        "--num_processes",
-        str(num_processes),
-    ]
-    return {"num_processes": num_processes, "launcher": launcher}
 
 
 def saving(folder, step):

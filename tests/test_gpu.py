@@ -1,16 +1,14 @@
 """The trainer on a CUDA device computes what it computes on a CPU. ``pytest -m gpu`` runs these and their kin."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, SMALL, final_state, kill_when, launch, progress, relative_difference, start
+from launch import SMALL, by, final_state, kill_when, launch, progress, relative_difference, start
 from shard_sets import make_shard_set
-from test_bank import GOLDEN
+from test_bank import golden
 from test_strategy import ACCUMULATE, LARS, NOT_FINITE, SGD, check, starting, train
 
-from caco_scale.method.bank import EXCHANGES, ShardedBank
 from caco_scale.run_directory import read_json_lines
 
 # Small rates and a smooth loss, which do not magnify rounding: in bf16 the losses stay within 2% of fp64's.
@@ -40,36 +38,16 @@ def flags(tmp_path_factory):
     return {**SMALL, "data.shards": shards}
 
 
-def one_process(config):
-    return {"launcher": ["--config_file", str(ROOT / f"ds_configs/{config}.yaml"), "--num_processes", "1"]}
-
-
 def trained(folder, flags, config="ddp"):
     """The final state of a run, and its losses."""
-    launch({**flags, "run.dir": folder}, **one_process(config))
+    launch({**flags, "run.dir": folder}, **by(config, 1))
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["strategy"] == config.removesuffix("_offload")
     return final_state(folder)[0], [line["loss"] for line in read_json_lines(folder / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
-def test_golden_figures_on_a_gpu(exchange):
-    for name, case in json.loads(Path(GOLDEN).read_text()).items():
-        q, k, rows, velocity, dq, rows_after, velocity_after = (
-            torch.tensor(case[field], dtype=torch.float64, device="cuda")
-            for field in ("q", "k", "W0", "v0", "dq", "W1", "v1")
-        )
-        bank = ShardedBank(*rows.shape, dtype=torch.float64, exchange=exchange, device="cuda")
-        bank.load_full(rows, velocity)
-        queries = [view.clone().requires_grad_() for view in q]
-        result = bank.contrast(queries, list(k), temperature=case["T"], bank_temperature=case["Tbank"])
-        result.loss.backward()
-        bank.step(result, case["bank_lr"])
-        assert result.loss.item() == pytest.approx(case["loss"], abs=1e-10), name
-        assert [p.tolist() for p in result.positives] == case["positive"]
-        found = (torch.stack([x.grad for x in queries]), *bank.full())
-        for x, expected in zip(found, (dq, rows_after, velocity_after), strict=True):
-            assert (x - expected).abs().max() < 1e-10, name
+def test_golden_figures_on_a_gpu():
+    golden(0, 1, "cuda")
 
 
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])

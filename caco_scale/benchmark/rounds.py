@@ -36,6 +36,8 @@ def in_turn(contenders, rounds, threads=1, values=True):
     returns is called in every round, and may return a function for its value, which is called outside the
     measurement, in the warm-up alone (the first of the list) and with ``values``.
     """
+    import torch
+
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # for the children: a thread that waits takes no CPU time
     context = multiprocessing.get_context("spawn")
     pools = {
@@ -47,7 +49,7 @@ def in_turn(contenders, rounds, threads=1, values=True):
         for number in range(rounds + 1):
             for name, pool in pools.items():
                 results[name].append(pool.submit(_timed, values and number == 0).result())
-    except (BrokenProcessPool, MemoryError) as error:
+    except (BrokenProcessPool, torch.OutOfMemoryError) as error:
         raise UserError(
             f"{name!r} needs more memory than is free, give a smaller case: {one_line(error)}"
         ) from None
@@ -73,21 +75,11 @@ def _prepare(prepare, threads):
 
 def _timed(with_value):
     start, start_cpu = time.perf_counter(), time.process_time()
-    value = _run_once()
+    value = _run()
     _Memory.wait()
     cpu, wall = time.process_time() - start_cpu, time.perf_counter() - start
     peak = _Memory.peak()
     return Round(cpu, wall, peak - _Memory.before, peak, value() if with_value else None)
-
-
-def _run_once():
-    """A round; a GPU that is too small is the same mistake as a machine that is."""
-    import torch
-
-    try:
-        return _run()
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(one_line(error)) from None
 
 
 class _Memory:
