@@ -12,7 +12,7 @@ from caco_scale.errors import exit_on_user_error, run_command
 @exit_on_user_error
 def main(arguments=None):
     """Train by recipe and flags; exit code 0 when finished or stopped by a signal, 2 on a user's mistake."""
-    from caco_scale.signals import Signals
+    from caco_scale.run.signals import Signals
 
     signals = Signals()
     signals.install()
@@ -21,7 +21,7 @@ def main(arguments=None):
 
     config = parse(sys.argv[1:] if arguments is None else arguments)
 
-    from caco_scale.training import run
+    from caco_scale.training.trainer import run
 
     run(config, signals)
     signals.retire()

@@ -193,7 +193,7 @@ def run_verify(options):
 
 
 def run_repair(options):
-    from data_prep.mend import repair
+    from data_prep.repair import repair
 
     manifest, mended = repair(
         options.src,
@@ -209,7 +209,7 @@ def run_repair(options):
 
 
 def run_index(options):
-    from data_prep.mend import index
+    from data_prep.repair import index
 
     place, manifest = index(options.src, options.to)
     labelled = sum(manifest.class_counts)

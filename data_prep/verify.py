@@ -11,7 +11,7 @@ import numpy as np
 
 from caco_scale.data.remote import Remote, Unreachable, is_remote
 from caco_scale.data.shards import MANIFEST_NAME, index_tar, read_sample
-from caco_scale.data.store import LocalStore, mend, open_store
+from caco_scale.data.store import LocalStore, open_store, repair_hint
 from caco_scale.errors import UserError
 from data_prep.destination import FULL_DISK, free_space
 from data_prep.imagenet import check_expected
@@ -71,7 +71,7 @@ def _verify_set(path, full, workers):
         number, problem = bad[0]
         raise UserError(
             f"{path}: {len(bad)} of {len(manifest.shards)} shards are bad, first {manifest.shards[number].name} "
-            f"({problem}): {mend(path)}"
+            f"({problem}): {repair_hint(path)}"
         )
     if counts.tolist() != list(manifest.class_counts):
         raise UserError(

@@ -248,7 +248,7 @@ preflight() {
   [ "$PREFLIGHT" = yes ] || return 0
   local log=$LOGS/preflight.log names bad
   names=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -s -d ,) # there is no scontrol in a container
-  run_step "$log" "${CONTAINER[@]}" python -m caco_scale.preflight --gpus "$GPUS" --shm-gb "$SHM_GB" --hosts "$names"
+  run_step "$log" "${CONTAINER[@]}" python -m caco_scale.doctor.preflight --gpus "$GPUS" --shm-gb "$SHM_GB" --hosts "$names"
   [ "$RC" != 0 ] || return 0
   bad=$(sed -n 's/^bad node \([^:]*\):.*/\1/p' "$log" | sort -u)
   grep '^bad node' "$log" || grep -m 1 -E '^(no node|error:)' "$log"

@@ -98,7 +98,7 @@ dry_run() {
   [[ $nodes =~ ^[0-9]+$ && $gpus =~ ^[0-9]+$ ]] || die "no estimate for $nodes nodes of $gpus GPUs: give numbers"
   gpus=$((nodes * gpus))
   # shellcheck disable=SC2086
-  "${CONTAINER[@]}" python -m caco_scale.estimate "$RECIPE" "${FLAGS[@]}" --run.dir "$RUN_DIR" --gpus $((gpus > 0 ? gpus : 1)) \
+  "${CONTAINER[@]}" python -m caco_scale.doctor.estimate "$RECIPE" "${FLAGS[@]}" --run.dir "$RUN_DIR" --gpus $((gpus > 0 ? gpus : 1)) \
     ${IMAGES_PER_SECOND:+--images-per-second $IMAGES_PER_SECOND} ${PRICE_PER_GPU_HOUR:+--price $PRICE_PER_GPU_HOUR} ||
     exit $MISTAKE
   sbatch --test-only "${OPTIONS[@]}" "$RENDERED" "${FLAGS[@]}" || die "sbatch refuses the job as it stands"

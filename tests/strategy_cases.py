@@ -16,13 +16,13 @@ from torch.nn import functional as F
 
 from caco_scale import checkpoint
 from caco_scale.distributed.launch import launched_strategy, start_processes
-from caco_scale.distributed.strategy import build_strategy
+from caco_scale.distributed.strategies.base import build_strategy
 from caco_scale.method.bank import ShardedBank
 from caco_scale.method.encoders import TinyResNet
 from caco_scale.method.model import Encoder, QueryKeyModel
 from caco_scale.method.projector import build_projector
 from caco_scale.optim.schedule import HyperParameters
-from caco_scale.step import train_step
+from caco_scale.training.step import train_step
 
 DEFAULTS = {
     "optimizer": "lars",

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from caco_scale.audit import AuditLog, incomplete_steps, read_audit
 from caco_scale.errors import UserError
+from caco_scale.run.audit import AuditLog, incomplete_steps, read_audit
 
 
 def write(path, *, attempt, world_size, steps, ranks=None):
@@ -95,7 +95,7 @@ def test_a_log_of_another_run_is_refused(tmp_path):
 
 WRITER = """
 import sys
-from caco_scale.audit import AuditLog
+from caco_scale.run.audit import AuditLog
 log = AuditLog(sys.argv[1], rank=0, world_size=1, attempt=int(sys.argv[2]))
 step = int(sys.argv[3])
 while True:

@@ -15,7 +15,7 @@ from oracle import oracle_step, random_inputs
 from caco_scale.benchmark import paper
 from caco_scale.benchmark.__main__ import main
 from caco_scale.benchmark.dense import DenseBank, pair_list
-from caco_scale.benchmark.rounds import in_turn
+from caco_scale.benchmark.measure import in_turn
 from caco_scale.errors import UserError
 from caco_scale.method.bank import pair_weights
 
@@ -103,8 +103,8 @@ def test_the_dense_peer_is_the_oracle(num_views, by_autograd):
 
 
 def test_the_run_on_paper_counts_this_projects_encoder():
-    from caco_scale.assemble import build_encoder
     from caco_scale.config import load_recipe
+    from caco_scale.training.assemble import build_encoder
 
     encoder = build_encoder(load_recipe("caco_r50_800ep"))
     norms = [

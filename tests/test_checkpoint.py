@@ -26,7 +26,7 @@ from caco_scale.checkpoint import Block, Checkpointer, State, latest, load, load
 from caco_scale.distributed.collectives import shard_range
 from caco_scale.errors import UserError
 from caco_scale.method.bank import ShardedBank
-from caco_scale.optim.groups import build_optimizer, init_optimizer_state
+from caco_scale.optim.build import build_optimizer, init_optimizer_state
 
 
 def on_ranks(world_size, function, *args):
@@ -348,7 +348,7 @@ main()
 
 
 def test_a_process_that_ends_by_an_error_completes_its_save_and_keeps_its_exit_code(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parents[2])}
     command = [sys.executable, "-c", ENDS_MEANWHILE, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2

@@ -9,12 +9,12 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from caco_scale import config as configuration
-from caco_scale.assemble import build_augment
 from caco_scale.data.augment import IMAGENET_STD, augment
 from caco_scale.data.order import sample_keys
 from caco_scale.data.views import ViewSpec, draw_colour
-from caco_scale.distributed.strategy import compile_encoders
+from caco_scale.distributed.strategies.base import compile_encoders
 from caco_scale.method.model import Encoder, QueryKeyModel
+from caco_scale.training.assemble import build_augment
 
 COMPILED = configuration.replace(configuration.load_recipe("demo"), precision__compile=True)
 

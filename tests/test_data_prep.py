@@ -20,7 +20,7 @@ import webdataset as wds
 from PIL import Image
 from s3_server import WebServer
 
-from caco_scale.data.remote import Patience
+from caco_scale.data.remote import RetryPolicy
 from caco_scale.data.store import open_store
 from caco_scale.errors import UserError
 from data_prep.build import build, locked
@@ -586,7 +586,7 @@ def test_verify_cannot_tell_on_a_full_disk_or_without_the_store(tree, tmp_path):
     assert "000000.tar" in line
     assert "are bad" not in line
     with WebServer(tmp_path / "set") as server:
-        store = open_store(server.url, "none", patience=Patience(0, 1))
+        store = open_store(server.url, "none", retry_policy=RetryPolicy(0, 1))
         assert check_shard(store, 0)[0] is None
         (tmp_path / "set" / "000000.tar").unlink()
         assert "no such object" in check_shard(store, 0)[0]

@@ -22,7 +22,7 @@ from caco_scale.data.shards import ShardIndex, index_tar
 from caco_scale.data.store import open_store
 from caco_scale.errors import UserError
 from data_prep.build import build
-from data_prep.mend import index, repair
+from data_prep.repair import index, repair
 from data_prep.verify import verify
 
 WNIDS = ("n01440764", "n02119022", "n04005630")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gloo import run_ranks
 
-from caco_scale.diagnostics import CollapseAlarm, collapse_warning, embedding_std, rankme
+from caco_scale.run.diagnostics import CollapseAlarm, collapse_warning, embedding_std, rankme
 
 DIM = 64
 HEALTHY = DIM**-0.5

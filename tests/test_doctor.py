@@ -9,10 +9,10 @@ import torch
 from launch import ROOT, environment
 from shard_sets import make_shard_set
 
-from caco_scale import doctor
 from caco_scale.config import load_recipe, recipe_names, replace
+from caco_scale.doctor import checks as doctor
+from caco_scale.doctor.memory import estimate_memory
 from caco_scale.errors import UserError
-from caco_scale.memory import estimate_memory
 
 
 def failures(findings):
@@ -103,7 +103,7 @@ def test_one_image_at_a_time_can_be_estimated():
 
 
 def test_activations_are_what_the_forward_really_saves():
-    from caco_scale.assemble import build_encoder
+    from caco_scale.training.assemble import build_encoder
 
     config = replace(
         load_recipe("demo"), precision__compute="fp32", views__num_local_crops=1, views__local_size=16

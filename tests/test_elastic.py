@@ -17,8 +17,8 @@ from launch import (
 )
 from shard_sets import make_shard_set
 
-from caco_scale.audit import incomplete_steps, read_audit
-from caco_scale.export import export
+from caco_scale.export.write import export
+from caco_scale.run.audit import incomplete_steps, read_audit
 
 STEPS = SMALL["run.max_steps"]
 

@@ -4,9 +4,9 @@ import pytest
 from shard_sets import make_shard_set
 
 from caco_scale.config import load_recipe, parse, replace
+from caco_scale.doctor.estimate import estimate, main
 from caco_scale.errors import UserError
-from caco_scale.estimate import estimate, main
-from caco_scale.run_directory import RunDirectory
+from caco_scale.run.directory import RunDirectory
 
 
 def test_a_stated_rate(capsys):

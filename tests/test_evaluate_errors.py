@@ -14,11 +14,11 @@ from shard_sets import make_shard_set
 from test_evaluate_knn import image_folder
 from weight_files import Bomb, encoder
 
-from caco_scale import run_directory
 from caco_scale.data.shards import MANIFEST_NAME
 from caco_scale.errors import UserError
 from caco_scale.evaluate.__main__ import main
 from caco_scale.evaluate.loop import check_batch
+from caco_scale.run import directory as run_directory
 
 COMMANDS = {
     "knn": ("--k", "3"),

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from caco_scale.data.order import permutation
 from caco_scale.evaluate import loop, run_linear
 from caco_scale.evaluate.__main__ import parse
-from caco_scale.evaluate.blocks import block_ranges
+from caco_scale.evaluate.feature_cache import block_ranges
 from caco_scale.evaluate.heads import LinearHeads, Score, growth, score_features
 from caco_scale.evaluate.loop import LabelledImages
 from caco_scale.evaluate.run_linear import FAST_LRS, choose, choose_held_out, fast_lengths
-from caco_scale.evaluate.setting import build_setting
 from caco_scale.evaluate.stores import labels_of
+from caco_scale.evaluate.task import build_setting
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,10 @@ from run_directories import (
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from caco_scale import export
 from caco_scale.checkpoint import Checkpointer, State, load_tensors
 from caco_scale.errors import UserError
-from caco_scale.layouts import to_timm
+from caco_scale.export import write as export
+from caco_scale.export.library_names import to_timm
 from caco_scale.method.encoders import RESNETS, build_backbone
 
 ROOT = Path(__file__).parent.parent

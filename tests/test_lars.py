@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from caco_scale.errors import UserError
-from caco_scale.optim.groups import build_optimizer, init_optimizer_state, named_state, parameter_groups
+from caco_scale.optim.build import build_optimizer, init_optimizer_state, named_state, parameter_groups
 from caco_scale.optim.lars import LARS, squared_norms, trust_ratios
 
 DECAY, MOMENTUM, COEFFICIENT = 1e-2, 0.9, 0.001

@@ -230,8 +230,8 @@ def test_closing_the_iterator_ends_the_workers(shards):
 
 def test_a_worker_that_hangs_is_a_users_error(shards):
     """As one does whose disk does not answer; it is stopped here, and hears nothing but SIGKILL."""
-    before = collectives.patience()
-    collectives.set_patience(3)
+    before = collectives.exchange_timeout()
+    collectives.set_exchange_timeout(3)
     try:
         stream = batches(shards, num_steps=100_000, workers=2)
         next(stream)
@@ -243,7 +243,7 @@ def test_a_worker_that_hangs_is_a_users_error(shards):
                 pass
         assert not any(worker.is_alive() for worker in workers)
     finally:
-        collectives.set_patience(before.total_seconds())
+        collectives.set_exchange_timeout(before.total_seconds())
 
 
 def test_a_killed_worker_is_a_users_error(shards):

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from launch import ROOT, environment
 
+from caco_scale.doctor.preflight import BAD_NODES, against_the_others, majority, parse, read_ecc, step_nodes
 from caco_scale.errors import UserError
-from caco_scale.preflight import BAD_NODES, against_the_others, majority, parse, read_ecc, step_nodes
 
 
 def free_port():
@@ -34,7 +34,7 @@ class Nodes:
     def start(self, rank, *flags, checkout=ROOT, **variables):
         place = ["--rank", f"{rank}", "--master-addr", "127.0.0.1", "--master-port", f"{self.port}"]
         self.processes[rank] = subprocess.Popen(
-            [sys.executable, "-m", "caco_scale.preflight", *self.flags, *place, *flags],
+            [sys.executable, "-m", "caco_scale.doctor.preflight", *self.flags, *place, *flags],
             cwd=checkout,
             env={
                 **environment(),
@@ -77,7 +77,7 @@ def test_good_nodes_pass():
 
 def test_each_bad_node_is_named_once(tmp_path):
     shutil.copytree(ROOT / "caco_scale", tmp_path / "caco_scale")
-    with open(tmp_path / "caco_scale/step.py", "a") as file:
+    with open(tmp_path / "caco_scale/training/step.py", "a") as file:
         file.write("# edited on this node only\n")
     with Nodes(4, "--timeout", "60") as nodes:  # n3 never comes
         nodes.start(0)

@@ -5,9 +5,9 @@ import json
 import torch
 from test_step import HP, make, views
 
-from caco_scale import profiling
-from caco_scale.profiling import PARTS, SKIPPED_STEPS, PartsClock, StepProfiler, parts_table
-from caco_scale.step import train_step
+from caco_scale.run import profiling
+from caco_scale.run.profiling import PARTS, SKIPPED_STEPS, PartsClock, StepProfiler, parts_table
+from caco_scale.training.step import train_step
 
 
 def test_every_part_of_a_step_is_measured_once_and_parts_do_not_overlap():

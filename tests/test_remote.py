@@ -22,11 +22,11 @@ from caco_scale.data import remote
 from caco_scale.data.cache import ShardCache
 from caco_scale.data.loader import evaluation_batches, train_batches
 from caco_scale.data.order import Order
-from caco_scale.data.remote import Patience, Remote
+from caco_scale.data.remote import Remote, RetryPolicy
 from caco_scale.data.store import DamagedShard, RemoteStore, _cache_directory, open_store
 from caco_scale.errors import UserError
 
-QUICK = Patience(retries=6, stall_seconds=1)
+QUICK = RetryPolicy(retries=6, stall_seconds=1)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_a_web_server(shards, expected, tmp_path, ranges):
         store = open_store(f"{server.url}/train", str(tmp_path / "cache"))
         store.check()
         assert contents(store) == expected
-        store = open_store(f"{server.url}/train", "none", patience=QUICK)
+        store = open_store(f"{server.url}/train", "none", retry_policy=QUICK)
         if ranges:
             assert contents(store) == expected
         else:
@@ -114,9 +114,9 @@ def test_a_web_server(shards, expected, tmp_path, ranges):
 
 
 def test_what_cannot_be_read_is_one_line(uploaded, s3, monkeypatch):
-    def refused(words, url, patience=QUICK):
+    def refused(words, url, retry_policy=QUICK):
         with pytest.raises(UserError) as caught:
-            open_store(url, "none", patience=patience)
+            open_store(url, "none", retry_policy=retry_policy)
         assert words in one_line(caught)
 
     refused("has no manifest.json", f"{s3}/nothing")
@@ -126,7 +126,7 @@ def test_what_cannot_be_read_is_one_line(uploaded, s3, monkeypatch):
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
     refused("may not be read", uploaded)  # the bucket is not public
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    refused("3 attempts in a row failed", uploaded, Patience(2, 1))
+    refused("3 attempts in a row failed", uploaded, RetryPolicy(2, 1))
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
@@ -163,7 +163,7 @@ def test_a_cut_body_that_cannot_be_continued_begins_anew(shards, expected, tmp_p
         WebServer(Path(shards), ranges=False) as server,
         FaultProxy(server.url, ("cut",), every=3) as proxy,
     ):
-        store = open_store(proxy.url, str(tmp_path / "cache"), patience=QUICK)
+        store = open_store(proxy.url, str(tmp_path / "cache"), retry_policy=QUICK)
         for shard in range(4):
             store.fetch(shard)
         assert proxy.injected["cut"] >= 1
@@ -178,7 +178,7 @@ def test_faults_change_nothing_and_are_counted(uploaded, expected, faults, cache
         os.environ["AWS_ENDPOINT_URL"], faults, every=4 if faults == ("stall",) else 2, stall_seconds=2
     ) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        store = open_store(uploaded, str(tmp_path / "cache") if cached else "none", patience=QUICK)
+        store = open_store(uploaded, str(tmp_path / "cache") if cached else "none", retry_policy=QUICK)
         if cached:
             for shard in range(4):
                 store.fetch(shard)
@@ -195,7 +195,7 @@ def test_faults_change_nothing_and_are_counted(uploaded, expected, faults, cache
 def test_a_body_that_stays_short_is_an_error(uploaded, monkeypatch):
     with FaultProxy(os.environ["AWS_ENDPOINT_URL"], ("truncate",), every=1) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        store = open_store(uploaded, "none", patience=Patience(2, 1))
+        store = open_store(uploaded, "none", retry_policy=RetryPolicy(2, 1))
         with pytest.raises(UserError) as caught:
             contents(store)
         assert "cannot be read" in one_line(caught)
@@ -236,7 +236,7 @@ def test_a_shard_found_damaged_in_the_background_is_an_error_of_the_next_read(sh
     data[5000] ^= 1
     (folder / "000001.tar").write_bytes(data)
     with WebServer(folder) as server:
-        store = open_store(server.url, str(tmp_path / "cache"), patience=QUICK)
+        store = open_store(server.url, str(tmp_path / "cache"), retry_policy=QUICK)
         store.prefetch([0, 1])
         wait_until_fetched(store)
         assert store.read(0, 0, 512) == (folder / "000000.tar").read_bytes()[:512]
@@ -253,7 +253,7 @@ def test_a_full_disk_of_the_cache_ends_the_caching_and_not_the_reading(shards, e
     """A limit on the size of files stands for the disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with WebServer(Path(shards), ranges) as server:
-        store = open_store(server.url, str(tmp_path / "cache"), patience=QUICK)
+        store = open_store(server.url, str(tmp_path / "cache"), retry_policy=QUICK)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         try:
             with pytest.warns(UserWarning, match=r"nothing more is cached: data\.cache_dir .*free or mend"):

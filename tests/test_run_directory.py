@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import caco_scale
-from caco_scale import run_directory
 from caco_scale.errors import UserError
-from caco_scale.run_directory import (
+from caco_scale.run import directory as run_directory
+from caco_scale.run.directory import (
     JsonLines,
     RunDirectory,
     describe_environment,

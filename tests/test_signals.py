@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from caco_scale.signals import LAUNCHER, Signals
+from caco_scale.run.signals import LAUNCHER, Signals
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +31,7 @@ def test_a_signal_only_sets_a_flag(signals, name):
 
 ENDING = """
 import ctypes, os
-from caco_scale.signals import Signals
+from caco_scale.run.signals import Signals
 libc = ctypes.CDLL(None)
 libc.__cxa_atexit(libc.pause, None, None)  # after the interpreter, whose end drops its handlers, as torch's threads do
 signals = Signals().install()
@@ -92,7 +92,7 @@ def wait_until_gone(pids, seconds=60):
 
 WAITING = """
 import os, sys, time
-from caco_scale.signals import Signals
+from caco_scale.run.signals import Signals
 assert "torch" not in sys.modules
 signals = Signals().install()
 print("pids", os.getpid(), flush=True)
@@ -124,7 +124,7 @@ def test_the_second_ctrl_c_kills_at_once(tmp_path):
 
 TRAINER = """
 import os, sys, time
-from caco_scale.signals import Signals, end_with_trainer, shielded
+from caco_scale.run.signals import Signals, end_with_trainer, shielded
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset

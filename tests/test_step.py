@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from caco_scale import checkpoint
-from caco_scale.distributed.strategy import DataParallel
+from caco_scale.distributed.strategies.base import DataParallel
 from caco_scale.method.bank import ShardedBank
 from caco_scale.method.model import Encoder, QueryKeyModel
 from caco_scale.optim.schedule import HyperParameters
-from caco_scale.step import train_step
+from caco_scale.training.step import train_step
 
 HP = HyperParameters(
     step=0,

@@ -19,8 +19,8 @@ from shard_sets import make_shard_set
 
 from caco_scale import checkpoint
 from caco_scale.errors import UserError
-from caco_scale.run_directory import read_json_lines
-from caco_scale.stopping import JobEnd, SwitchFiles, check_job_end, job_end
+from caco_scale.run.directory import read_json_lines
+from caco_scale.run.stopping import ControlFiles, JobEnd, check_job_end, job_end
 
 END = "SLURM_JOB_END_TIME"
 
@@ -58,7 +58,7 @@ def test_what_must_fit_before_the_end():
 
 def test_a_touch_during_the_save_is_another_request(tmp_path):
     now = 0.0
-    switches, other = (SwitchFiles(tmp_path, is_main, clock=lambda: now) for is_main in (True, False))
+    switches, other = (ControlFiles(tmp_path, is_main, clock=lambda: now) for is_main in (True, False))
     assert switches.look() == (False, False)
     (tmp_path / "SAVE").touch()
     assert switches.look() == (False, False)  # not looked for again so soon

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from caco_scale.run_directory import RunDirectory, read_json_lines
-from caco_scale.telemetry import Meter, RemainingTime, Telemetry, describe_figures
+from caco_scale.run.directory import RunDirectory, read_json_lines
+from caco_scale.run.telemetry import Meter, RemainingTime, Telemetry, describe_figures
 
 
 class Clock:
@@ -107,8 +107,8 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
 
 ON_A_TERMINAL = """
 import sys
-from caco_scale.run_directory import RunDirectory
-from caco_scale.telemetry import Telemetry
+from caco_scale.run.directory import RunDirectory
+from caco_scale.run.telemetry import Telemetry
 run = RunDirectory(sys.argv[1], is_main=True)
 with Telemetry(run, total_steps=40, steps_per_epoch=10, images_per_step=8) as telemetry:
     telemetry.log_event(0, {"knn_top1": 56.05})

@@ -21,9 +21,9 @@ from weight_files import (
     under,
 )
 
-from caco_scale import export
 from caco_scale.checkpoint import Checkpointer, State
 from caco_scale.errors import UserError
+from caco_scale.export import write as export
 from caco_scale.method.encoders import build_backbone
 from caco_scale.method.model import Encoder, QueryKeyModel
 from caco_scale.weights import load_weights

@@ -98,9 +98,9 @@ def _bank(options):
 def _step(options):
     import torch
 
-    from caco_scale.assemble import check_temperatures, resolve_precision
     from caco_scale.benchmark.step import measure
     from caco_scale.config import parse
+    from caco_scale.training.assemble import check_temperatures, resolve_precision
 
     config = parse([options.recipe, *options.flags], prog="python -m caco_scale.benchmark step")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,7 +6,7 @@ Shapes: N samples in two views, K rows, D embedding.
 import functools
 from pathlib import Path
 
-from caco_scale.benchmark.rounds import in_turn, median
+from caco_scale.benchmark.measure import in_turn, median
 
 BANK_LR = 3.0
 PEERS = {"dense, autograd": True, "dense, gradient written out": False}

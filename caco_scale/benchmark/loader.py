@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from caco_scale.benchmark.rounds import in_turn, median
+from caco_scale.benchmark.measure import in_turn, median
 from caco_scale.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -8,7 +8,7 @@ one parameter after the other. Reading and decoding images is not in it: that is
 import dataclasses
 import functools
 
-from caco_scale.benchmark.rounds import in_turn, median
+from caco_scale.benchmark.measure import in_turn, median
 
 LR, BANK_LR, KEY_MOMENTUM = 0.01, 3.0, 0.99
 
@@ -72,10 +72,10 @@ def draw_batch(config):
     import numpy as np
     import torch
 
-    from caco_scale.assemble import view_specs
     from caco_scale.data.loader import Batch
     from caco_scale.data.order import sample_keys
     from caco_scale.data.views import draw_colour
+    from caco_scale.training.assemble import view_specs
 
     rng, ids = np.random.default_rng(0), np.arange(config.data.global_batch_size)
     crops, params = [], []
@@ -91,14 +91,14 @@ def draw_batch(config):
 
 def prepare_ours(config, steps, device):
     """A function that trains ``steps`` steps as ``pretrain`` would in one process."""
-    from caco_scale.assemble import MicroBatches, build_augment, build_model, parameter_dtype
-    from caco_scale.data.transfer import on_device
+    from caco_scale.data.to_device import on_device
     from caco_scale.distributed.launch import start_processes
-    from caco_scale.distributed.strategy import build_strategy
+    from caco_scale.distributed.strategies.base import build_strategy
     from caco_scale.method.bank import ShardedBank
     from caco_scale.optim.schedule import HyperParameters
-    from caco_scale.profiling import PartsClock
-    from caco_scale.step import train_step
+    from caco_scale.run.profiling import PartsClock
+    from caco_scale.training.assemble import MicroBatches, build_augment, build_model, parameter_dtype
+    from caco_scale.training.step import train_step
 
     accelerator, dtype = start_processes(), parameter_dtype(config)
     optim = config.optim.name, config.optim.weight_decay, config.precision.compile
@@ -131,10 +131,10 @@ def prepare_peer(config, steps, device):
     import torch
 
     from caco_scale import config as configuration
-    from caco_scale.assemble import MicroBatches, build_model
     from caco_scale.benchmark.dense import DenseBank, PlainOptimizer
     from caco_scale.data.augment import augment
     from caco_scale.method.bank import initial_rows
+    from caco_scale.training.assemble import MicroBatches, build_model
 
     config = configuration.replace(config, precision__compute="fp32", precision__compile=False)
     model = build_model(config).to(device)

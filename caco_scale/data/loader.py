@@ -40,9 +40,9 @@ from caco_scale.data.views import (
     draw_colour,
     draw_crop,
 )
-from caco_scale.distributed.collectives import patience
+from caco_scale.distributed.collectives import exchange_timeout
 from caco_scale.errors import UserError, one_line
-from caco_scale.signals import end_with_trainer, shielded
+from caco_scale.run.signals import end_with_trainer, shielded
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2")
 SUBSTITUTE_STREAM = 0x5B57
@@ -103,7 +103,7 @@ def train_batches(store, order, views, *, rank, world_size, start_step, num_step
 
     A sample that does not decode is replaced by a random one that depends only on (seed, epoch, sample).
     Raises UserError at the call when the ranks do not divide the global batch, and while iterating when a
-    shard is not as its manifest says, a worker dies, or none gives a batch for ``collectives.patience()``.
+    shard is not as its manifest says, a worker dies, or none gives a batch for ``collectives.exchange_timeout()``.
     """
     rank_share(order.batch(start_step), rank, world_size)  # not divisible: an error now and in this process
     steps = range(start_step, num_steps)
@@ -346,7 +346,7 @@ def _stream(stages, workers):
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=functools.partial(_start_worker, dict(os.environ)),
-        timeout=patience().total_seconds() + LAST_WORD_SECONDS if workers else 0,
+        timeout=exchange_timeout().total_seconds() + LAST_WORD_SECONDS if workers else 0,
         pin_memory=torch.cuda.is_initialized(),  # pages locked for copies to the GPU that the trainer uses
         generator=torch.Generator(),  # else it would draw from the global one, whose state is the trainer's
     )
@@ -383,8 +383,8 @@ def _unwrap(payloads):
         if deadline.passed:
             deadline.abandon()
             raise UserError(
-                f"no batch came for {patience().total_seconds():,.0f} seconds: the storage of the shards does not "
-                "answer; once it does, the same command goes on from the last checkpoint"
+                f"no batch came for {exchange_timeout().total_seconds():,.0f} seconds: the storage of the shards does "
+                "not answer; once it does, the same command goes on from the last checkpoint"
             ) from None
         # torch tells of a dead worker by a RuntimeError, and the batch it was sending by the errors of its socket.
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
@@ -398,7 +398,7 @@ def _unwrap(payloads):
 
 
 class _Deadline:
-    """Ends workers that let the trainer wait for a batch for longer than ``collectives.patience()``.
+    """Ends workers that let the trainer wait for a batch for longer than ``collectives.exchange_timeout()``.
 
     By SIGKILL: a worker may hang as a whole, and then the trainer waits for it in a place that has no time limit of its
     own (the shared memory that a finished batch comes in). One that the kernel keeps, as while a disk is silent,
@@ -409,7 +409,7 @@ class _Deadline:
         self.workers, self.passed = workers, False
 
     def __enter__(self):
-        self._timer = threading.Timer(patience().total_seconds(), self._end)
+        self._timer = threading.Timer(exchange_timeout().total_seconds(), self._end)
         self._timer.daemon = True
         if self.workers:
             self._timer.start()

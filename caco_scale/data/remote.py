@@ -46,7 +46,7 @@ _user = None  # the process that has used obstore
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """When to give up: failed attempts in a row, and seconds without a byte before an attempt has failed."""
 
     retries: int = 8
@@ -80,13 +80,13 @@ class Remote:
     """The objects below ``url``. Picklable; ``counters`` (bytes, requests, retries) are this process's.
 
     Every method raises UserError, one line that names the object: at once for what does not exist or may not be
-    read, after the budget of ``patience`` for everything else.
+    read, after the budget of ``retry_policy`` for everything else.
     """
 
-    def __init__(self, url, patience=None):
+    def __init__(self, url, retry_policy=None):
         self.url = url.rstrip("/")
         self.scheme, _ = check_address(self.url)
-        self.patience = patience or Patience()
+        self.retry_policy = retry_policy or RetryPolicy()
         self._begin()
 
     def _begin(self):
@@ -95,7 +95,7 @@ class Remote:
         self._lock = threading.Lock()
 
     def __getstate__(self):
-        return {"url": self.url, "scheme": self.scheme, "patience": self.patience}
+        return {"url": self.url, "scheme": self.scheme, "retry_policy": self.retry_policy}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -120,7 +120,7 @@ class Remote:
         _user = os.getpid()
         with self._lock:
             if self._client is None:
-                self._client = _connect(self.url, self.scheme, self.patience)
+                self._client = _connect(self.url, self.scheme, self.retry_policy)
         return self._client
 
     # Reading
@@ -320,7 +320,7 @@ class _Attempts:
         if final:
             raise final from None
         self.in_a_row = 1 if progress >= PROGRESS_BYTES else self.in_a_row + 1
-        if self.in_a_row > self.remote.patience.retries:
+        if self.in_a_row > self.remote.retry_policy.retries:
             raise Unreachable(
                 f"{self.what} cannot be {self.verb}: {reason} ({self.in_a_row} attempts in a row failed within "
                 f"{time.monotonic() - self.start:.0f} s): check network, address and endpoint, or raise "
@@ -383,7 +383,7 @@ class NoRanges(UserError):
 # Clients
 
 
-def _connect(url, scheme, patience):
+def _connect(url, scheme, retry_policy):
     from obstore.store import HTTPStore, from_url
 
     endpoints = [os.environ.get(name, "") for name in ENDPOINTS]
@@ -392,8 +392,8 @@ def _connect(url, scheme, patience):
         config = _s3_config(os.environ)
         endpoints.append(config.get("endpoint", ""))
     client = {
-        "connect_timeout": f"{min(CONNECT_SECONDS, patience.stall_seconds):g}s",
-        "read_timeout": f"{patience.stall_seconds:g}s",
+        "connect_timeout": f"{min(CONNECT_SECONDS, retry_policy.stall_seconds):g}s",
+        "read_timeout": f"{retry_policy.stall_seconds:g}s",
         "timeout": "86400s",  # of a whole body, however slow
         "allow_http": scheme == "http" or any(e.startswith("http://") for e in endpoints),
     }

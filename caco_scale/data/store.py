@@ -20,7 +20,7 @@ import warnings
 from collections import Counter, OrderedDict
 
 from caco_scale.data.cache import DamagedDownload, ShardCache, UnusableCache
-from caco_scale.data.remote import NoRanges, Patience, Remote, Threads, check_address, is_remote
+from caco_scale.data.remote import NoRanges, Remote, RetryPolicy, Threads, check_address, is_remote
 from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardIndex, expand_braces
 from caco_scale.errors import UserError
 
@@ -33,18 +33,18 @@ DOWNLOADS = 3  # of a shard whose bytes turn out wrong, before that is an error
 COUNTERS = ("bytes", "requests", "retries", "hits", "misses", "evictions", "damaged")
 
 
-def mend(url):
+def repair_hint(url):
     """What to do about a damaged shard, in words."""
     return f"`python -m data_prep repair SRC {url}` builds what is bad again from its source"
 
 
-def open_store(url, cache_dir="auto", cache_bytes=0, patience=None):
+def open_store(url, cache_dir="auto", cache_bytes=0, retry_policy=None):
     """The store that ``url`` names: a directory or the address of a shard set, or an indexed brace pattern.
 
     cache_dir: where whole shards of an object store are kept on this node; ``auto`` is a folder of this user's in
     the node's temporary directory, ``none`` reads ranges only, and a range is checked by its size alone: only a
     whole shard has a hash. cache_bytes: its limit, 0: four fifths of what is free there.
-    patience: :class:`~caco_scale.data.remote.Patience`. UserError for what is no shard set.
+    retry_policy: :class:`~caco_scale.data.remote.RetryPolicy`. UserError for what is no shard set.
     """
     url = os.fspath(url)
     if not url:
@@ -57,13 +57,13 @@ def open_store(url, cache_dir="auto", cache_bytes=0, patience=None):
             f"that holds {MANIFEST_NAME}"
         )
     if "{" in url or "}" in url:
-        return _open_pattern(url, cache_dir, cache_bytes, patience)
+        return _open_pattern(url, cache_dir, cache_bytes, retry_policy)
     if is_remote(url) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url) and not url.startswith("file://"):
         check_address(url)
-        return RemoteStore(url, cache_dir, cache_bytes, patience)
+        return RemoteStore(url, cache_dir, cache_bytes, retry_policy)
     store = LocalStore(url)
     if is_remote(store.shards_at):
-        return RemoteStore(url, cache_dir, cache_bytes, patience, index=store)
+        return RemoteStore(url, cache_dir, cache_bytes, retry_policy, index=store)
     return store
 
 
@@ -121,12 +121,12 @@ class Store:
         data = self._index_bytes(info)
         if hashlib.sha256(data).hexdigest() != info.index_sha256:
             raise UserError(
-                f"shard index {name} ({len(data):,} bytes) differs from the manifest: {mend(self.url)}"
+                f"shard index {name} ({len(data):,} bytes) differs from the manifest: {repair_hint(self.url)}"
             )
         index = ShardIndex.from_bytes(data)
         if len(index) != info.num_samples:
             raise UserError(
-                f"shard index {name} has {len(index)} samples, {info.num_samples} expected: {mend(self.url)}"
+                f"shard index {name} has {len(index)} samples, {info.num_samples} expected: {repair_hint(self.url)}"
             )
         self._indexes[shard] = index
         while len(self._indexes) > MAX_INDEXES:
@@ -147,7 +147,7 @@ class Store:
             if digest.hexdigest() != info.sha256:
                 raise UserError(
                     f"shard {info.name} of {self.url} is damaged: its {got:,} bytes have another sha256 than "
-                    f"the manifest's {info.sha256[:12]}: {mend(self.url)}"
+                    f"the manifest's {info.sha256[:12]}: {repair_hint(self.url)}"
                 )
             self._intact.add(shard)
         return self.read(shard, start, num_bytes)
@@ -235,10 +235,10 @@ class LocalStore(Store):
                 try:
                     size = os.stat(path).st_size
                 except OSError as error:
-                    raise UserError(f"shard file {path}: {error.strerror}: {mend(self.url)}") from None
+                    raise UserError(f"shard file {path}: {error.strerror}: {repair_hint(self.url)}") from None
                 if size != expected:
                     raise UserError(
-                        f"shard file {path} has {size:,} bytes, {expected:,} expected: {mend(self.url)}"
+                        f"shard file {path} has {size:,} bytes, {expected:,} expected: {repair_hint(self.url)}"
                     )
 
     def _index_bytes(self, info):
@@ -247,7 +247,7 @@ class LocalStore(Store):
             with open(path, "rb") as file:
                 return file.read()
         except OSError as error:
-            raise UserError(f"shard index {path}: {error.strerror}: {mend(self.url)}") from None
+            raise UserError(f"shard index {path}: {error.strerror}: {repair_hint(self.url)}") from None
 
     def read(self, shard, start, num_bytes):
         """``num_bytes`` of a shard from ``start``. UserError when the shard is missing or too short."""
@@ -257,10 +257,12 @@ class LocalStore(Store):
             file = self._file(shard, path)
             data = os.pread(file.fileno(), num_bytes, start)
         except OSError as error:
-            raise UserError(f"shard file {path}: {error.strerror}: {mend(self.url)}") from None
+            raise UserError(f"shard file {path}: {error.strerror}: {repair_hint(self.url)}") from None
         if len(data) != num_bytes:
             size, expected = os.stat(path).st_size, self.manifest.shards[shard].num_bytes
-            raise UserError(f"shard file {path} has {size:,} bytes, {expected:,} expected: {mend(self.url)}")
+            raise UserError(
+                f"shard file {path} has {size:,} bytes, {expected:,} expected: {repair_hint(self.url)}"
+            )
         return data
 
     def _file(self, shard, path):
@@ -292,11 +294,15 @@ class RemoteStore(Store):
     clients, threads and open files belong to the process that uses them.
     """
 
-    def __init__(self, url, cache_dir="auto", cache_bytes=0, patience=None, index=None):
+    def __init__(self, url, cache_dir="auto", cache_bytes=0, retry_policy=None, index=None):
         self.url, self.local_index = url, index
-        self.cache_dir, self.cache_bytes, self.patience = cache_dir, cache_bytes, patience or Patience()
+        self.cache_dir, self.cache_bytes, self.retry_policy = (
+            cache_dir,
+            cache_bytes,
+            retry_policy or RetryPolicy(),
+        )
         if index is None:
-            folder = Remote(url, self.patience)
+            folder = Remote(url, self.retry_policy)
             self._parse_manifest(self._manifest_text(folder))
             self.shards_at = self.manifest.build.get("shards_at", url)
             if self.shards_at != url:
@@ -327,13 +333,13 @@ class RemoteStore(Store):
         self._files, self._queued, self._threads = OrderedDict(), set(), None
         self._damaged = {}  # shard: what its download in the background has found
         self._cache_error = None  # why nothing more is put into the cache
-        self.remote = Remote(self.shards_at, self.patience)
+        self.remote = Remote(self.shards_at, self.retry_policy)
         self.cache = None
         if self.cache_dir != "none":
             self.cache = ShardCache(_cache_directory(self.cache_dir), self.cache_bytes)
 
     def __getstate__(self):
-        names = ("url", "local_index", "cache_dir", "cache_bytes", "patience", "manifest", "shards_at")
+        names = ("url", "local_index", "cache_dir", "cache_bytes", "retry_policy", "manifest", "shards_at")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state):
@@ -349,11 +355,11 @@ class RemoteStore(Store):
                 expected[shard.index_name] = shard.index_num_bytes
         for name, size in self.remote.sizes(list(expected)).items():
             if size is None:
-                raise UserError(f"shard file {self.shards_at}/{name} does not exist: {mend(self.url)}")
+                raise UserError(f"shard file {self.shards_at}/{name} does not exist: {repair_hint(self.url)}")
             if size != expected[name]:
                 raise UserError(
                     f"shard file {self.shards_at}/{name} has {size:,} bytes, {expected[name]:,} expected: "
-                    f"{mend(self.url)}"
+                    f"{repair_hint(self.url)}"
                 )
 
     def _index_bytes(self, info):
@@ -468,7 +474,7 @@ class RemoteStore(Store):
             except DamagedDownload as error:
                 if attempt == DOWNLOADS - 1:
                     raise DamagedShard(
-                        f"shard {info.name} of {self.url} is damaged: {error}: {mend(self.url)}"
+                        f"shard {info.name} of {self.url} is damaged: {error}: {repair_hint(self.url)}"
                     ) from None
                 self.remote.count("retries")
             except UnusableCache as error:

@@ -21,18 +21,18 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-_patience = timedelta(minutes=30)
+_exchange_timeout = timedelta(minutes=30)
 
 
-def set_patience(seconds):
-    """``run.timeout_seconds``, for this process: see :func:`patience`. Groups that exist keep theirs."""
-    global _patience
-    _patience = timedelta(seconds=seconds)
+def set_exchange_timeout(seconds):
+    """``run.timeout_seconds``, for this process: see :func:`exchange_timeout`. Groups that exist keep theirs."""
+    global _exchange_timeout
+    _exchange_timeout = timedelta(seconds=seconds)
 
 
-def patience():
+def exchange_timeout():
     """How long one waits for another process in one exchange between hosts, or for a loader's worker: a timedelta."""
-    return _patience
+    return _exchange_timeout
 
 
 def world_size(group=None):
@@ -171,9 +171,9 @@ def _host_group(group):
 
 
 def new_host_group(group=None, **options):
-    """A gloo group of the ranks of ``group``: waits for no GPU, and no longer than :func:`patience`. Collective.
+    """A gloo group of the ranks of ``group``: waits for no GPU, at most :func:`exchange_timeout`. Collective.
 
     ``options``: of ``torch.distributed.new_group``.
     """
     ranks = dist.get_process_group_ranks(_resolve(group))
-    return dist.new_group(ranks, backend="gloo", timeout=_patience, **options)
+    return dist.new_group(ranks, backend="gloo", timeout=_exchange_timeout, **options)

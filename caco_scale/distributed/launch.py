@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from caco_scale.distributed.collectives import set_patience
+from caco_scale.distributed.collectives import set_exchange_timeout
 from caco_scale.errors import UserError, one_line
 
 # torch renames the option; both names mean the same here, and 2.11 knows only this one.
@@ -250,7 +250,7 @@ def start_processes(asked_world_size=0, timeout_seconds=1800):
         UserError: training would not see the processes or the strategy that were asked for.
     """
     strategy = launched_strategy(os.environ)
-    set_patience(timeout_seconds)
+    set_exchange_timeout(timeout_seconds)
     # By torch's default convolutions in fp32 read 10 bits of mantissa.
     torch.backends.cudnn.allow_tf32 = False
     on_cpu = not torch.cuda.is_available()

@@ -16,7 +16,7 @@ from rich.table import Table
 from caco_scale.atomic import write_atomically
 from caco_scale.distributed.collectives import assert_equal_on_all_ranks
 from caco_scale.errors import UserError
-from caco_scale.run_directory import be_alone, to_json
+from caco_scale.run.directory import be_alone, to_json
 
 RESAMPLES = 10_000
 CONFIDENCE = 95

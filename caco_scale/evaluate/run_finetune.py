@@ -26,8 +26,8 @@ from caco_scale.evaluate.heads import INITIAL_STD, MOMENTUM, Score
 from caco_scale.evaluate.loop import NO_LABEL, LabelledImages, check_batch, fit, restore
 from caco_scale.evaluate.results import CONFIDENCE, show
 from caco_scale.evaluate.run_linear import with_intervals
-from caco_scale.evaluate.setting import build_setting
 from caco_scale.evaluate.stores import Subset, labels_of
+from caco_scale.evaluate.task import build_setting
 
 LR, BATCH_SIZE = 0.05, 1024
 EPOCHS, EPOCHS_OF_FEW, FEW = 30, 60, 0.05

@@ -5,7 +5,7 @@ import time
 from caco_scale.errors import UserError
 from caco_scale.evaluate.knn import evaluate_knn
 from caco_scale.evaluate.results import CONFIDENCE, interval, show
-from caco_scale.evaluate.setting import build_setting
+from caco_scale.evaluate.task import build_setting
 from caco_scale.weights import digest
 
 USUAL_NEIGHBOURS = [10, 20, 100, 200]

@@ -17,12 +17,12 @@ import torch
 
 from caco_scale.data.order import permutation
 from caco_scale.errors import UserError
-from caco_scale.evaluate.blocks import features_of, remove_features
+from caco_scale.evaluate.feature_cache import features_of, remove_features
 from caco_scale.evaluate.heads import LinearHeads, growth, score_features
 from caco_scale.evaluate.loop import NO_LABEL, LabelledImages, check_batch, fit, restore
 from caco_scale.evaluate.results import CONFIDENCE, interval, show
-from caco_scale.evaluate.setting import build_setting
 from caco_scale.evaluate.stores import Subset, labels_of
+from caco_scale.evaluate.task import build_setting
 
 AUTHORS_LR = 0.025  # per 256 images, of the command that the authors publish; their parser's default is 0.1
 FAST_LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)

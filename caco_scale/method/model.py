@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from caco_scale.method.ema import ema_update
-from caco_scale.profiling import part
+from caco_scale.run.profiling import part
 
 NUM_GLOBAL_VIEWS = 2
 

@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from caco_scale.diagnostics import LOW_RANKME, LOW_SPREAD
 from caco_scale.report.runs import is_number
+from caco_scale.run.diagnostics import LOW_RANKME, LOW_SPREAD
 
 MAX_POINTS = 400  # of a drawn line; longer ones are averaged, with a band from least to greatest
 WIDTH, HEIGHT = 5.0, 2.35  # inches of 72 points

@@ -9,7 +9,7 @@ import numpy as np
 from caco_scale import config as configuration
 from caco_scale.report.curves import HEALTH, TRAINING, draw_panels, further_panels, write_number
 from caco_scale.report.runs import incidents
-from caco_scale.scores import evaluation_scores
+from caco_scale.run.scores import evaluation_scores
 
 KINDS = {  # of incidents, in words
     "resume": "resumed",

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from caco_scale.checkpoint import load_tensors
 from caco_scale.data.loader import evaluation_batches
-from caco_scale.data.remote import Patience
+from caco_scale.data.remote import RetryPolicy
 from caco_scale.data.store import open_store
 from caco_scale.errors import UserError, one_line
 from caco_scale.evaluate.features import extract_features
@@ -33,7 +33,7 @@ MAX_IMAGES = 5000
 THUMBNAIL = 96  # pixels on a side of a picture in the page
 MAP_CLASSES = 10
 MAP_IMAGES = 2000
-PATIENCE = Patience(2, 10)  # a report waits less for an object store than a training run
+RETRY_POLICY = RetryPolicy(2, 10)  # a report waits less for an object store than a training run
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def data_address(run, address):
 
 def read_images(run, address, limit):
     """A sample of a shard set as :class:`Images`. UserError where the set is away or damaged."""
-    store = open_store(data_address(run, address), cache_dir="none", patience=PATIENCE)
+    store = open_store(data_address(run, address), cache_dir="none", retry_policy=RETRY_POLICY)
     size = run.config.views.size
     limit = limit or min(MAX_IMAGES, max(NUM_NEAREST, MEMORY_BYTES // (3 * size**2)))
     ids = spread_ids(store.manifest.num_samples, limit)

@@ -14,8 +14,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import EncoderBlock
 
 from caco_scale.distributed.partition import local_part
-from caco_scale.distributed.strategy import Strategy, WholeCopy
-from caco_scale.optim.groups import build_optimizer, init_optimizer_state
+from caco_scale.distributed.strategies.base import Strategy, WholeCopy
+from caco_scale.optim.build import build_optimizer, init_optimizer_state
 
 # Gathered and freed one at a time; the rest of an encoder at once.
 UNITS = (BasicBlock, Bottleneck, EncoderBlock)

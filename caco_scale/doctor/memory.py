@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from caco_scale.assemble import build_encoder
 from caco_scale.method.bank import BLOCK_BYTES_GPU, LEAST_QUERIES, TILE_BYTES_GPU
+from caco_scale.training.assemble import build_encoder
 
 OPTIMIZER_SLOTS = {"lars": 1, "sgd": 1, "adamw": 2}  # tensors of a parameter's size
 PARTITIONED = {  # what each strategy divides by R
@@ -93,7 +93,7 @@ def _forget_values(module):
 
 def _largest_unit(encoder):
     """Elements of the largest of the parts that FSDP2 gathers at once."""
-    from caco_scale.distributed.fsdp2 import UNITS
+    from caco_scale.distributed.strategies.fsdp2 import UNITS
 
     units = [sum(p.numel() for p in m.parameters()) for m in encoder.modules() if isinstance(m, UNITS)]
     rest = sum(p.numel() for p in encoder.parameters()) - sum(units)

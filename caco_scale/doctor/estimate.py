@@ -1,6 +1,6 @@
 """What a run will cost: steps, hours, GPU-hours and their price, from a measured or stated number of images a second.
 
-    python -m caco_scale.estimate [RECIPE] [--flags] --gpus 32 [--images-per-second 12800] [--price 2.10]
+    python -m caco_scale.doctor.estimate [RECIPE] [--flags] --gpus 32 [--images-per-second 12800] [--price 2.10]
 
 Measured is what the run's own ``metrics.jsonl`` says; on another number of GPUs it counts in proportion.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from caco_scale.errors import Parser, UserError, exit_on_user_error
-from caco_scale.run_directory import read_json_lines
+from caco_scale.run.directory import read_json_lines
 
 IMAGENET = 1_281_167  # training images; what is counted with where no shard set is named
 RECENT_LINES = 20
@@ -20,8 +20,8 @@ RECENT_LINES = 20
 
 def total_steps(config):
     """(optimizer steps in all, training images): by the schedule, and by the shard set's manifest if one is named."""
-    from caco_scale.assemble import build_schedule
     from caco_scale.data.store import open_store
+    from caco_scale.training.assemble import build_schedule
 
     images = IMAGENET
     if config.data.shards:
@@ -85,7 +85,7 @@ def main(arguments=None):
     """Print the estimate; exit code 2 on a user's mistake."""
     from caco_scale.config import parse
 
-    flags = Parser(prog="python -m caco_scale.estimate", allow_abbrev=False, add_help=False)
+    flags = Parser(prog="python -m caco_scale.doctor.estimate", allow_abbrev=False, add_help=False)
     flags.add_argument("--gpus", type=int, required=True)
     flags.add_argument("--images-per-second", type=float)
     flags.add_argument("--price", type=float)
@@ -93,7 +93,7 @@ def main(arguments=None):
     for name, value in vars(options).items():
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} {value:g}: give more than 0")
-    config = parse(others, prog="python -m caco_scale.estimate")
+    config = parse(others, prog="python -m caco_scale.doctor.estimate")
     for line in estimate(config, **vars(options)):
         print(line)
 

@@ -1,7 +1,7 @@
 """Check every node of a job before it trains, and name the bad ones, so that the job can go on without them.
 
-    srun --ntasks-per-node=1 --nodes=4 python -m caco_scale.preflight --gpus 8
-    python -m caco_scale.preflight --gpus 8 --hosts a,b --rank 0 --master-port 29400          by hand on a; on b rank 1
+    srun --ntasks-per-node=1 --nodes=4 python -m caco_scale.doctor.preflight --gpus 8
+    python -m caco_scale.doctor.preflight --gpus 8 --hosts a,b --rank 0 --master-port 29400  # by hand on a; b: rank 1
 
 One process per node. First what a node sees of itself: GPUs (their number, a small product on each, uncorrected
 memory errors), room in /dev/shm. Then what only several can see: who does not arrive, whose clock or software differs
@@ -49,7 +49,7 @@ ELEMENTS = 1 << 20  # of the tensor that is reduced: 4 MB, enough to leave the f
 
 def package_hash():
     """sha256 over the names and contents of this package's files (Python and recipes)."""
-    folder, total = Path(__file__).parent, hashlib.sha256()
+    folder, total = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".py", ".yaml"):
             total.update(f"{path.relative_to(folder)}\0".encode())
@@ -434,7 +434,7 @@ def step_nodes(environment):
 
 def parse(arguments, environment):
     """Flags, and for those not given what SLURM says -> options, checked (UserError)."""
-    flags = Parser(prog="python -m caco_scale.preflight", description=__doc__.split("\n")[0])
+    flags = Parser(prog="python -m caco_scale.doctor.preflight", description=__doc__.split("\n")[0])
     add = flags.add_argument
     add("--gpus", type=int, required=True, metavar="N", help="GPUs that a node must have; 0 = none, on CPUs")
     add("--hosts", metavar="A,B,...", help="node names in rank order (default: those of the SLURM step)")

@@ -9,13 +9,13 @@ import torch
 
 from caco_scale import weights as weights_module
 from caco_scale.data.loader import evaluation_batches
-from caco_scale.data.remote import Patience
+from caco_scale.data.remote import RetryPolicy
 from caco_scale.distributed.collectives import gather_objects
 from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.errors import UserError
 from caco_scale.evaluate.results import ResultFolder
 from caco_scale.evaluate.stores import check_same_classes, fingerprint, open_images, split_folders
-from caco_scale.run_directory import describe_environment
+from caco_scale.run.directory import describe_environment
 
 FULL_NAMES = {"knn": "kNN", "linear": "linear evaluation", "finetune": "fine-tuning"}
 
@@ -137,7 +137,7 @@ def build_setting(flags):
     """
     accelerator = _processes(flags)
     train_url, val_url, weights = _sources(flags)
-    options = {"cache_dir": flags.cache_dir, "patience": Patience()}
+    options = {"cache_dir": flags.cache_dir, "retry_policy": RetryPolicy()}
     train = open_images(train_url, "--data", **options)
     val = open_images(val_url, "--val", **options)
     check_same_classes(train, val, FULL_NAMES[flags.command])

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from caco_scale.errors import UserError
-from caco_scale.run_directory import JsonLines, last_json_line, read_json_lines
+from caco_scale.run.directory import JsonLines, last_json_line, read_json_lines
 
 
 class AuditLog:

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from caco_scale.distributed.partition import FlatPartition, Piece, flat_part, refresh_gathered
-from caco_scale.distributed.strategy import Strategy, WholeCopy
-from caco_scale.optim.groups import build_optimizer, initial_state
+from caco_scale.distributed.strategies.base import Strategy, WholeCopy
+from caco_scale.optim.build import build_optimizer, initial_state
 from caco_scale.optim.lars import LARS
 
 

@@ -1,6 +1,6 @@
 """What asks a run to stop or to save, beside a signal: the end of its SLURM job, and two files in its directory.
 
-Each rank answers for itself (:class:`JobEnd` by its own clock) or for all (:class:`SwitchFiles`, which rank 0 alone
+Each rank answers for itself (:class:`JobEnd` by its own clock) or for all (:class:`ControlFiles`, which rank 0 alone
 looks at, for a network file system's sake); the loop gathers the answers at every step and all ranks act on any.
 """
 
@@ -77,7 +77,7 @@ class JobEnd:
         return self.end - self._clock() >= needed
 
 
-class SwitchFiles:
+class ControlFiles:
     """``STOP`` and ``SAVE`` in the run directory, which a user makes with ``touch``.
 
     STOP stays: a run that finds it does not start. SAVE is removed when the checkpoint that it asked for is

@@ -20,7 +20,7 @@ from caco_scale.distributed.syncbn import convert_sync_batchnorm
 from caco_scale.errors import UserError
 from caco_scale.method.ema import ema_update
 from caco_scale.method.model import synchronise_key
-from caco_scale.optim.groups import build_optimizer, init_optimizer_state, state_bytes
+from caco_scale.optim.build import build_optimizer, init_optimizer_state, state_bytes
 
 
 def build_strategy(name, accelerator, model, optimizer_name, weight_decay, compiled=False):
@@ -39,10 +39,10 @@ def build_strategy(name, accelerator, model, optimizer_name, weight_decay, compi
     if name == "ddp":
         return DataParallel(accelerator, model, optimizer_name, weight_decay)
     if name == "fsdp2":
-        from caco_scale.distributed.fsdp2 import FullyShardedDataParallel
+        from caco_scale.distributed.strategies.fsdp2 import FullyShardedDataParallel
 
         return FullyShardedDataParallel(accelerator, model, optimizer_name, weight_decay)
-    from caco_scale.distributed.zero import Zero
+    from caco_scale.distributed.strategies.zero import Zero
 
     return Zero(accelerator, model, optimizer_name, weight_decay)
 

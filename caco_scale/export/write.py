@@ -22,9 +22,9 @@ from caco_scale import config as configuration
 from caco_scale.atomic import write_atomically
 from caco_scale.checkpoint import read_values
 from caco_scale.errors import Parser, UserError, exit_on_user_error
-from caco_scale.layouts import check_library, library_model, to_timm
-from caco_scale.model_card import write_card
-from caco_scale.scores import evaluation_scores, logged_scores
+from caco_scale.export.library_names import check_library, library_model, to_timm
+from caco_scale.export.model_card import write_card
+from caco_scale.run.scores import evaluation_scores, logged_scores
 from caco_scale.weights import load_weights, read_tensors
 
 FORMATS = ("safetensors", "torchvision", "timm")
@@ -207,7 +207,3 @@ def main(arguments=None):
     of_step = f" of step {metadata['step']}" if metadata["step"] else ""
     what = "{encoder} backbone {arch} (stem {stem}){0}; {compared}".format(of_step, **metadata)
     print(f"wrote {flags.to} ({size:.1f} MB, {flags.file_format}) and {flags.to}.md: {what}")
-
-
-if __name__ == "__main__":
-    main()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
-from caco_scale.errors import Parser, UserError, exit_on_user_error, one_line, run_command
+from caco_scale.errors import Parser, UserError, exit_on_user_error, one_line
 
 REQUIRED = (
     *("torch", "torchvision", "accelerate", "webdataset", "obstore", "numpy", "simplejpeg"),
@@ -101,7 +101,7 @@ def check_launch(config):
     import torch
 
     from caco_scale.distributed.launch import launched_strategy, start_processes
-    from caco_scale.distributed.strategy import check_combination
+    from caco_scale.distributed.strategies.base import check_combination
 
     try:
         accelerator = start_processes(config.run.world_size)
@@ -129,7 +129,7 @@ def check_plan(config, strategy, processes):
     import torch
 
     from caco_scale.distributed.launch import STRATEGIES, refuse_lost_driver
-    from caco_scale.distributed.strategy import check_combination
+    from caco_scale.distributed.strategies.base import check_combination
 
     if strategy not in STRATEGIES:
         return [fail(f"--strategy {strategy}: give one of {', '.join(STRATEGIES)}, {OFFLOADING}")], None
@@ -187,8 +187,8 @@ def check_arithmetic(config, world_size, data=None):
 
 def check_data(config, rank, world_size):
     """The shard set as training opens it -> (findings, TrainingData or None)."""
-    from caco_scale.assemble import TrainingData
     from caco_scale.config import makes_its_data
+    from caco_scale.training.assemble import TrainingData
 
     if makes_its_data(config) and not Path(config.data.shards, "manifest.json").exists():
         return [note(f"the demo's data will be built in {Path(config.data.shards).parent}")], None
@@ -201,13 +201,13 @@ def check_data(config, rank, world_size):
 def check_resume(config, data):
     """What is in the run directory already: whether training would go on from it -> findings."""
     from caco_scale import checkpoint
-    from caco_scale.stopping import SwitchFiles
-    from caco_scale.training import find_checkpoint
+    from caco_scale.run.stopping import ControlFiles
+    from caco_scale.training.trainer import find_checkpoint
 
     folder = Path(config.run.dir, "checkpoints")
     newest = checkpoint.latest(folder) if folder.is_dir() else None
     try:
-        SwitchFiles(config.run.dir, is_main=True).refuse_stop()
+        ControlFiles(config.run.dir, is_main=True).refuse_stop()
         found = find_checkpoint(config, newest, data)
     except UserError as error:
         return [fail(one_line(error))]
@@ -236,17 +236,17 @@ def check_loader(config, data, environment=os.environ):
 
 def worker_rate(config, manifest):
     """Images that one loader worker prepares in a second of CPU time, views included, waiting for a store excluded."""
-    from caco_scale.assemble import view_specs
     from caco_scale.data.loader import train_batches
     from caco_scale.data.order import Order
-    from caco_scale.data.remote import Patience
+    from caco_scale.data.remote import RetryPolicy
     from caco_scale.data.store import open_store
+    from caco_scale.training.assemble import view_specs
 
     sizes = [shard.num_samples for shard in manifest.shards]
     batch = min(MEASURED_IMAGES, sum(sizes))
     order = Order(sizes, seed=config.run.seed, global_batch_size=batch)
     store = open_store(
-        config.data.shards, "none", 0, Patience(config.data.retries, config.data.stall_seconds)
+        config.data.shards, "none", 0, RetryPolicy(config.data.retries, config.data.stall_seconds)
     )
     topology = {"rank": 0, "world_size": 1, "workers": 0, "seed": config.run.seed}
     batches = train_batches(store, order, view_specs(config.views), start_step=0, num_steps=2, **topology)
@@ -271,7 +271,7 @@ def check_memory(config, strategy, world_size, device, offloaded=False):
     """The estimate of a rank's memory, against the GPU's -> findings. ``offloaded``: as of ``estimate_memory``."""
     import torch
 
-    from caco_scale.memory import estimate_memory
+    from caco_scale.doctor.memory import estimate_memory
 
     share = config.data.global_batch_size // world_size
     try:
@@ -321,7 +321,7 @@ def examine(config, plan=None):
     findings += launch
     if place is None:
         return findings + check_storage(config)
-    from caco_scale.assemble import resolve_precision
+    from caco_scale.training.assemble import resolve_precision
 
     config = resolve_precision(config, place.device)
     arithmetic = check_arithmetic(config, place.world_size)
@@ -375,7 +375,3 @@ def main(arguments=None):
         flush=True,
     )
     sys.exit(1 if failures else 0)
-
-
-if __name__ == "__main__":
-    run_command(main)

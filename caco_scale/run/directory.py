@@ -178,7 +178,7 @@ def describe_environment(*, world_size, devices, hosts, **more):
             versions[package] = None
     return {
         "versions": versions,
-        "git_commit": git_commit(Path(__file__).parent),
+        "git_commit": git_commit(Path(__file__).parents[1]),
         "command": list(sys.argv),
         "platform": platform.platform(),
         "world_size": world_size,

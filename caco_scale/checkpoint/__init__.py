@@ -55,7 +55,7 @@ from caco_scale.atomic import flush_to_disk
 from caco_scale.distributed.collectives import new_host_group, world_size
 from caco_scale.distributed.partition import flat_part, is_zero3, whole_shape
 from caco_scale.errors import UserError, one_line
-from caco_scale.optim.groups import named_state
+from caco_scale.optim.build import named_state
 
 FORMAT = 1
 
@@ -94,7 +94,7 @@ def training_state(model, optimizer, bank, values, partitions=None):
     """The whole state of a run as a :class:`State`: of each tensor what this rank holds, whole or in part.
 
     ``model`` has the submodules ``query`` and ``key``, replicated, or partitioned by ZeRO-3 or FSDP2; ``bank``
-    gives this rank's rows. ``partitions``: see :func:`~caco_scale.optim.groups.named_state`. ``values`` (step,
+    gives this rank's rows. ``partitions``: see :func:`~caco_scale.optim.build.named_state`. ``values`` (step,
     config, fingerprint, ...) is stored with ``bank_pointer`` added. No rank sees more of the model than it holds.
     """
     tensors, shapes = {}, {}

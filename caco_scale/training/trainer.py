@@ -12,7 +12,24 @@ from pathlib import Path
 
 from caco_scale import checkpoint
 from caco_scale import config as configuration
-from caco_scale.assemble import (
+from caco_scale.data.loader import cache_is_large_enough, start_fork_server
+from caco_scale.data.store import COUNTERS, repair_hint
+from caco_scale.data.to_device import on_device
+from caco_scale.distributed.collectives import all_max, assert_equal_on_all_ranks, gather_objects
+from caco_scale.distributed.launch import launched_strategy, start_processes
+from caco_scale.distributed.strategies.base import build_strategy, check_combination
+from caco_scale.errors import UserError
+from caco_scale.evaluate.features import pixels
+from caco_scale.evaluate.knn import evaluate_knn
+from caco_scale.method.bank import ShardedBank
+from caco_scale.optim.schedule import hyper_parameters
+from caco_scale.run.audit import AuditLog
+from caco_scale.run.diagnostics import CollapseAlarm, embedding_std, rankme
+from caco_scale.run.directory import JsonLines, RunDirectory, describe_environment
+from caco_scale.run.profiling import StepProfiler, part
+from caco_scale.run.stopping import JOB_END, ControlFiles, JobEnd, check_job_end, job_end
+from caco_scale.run.telemetry import Telemetry
+from caco_scale.training.assemble import (
     MicroBatches,
     TrainingData,
     build_augment,
@@ -21,24 +38,7 @@ from caco_scale.assemble import (
     parameter_dtype,
     resolve,
 )
-from caco_scale.audit import AuditLog
-from caco_scale.data.loader import cache_is_large_enough, start_fork_server
-from caco_scale.data.store import COUNTERS, mend
-from caco_scale.data.transfer import on_device
-from caco_scale.diagnostics import CollapseAlarm, embedding_std, rankme
-from caco_scale.distributed.collectives import all_max, assert_equal_on_all_ranks, gather_objects
-from caco_scale.distributed.launch import launched_strategy, start_processes
-from caco_scale.distributed.strategy import build_strategy, check_combination
-from caco_scale.errors import UserError
-from caco_scale.evaluate.features import pixels
-from caco_scale.evaluate.knn import evaluate_knn
-from caco_scale.method.bank import ShardedBank
-from caco_scale.optim.schedule import hyper_parameters
-from caco_scale.profiling import StepProfiler, part
-from caco_scale.run_directory import JsonLines, RunDirectory, describe_environment
-from caco_scale.step import train_step
-from caco_scale.stopping import JOB_END, JobEnd, SwitchFiles, check_job_end, job_end
-from caco_scale.telemetry import Telemetry
+from caco_scale.training.step import train_step
 
 MAX_RANKME_ROWS = 512  # of the global batch: a singular value decomposition of more takes longer than a step
 
@@ -48,7 +48,7 @@ def run(config, signals):
 
     Args:
         config: :class:`~caco_scale.config.Config`.
-        signals: :class:`~caco_scale.signals.Signals`, already installed.
+        signals: :class:`~caco_scale.run.signals.Signals`, already installed.
     Raises:
         UserError: what the user can mend, before training where it can be known by then.
     """
@@ -91,7 +91,7 @@ def refuse_to_start(config, is_main):
     """Raise on every rank what speaks against a start on any: the file STOP, a job's end that is none (UserError)."""
     complaint = None
     try:
-        SwitchFiles(config.run.dir, is_main).refuse_stop()
+        ControlFiles(config.run.dir, is_main).refuse_stop()
         if config.run.stop_before_end_seconds:
             check_job_end(os.environ)
     except UserError as error:
@@ -178,7 +178,7 @@ class Trainer:
         self.corrupt = {}  # key -> why it did not decode
         self.last_epoch_bank = None  # bank diagnostics of the last whole epoch
         self.knn = {}  # step -> percent
-        self.switches = SwitchFiles(config.run.dir, directory.is_main)
+        self.switches = ControlFiles(config.run.dir, directory.is_main)
         before_end = config.run.stop_before_end_seconds
         self.job_end = JobEnd(job_end(os.environ) if before_end else None, before_end)
         self.profiler = StepProfiler(
@@ -398,7 +398,7 @@ class Trainer:
             raise UserError(
                 f"{len(self.corrupt)} of {self.data.order.num_samples:,} images do not decode, more than "
                 f"data.max_corrupt {self.config.data.max_corrupt:g}: {shown}{' ...' if len(self.corrupt) > 10 else ''}"
-                f" (all in {self.directory.path / 'corrupt.jsonl'}): {mend(self.config.data.shards)}, or raise "
+                f" (all in {self.directory.path / 'corrupt.jsonl'}): {repair_hint(self.config.data.shards)}, or raise "
                 "the limit"
             )
         reasons = [reason for (reason, _), *_ in seen if reason]

@@ -32,7 +32,7 @@ from rich.table import Table
 from rich.text import Text
 
 from caco_scale.errors import UserError, one_line
-from caco_scale.run_directory import to_plain
+from caco_scale.run.directory import to_plain
 
 
 class Meter:

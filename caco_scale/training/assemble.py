@@ -12,7 +12,7 @@ from caco_scale import config as configuration
 from caco_scale.data.augment import augment
 from caco_scale.data.loader import train_batches
 from caco_scale.data.order import Order, share_size
-from caco_scale.data.remote import Patience
+from caco_scale.data.remote import RetryPolicy
 from caco_scale.data.store import open_store
 from caco_scale.data.views import ViewSpec
 from caco_scale.errors import UserError
@@ -21,7 +21,7 @@ from caco_scale.method.encoders import build_backbone
 from caco_scale.method.model import Encoder, QueryKeyModel
 from caco_scale.method.projector import build_projector
 from caco_scale.optim.schedule import Schedule
-from caco_scale.profiling import part
+from caco_scale.run.profiling import part
 
 
 def resolve(config, accelerator):
@@ -63,8 +63,8 @@ class TrainingData:
     def __init__(self, config, rank, world_size):
         self.config, self.rank, self.world_size = config, rank, world_size
         data = config.data
-        patience = Patience(data.retries, data.stall_seconds)
-        self.store = open_store(data.shards, data.cache_dir, data.cache_bytes, patience)
+        retry_policy = RetryPolicy(data.retries, data.stall_seconds)
+        self.store = open_store(data.shards, data.cache_dir, data.cache_bytes, retry_policy)
         self.store.check()
         shards = self.store.manifest.shards
         self.order = Order(
@@ -77,7 +77,7 @@ class TrainingData:
         self.fingerprint = self.order.fingerprint([shard.sha256 for shard in shards])
         self.val_store = None
         if data.val_shards and (config.eval.knn_every or config.eval.baselines):
-            self.val_store = open_store(data.val_shards, data.cache_dir, data.cache_bytes, patience)
+            self.val_store = open_store(data.val_shards, data.cache_dir, data.cache_bytes, retry_policy)
             self.val_store.check()
             check_knn(config.eval.knn_k, self.store.manifest, self.val_store)
         self.batch_size = share_size(data.global_batch_size, world_size)

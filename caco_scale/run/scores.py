@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from caco_scale.run_directory import read_json_lines
+from caco_scale.run.directory import read_json_lines
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from caco_scale.profiling import part
+from caco_scale.run.profiling import part
 
 
 @dataclass

@@ -3,8 +3,8 @@
 import hashlib
 import shlex
 
-from caco_scale.layouts import loading_code
-from caco_scale.scores import is_percent
+from caco_scale.export.library_names import loading_code
+from caco_scale.run.scores import is_percent
 
 
 def write_card(
@@ -19,7 +19,7 @@ def write_card(
         source: what file of weights it comes from, empty for a run.
         config: flat, ``{"section.field": value}``; empty where it could not be read.
         environment: of ``environment.json``; empty where there is none.
-        logged, evaluated: of :mod:`caco_scale.scores`, of this checkpoint.
+        logged, evaluated: of :mod:`caco_scale.run.scores`, of this checkpoint.
     """
     arch, stem = metadata["arch"], metadata["stem"]
     command = environment.get("command")

@@ -16,7 +16,7 @@ import yaml
 
 from caco_scale.errors import UserError, did_you_mean, one_line
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def features_of(setting, store, folder, name):
     """This rank's features of ``store``, centre crops: (features (n, F), labels (n,), sample numbers (n,)).
 
     Args:
-        setting: :class:`~caco_scale.evaluate.setting.Setting`.
+        setting: :class:`~caco_scale.evaluate.task.Setting`.
         folder: :class:`~caco_scale.evaluate.results.ResultFolder` that keeps the blocks, under ``name``.
     """
     blocks = block_ranges(store.manifest.num_samples)

@@ -1,0 +1,1 @@
+"""How the processes of a launch train one model: one interface, one file an engine."""

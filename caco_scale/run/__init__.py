@@ -1,0 +1,1 @@
+"""A run's directory, records, telemetry, stop requests and diagnosis; knows nothing of what is trained."""
