@@ -1,0 +1,23 @@
+"""The words that a field may have, each list stated once: for the configuration's types and for the mathematics alike.
+
+``get_args`` of a type gives its words in order. This file knows nothing of anything else.
+"""
+
+from typing import Literal, get_args
+
+BankRule = Literal["caco", "adco", "moco"]
+BankExchange = Literal["statistics", "logits"]
+BankKernel = Literal["torch", "triton"]
+KernelInputs = Literal["fp32", "tf32", "bf16"]
+Stem = Literal["imagenet", "cifar"]
+Optimizer = Literal["lars", "sgd", "adamw"]
+Compute = Literal["auto", "bf16", "fp32", "fp64"]
+StrategyName = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+
+BANK_RULES: tuple[str, ...] = get_args(BankRule)
+BANK_EXCHANGES: tuple[str, ...] = get_args(BankExchange)
+BANK_KERNELS: tuple[str, ...] = get_args(BankKernel)
+KERNEL_INPUTS: tuple[str, ...] = get_args(KernelInputs)
+STEMS: tuple[str, ...] = get_args(Stem)
+OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
+STRATEGIES: tuple[str, ...] = get_args(StrategyName)

@@ -1,0 +1,102 @@
+"""Rules that a field carries in its type: which values it may have, and whether a resumed run may change it.
+
+    size: PositiveInt = 65536                 # Annotated[int, ABOVE_0]
+    workers: Free[Count] = 4                  # ... and free at resume
+
+tyro reads the type and passes over the rules; :func:`check` holds any dataclass against them, its sections included.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from caco_scale.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be. ``holds``: value -> bool; ``fix``: the end of the error, what to give instead."""
+
+    holds: Callable[[Any], bool]
+    fix: str
+
+
+class FreeAtResume:
+    """Mark of a field that changes nothing of what is computed: a resumed run may have another value."""
+
+
+ABOVE_0 = Rule(lambda x: 0 < x < math.inf, "give a number above 0")
+FROM_0 = Rule(lambda x: 0 <= x < math.inf, "give a number from 0 up")
+UP_TO_1 = Rule(lambda x: 0 <= x <= 1, "give a number from 0 to 1")
+PROBABILITY = Rule(lambda x: 0 <= x <= 1, "a probability is at most 1, at least 0")
+MOMENTUM = Rule(lambda x: 0 <= x <= 1, "a momentum is at most 1, at least 0")
+SEED = Rule(lambda x: 0 <= x < 2**63, "give a number from 0 up, below 2^63")
+AREA = Rule(lambda x: 0 < x[0] <= x[1] <= 1, "give two shares of the area, 0 < least <= most <= 1")
+
+Count = Annotated[int, FROM_0]
+PositiveInt = Annotated[int, ABOVE_0]
+Seed = Annotated[int, SEED]
+Amount = Annotated[float, FROM_0]
+PositiveFloat = Annotated[float, ABOVE_0]
+Share = Annotated[float, UP_TO_1]
+Probability = Annotated[float, PROBABILITY]
+Momentum = Annotated[float, MOMENTUM]
+AreaRange = Annotated[tuple[float, float], AREA]
+Free = Annotated[T, FreeAtResume]
+
+
+def field_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    """``{"section.field": type with its rules}`` of a dataclass and of the dataclasses in it, in their order."""
+    found = {}
+    for name, kind in typing.get_type_hints(cls, include_extras=True).items():
+        if dataclasses.is_dataclass(kind):
+            found |= field_types(typing.cast(type, kind), f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = kind
+    return found
+
+
+def is_free(kind: Any) -> bool:
+    """Whether a field's type says :data:`Free`."""
+    return FreeAtResume in getattr(kind, "__metadata__", ())
+
+
+def check(instance: Any, name_of: Callable[[str], str] = str) -> None:
+    """Hold every field of a dataclass against its rules.
+
+    Args:
+        name_of: a field's dotted name -> as the error calls it, for a flag ``"--{}".format``.
+    Raises:
+        UserError: the first field that breaks a rule, with its value and what to give.
+    """
+    for name, kind in field_types(type(instance)).items():
+        value = instance
+        for part in name.split("."):
+            value = getattr(value, part)
+        for rule, part in _rules(kind, value):
+            if not rule.holds(part):
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise UserError(f"{name_of(name)} is {shown}: {rule.fix}")
+
+
+def _rules(kind: Any, value: Any) -> Iterator[tuple[Rule, Any]]:
+    """(rule, the value or the part of it that the rule is about) for all rules in a type; None breaks none."""
+    if value is None:
+        return
+    yield from ((rule, value) for rule in getattr(kind, "__metadata__", ()) if isinstance(rule, Rule))
+    if typing.get_origin(kind) is Annotated:
+        kind = typing.get_args(kind)[0]
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        parts = parts[:1] * len(value) if parts[-1] is ... else parts
+        for part, item in zip(parts, value, strict=True):
+            yield from _rules(part, item)
+    elif typing.get_origin(kind) in (typing.Union, types.UnionType):
+        for part in parts:
+            yield from _rules(part, value)
