@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from caco_scale.data import transfer
+from caco_scale.data import to_device
 from caco_scale.data.loader import Batch
 
 COMPUTING, COPYING = "computing", "copying"
@@ -54,7 +54,7 @@ class Streams:
 
 def test_on_a_cpu_batches_pass_as_they_are():
     batches = list(make_batches(3))
-    passed = list(transfer.on_device((b for b in batches), torch.device("cpu")))
+    passed = list(to_device.on_device((b for b in batches), torch.device("cpu")))
     assert all(a is b for a, b in zip(batches, passed, strict=True))
 
 
@@ -65,7 +65,7 @@ def test_copies_are_one_batch_ahead_and_each_stream_waits_for_the_other(num, mon
     torch.manual_seed(0)
     expected = list(make_batches(num))
     torch.manual_seed(0)
-    for i, batch in enumerate(transfer._copied_ahead(make_batches(num, asked), torch.device("cpu"))):
+    for i, batch in enumerate(to_device._copied_ahead(make_batches(num, asked), torch.device("cpu"))):
         assert batch.step == i
         assert asked == list(range(min(i + 2, num)))  # the next one is under way
         for a, b in zip(tensors(batch), tensors(expected[i]), strict=True):
@@ -89,7 +89,7 @@ def test_closing_it_closes_the_loader():
         finally:
             closed.append(True)
 
-    moved = transfer.on_device(batches(), torch.device("cpu"))
+    moved = to_device.on_device(batches(), torch.device("cpu"))
     next(moved)
     moved.close()
     assert closed == [True]
@@ -102,7 +102,7 @@ def test_on_a_gpu_the_same_numbers_arrive():
     expected = list(make_batches(8))
     torch.manual_seed(0)
     for batch, on_cpu in zip(
-        transfer.on_device(make_batches(8), torch.device("cuda")), expected, strict=True
+        to_device.on_device(make_batches(8), torch.device("cuda")), expected, strict=True
     ):
         for a, b in zip(tensors(batch), tensors(on_cpu), strict=True):
             assert a.is_cuda
