@@ -13,7 +13,7 @@ import numpy as np
 from caco_scale import checkpoint
 from caco_scale.data.order import Order
 from caco_scale.data.store import open_store
-from caco_scale.run.directory import read_json_lines
+from caco_scale.run.files import read_json_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,7 +18,7 @@ from caco_scale.data.shards import MANIFEST_NAME
 from caco_scale.errors import UserError
 from caco_scale.evaluate.__main__ import main
 from caco_scale.evaluate.loop import check_batch
-from caco_scale.run import directory as run_directory
+from caco_scale.run import lock
 
 COMMANDS = {
     "knn": ("--k", "3"),
@@ -258,7 +258,7 @@ def test_places_that_cannot_hold_the_result(capsys, tmp_path, place, command):
 
 
 def test_two_evaluations_in_one_folder(capsys, tmp_path, place, monkeypatch):
-    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0.5)
+    monkeypatch.setattr(lock, "LOCK_SECONDS", 0.5)
     (tmp_path / "to").mkdir()
     with open(tmp_path / "to/.lock", "a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)

@@ -20,7 +20,7 @@ from caco_scale.evaluate.__main__ import main, parse
 from caco_scale.evaluate.features import extract_features
 from caco_scale.evaluate.results import interval
 from caco_scale.evaluate.stores import FolderStore, Subset, open_images
-from caco_scale.run.directory import read_json_lines
+from caco_scale.run.files import read_json_lines
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from shard_sets import make_shard_set
 from test_bank import golden
 from test_strategy import ACCUMULATE, LARS, NOT_FINITE, SGD, check, starting, train
 
-from caco_scale.run.directory import read_json_lines
+from caco_scale.run.files import read_json_lines
 
 # Small rates and a smooth loss, which do not magnify rounding: in bf16 the losses stay within 2% of fp64's.
 CALM = {

@@ -16,7 +16,7 @@ from shard_sets import make_shard_set
 from caco_scale import checkpoint
 from caco_scale.data.remote import Remote
 from caco_scale.run.audit import incomplete_steps, read_audit
-from caco_scale.run.directory import read_json_lines
+from caco_scale.run.files import read_json_lines
 
 STEPS = SMALL["run.max_steps"]
 

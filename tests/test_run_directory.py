@@ -9,16 +9,10 @@ import torch
 
 import caco_scale
 from caco_scale.errors import UserError
-from caco_scale.run import directory as run_directory
-from caco_scale.run.directory import (
-    JsonLines,
-    RunDirectory,
-    describe_environment,
-    git_commit,
-    last_json_line,
-    read_json_lines,
-    to_plain,
-)
+from caco_scale.run import lock
+from caco_scale.run.directory import RunDirectory
+from caco_scale.run.environment import describe_environment, git_commit
+from caco_scale.run.files import JsonLines, last_json_line, read_json_lines, to_plain
 
 
 def metrics(run):
@@ -214,7 +208,7 @@ def test_a_file_in_the_way_is_one_line(tmp_path):
 
 
 def test_two_runs_in_one_directory_are_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "LOCK_SECONDS", 0.1)
     first = RunDirectory(tmp_path, is_main=True)
     with pytest.raises(UserError, match="in use by another running process"):
         RunDirectory(tmp_path, is_main=True)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,31 @@ def wait_until_gone(pids, seconds=60):
     while any(is_running(pid) for pid in pids):
         assert time.time() < deadline, f"still running: {[pid for pid in pids if is_running(pid)]}"
         time.sleep(0.05)
+
+
+def test_as_a_context_the_handlers_that_it_found_come_back():
+    found = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            assert signals.requested == "SIGTERM"
+            with pytest.raises(KeyboardInterrupt):  # the second one is the outer program's
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, found)
+
+
+def test_outside_the_main_thread_no_signal_is_taken_over():
+    def use():
+        with Signals() as signals:
+            signals.retire()
+        return signals.requested, signal.getsignal(signal.SIGUSR1)
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(use).result() == (None, signal.getsignal(signal.SIGUSR1))
 
 
 WAITING = """

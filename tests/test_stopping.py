@@ -19,7 +19,7 @@ from shard_sets import make_shard_set
 
 from caco_scale import checkpoint
 from caco_scale.errors import UserError
-from caco_scale.run.directory import read_json_lines
+from caco_scale.run.files import read_json_lines
 from caco_scale.run.stopping import ControlFiles, JobEnd, check_job_end, job_end
 
 END = "SLURM_JOB_END_TIME"

@@ -6,13 +6,17 @@ import os
 import pty
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from caco_scale.run.directory import RunDirectory, read_json_lines
-from caco_scale.run.telemetry import Meter, RemainingTime, Telemetry, describe_figures
+from caco_scale.run.directory import RunDirectory
+from caco_scale.run.display import describe_figures
+from caco_scale.run.files import read_json_lines
+from caco_scale.run.meter import Meter, RemainingTime
+from caco_scale.run.telemetry import Telemetry
 
 
 class Clock:
@@ -57,6 +61,16 @@ def test_remaining_time_leaves_out_the_first_step():
     assert left.after(50) == 0
 
 
+def test_every_record_is_handed_on_too(tmp_path):
+    seen = []
+    telemetry = telemetry_of(tmp_path, on_metrics=seen.append)
+    telemetry.log(10, {"loss": torch.tensor(2.0)})
+    telemetry.log_event(10, {"knn_top1": 50.0})
+    telemetry.close()
+    assert seen == list(read_json_lines(tmp_path / "metrics.jsonl"))
+    assert [record["step"] for record in seen] == [10, 10]
+
+
 def test_figures_in_words():
     figures = {
         "epoch": 12.3456,
@@ -84,7 +98,7 @@ def test_figures_in_words():
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path):
     stream = io.StringIO()
-    with telemetry_of(tmp_path, stream=stream) as telemetry:
+    with closing(telemetry_of(tmp_path, stream=stream)) as telemetry:
         telemetry.note("2 processes")
         for step in range(1, 9):
             telemetry.progress(step)
@@ -107,10 +121,11 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
 
 ON_A_TERMINAL = """
 import sys
+from contextlib import closing
 from caco_scale.run.directory import RunDirectory
 from caco_scale.run.telemetry import Telemetry
 run = RunDirectory(sys.argv[1], is_main=True)
-with Telemetry(run, total_steps=40, steps_per_epoch=10, images_per_step=8) as telemetry:
+with closing(Telemetry(run, total_steps=40, steps_per_epoch=10, images_per_step=8)) as telemetry:
     telemetry.log_event(0, {"knn_top1": 56.05})
     for step in range(1, 31):
         telemetry.progress(step)
@@ -157,7 +172,7 @@ def test_a_bar_on_a_terminal_which_gets_its_cursor_back(tmp_path, arguments):
 
 
 def test_metrics_and_tensorboard_hold_the_same_scalars(tmp_path):
-    with telemetry_of(tmp_path) as telemetry:
+    with closing(telemetry_of(tmp_path)) as telemetry:
         telemetry.log_event(0, {"knn_top1": 50.0, "knn_seconds": 1.5})
         for step in range(1, 9):
             telemetry.progress(step)
@@ -183,13 +198,13 @@ def test_metrics_and_tensorboard_hold_the_same_scalars(tmp_path):
 
 
 def test_a_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path):
-    with telemetry_of(tmp_path) as telemetry:
+    with closing(telemetry_of(tmp_path)) as telemetry:
         for step in (10, 20, 30):
             telemetry.log(step, {"loss": float(step)})
     run = RunDirectory(tmp_path, is_main=True)
     run.start_attempt(world_size=1, resumed_step=20)
     options = {"total_steps": 100, "steps_per_epoch": 32, "images_per_step": 128, "stream": io.StringIO()}
-    with Telemetry(run, start_step=20, **options) as telemetry:
+    with closing(Telemetry(run, start_step=20, **options)) as telemetry:
         telemetry.log(25, {"loss": 25.0})
     assert [line["loss"] for line in read_json_lines(run.metrics)] == [10.0, 20.0, 25.0]
     board = EventAccumulator(str(run.tensorboard)).Reload()
@@ -199,7 +214,9 @@ def test_a_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path):
 def test_other_ranks_say_nothing(tmp_path):
     stream = io.StringIO()
     run = RunDirectory(tmp_path / "run", is_main=False)
-    with Telemetry(run, total_steps=4, steps_per_epoch=2, images_per_step=8, stream=stream) as telemetry:
+    with closing(
+        Telemetry(run, total_steps=4, steps_per_epoch=2, images_per_step=8, stream=stream)
+    ) as telemetry:
         telemetry.progress(1)
         telemetry.log(1, {"loss": 1.0})
         telemetry.log_event(1, {"knn_top1": 1.0})

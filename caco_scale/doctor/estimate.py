@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from caco_scale.errors import Parser, UserError, exit_on_user_error
-from caco_scale.run.directory import read_json_lines
+from caco_scale.run.files import read_json_lines
 
 IMAGENET = 1_281_167  # training images; what is counted with where no shard set is named
 RECENT_LINES = 20

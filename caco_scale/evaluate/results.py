@@ -16,7 +16,8 @@ from rich.table import Table
 from caco_scale.atomic import write_atomically
 from caco_scale.distributed.collectives import assert_equal_on_all_ranks
 from caco_scale.errors import UserError
-from caco_scale.run.directory import be_alone, to_json
+from caco_scale.run.files import to_json
+from caco_scale.run.lock import be_alone
 
 RESAMPLES = 10_000
 CONFIDENCE = 95

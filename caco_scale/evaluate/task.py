@@ -15,7 +15,7 @@ from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.errors import UserError
 from caco_scale.evaluate.results import ResultFolder
 from caco_scale.evaluate.stores import check_same_classes, fingerprint, open_images, split_folders
-from caco_scale.run.directory import describe_environment
+from caco_scale.run.environment import describe_environment
 
 FULL_NAMES = {"knn": "kNN", "linear": "linear evaluation", "finetune": "fine-tuning"}
 

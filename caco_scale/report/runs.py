@@ -18,7 +18,7 @@ from caco_scale import checkpoint
 from caco_scale import config as configuration
 from caco_scale.errors import UserError
 from caco_scale.run.diagnostics import CollapseAlarm
-from caco_scale.run.directory import read_json_lines
+from caco_scale.run.files import read_json_lines
 
 SHOWN_SKIPS = 20  # in a row of incidents, before they are only counted
 SHOWN_CORRUPT = 20

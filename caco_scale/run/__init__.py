@@ -1,1 +1,11 @@
-"""A run's directory, records, telemetry, stop requests and diagnosis; knows nothing of what is trained."""
+"""A run's own things: what it leaves on disk, what it says, what asks it to stop, how it is measured.
+
+    directory.py    the run directory: config, attempts, metrics, markers (written by files.py, held by lock.py)
+    environment.py  what a run ran on                audit.py      which samples every step trained on
+    telemetry.py    metrics and what is shown of them (meter.py: throughput; display.py: bar or lines)
+    signals.py      SIGTERM and the like -> a flag   stopping.py   the files STOP and SAVE, the end of a SLURM job
+    diagnostics.py  signs of collapse                profiling.py  where a step goes
+    scores.py       the scores that a directory holds
+
+It knows nothing of what is trained: of other rooms it uses errors, atomic, and the collectives of ``distributed``.
+"""

@@ -10,10 +10,11 @@ ranks: for a step only its latest attempt counts, and of that attempt all its ra
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from caco_scale.errors import UserError
-from caco_scale.run.directory import JsonLines, last_json_line, read_json_lines
+from caco_scale.run.files import JsonLines, last_json_line, read_json_lines
 
 
 class AuditLog:
@@ -23,7 +24,7 @@ class AuditLog:
     directory, and appending would let the other run's lines count for this one's steps.
     """
 
-    def __init__(self, path, *, rank, world_size, attempt):
+    def __init__(self, path: str | Path, *, rank: int, world_size: int, attempt: int):
         path = Path(path) if rank == 0 else Path(f"{path}.rank{rank}")
         latest = (last_json_line(path) or {}).get("attempt", 0)
         if latest > attempt:
@@ -34,15 +35,15 @@ class AuditLog:
         self._constant = {"rank": rank, "world_size": world_size, "attempt": attempt}
         self._lines = JsonLines(path)
 
-    def append(self, step, epoch, keys):
+    def append(self, step: int, epoch: int, keys: Iterable[str]) -> None:
         """Record the samples of this rank's share of a step, in batch order, once they are trained on."""
         self._lines.append({"step": step, "epoch": epoch, **self._constant, "keys": list(keys)})
 
-    def flush(self):
+    def flush(self) -> None:
         """Lines so far are on the disk when this returns: on every rank, before a checkpoint is complete."""
         self._lines.sync()
 
-    def close(self):
+    def close(self) -> None:
         self._lines.close()
 
 
@@ -72,7 +73,7 @@ def _latest_attempts(path):
     return dict(sorted(steps.items()))
 
 
-def read_audit(path):
+def read_audit(path: str | Path) -> dict[int, list[str]]:
     """The global batches trained on: step -> keys, the ranks' lists joined in rank order, steps ascending.
 
     A step whose latest attempt lacks the line of a rank is left out, even where an earlier attempt had it
@@ -87,7 +88,7 @@ def read_audit(path):
     }
 
 
-def incomplete_steps(path):
+def incomplete_steps(path: str | Path) -> dict[int, list[int]]:
     """step -> the ranks whose line is missing in the step's latest attempt."""
     return {
         step: [rank for rank in range(world_size) if rank not in parts]

@@ -6,6 +6,7 @@ Shapes: B rows of this rank, N = R·B rows of all ranks, D embedding, F features
 import math
 
 import torch
+from torch.distributed import ProcessGroup
 
 from caco_scale.distributed.collectives import all_gather_rows
 
@@ -19,7 +20,7 @@ LOW_RANKME = 8.0
 RECOVERY = 1.5
 
 
-def embedding_std(embeddings, group=None):
+def embedding_std(embeddings: torch.Tensor, group: ProcessGroup | None = None) -> float:
     """Standard deviation of unit-norm embeddings (B, D) over all ranks' batch, mean over dimensions; a float.
 
     The value of embeddings spread evenly over the sphere is 1/sqrt(D), of a collapsed encoder 0 (Chen and He,
@@ -29,7 +30,7 @@ def embedding_std(embeddings, group=None):
     return gathered.double().std(dim=0, correction=0).mean().item()
 
 
-def rankme(features, group=None, max_rows=1024):
+def rankme(features: torch.Tensor, group: ProcessGroup | None = None, max_rows: int = 1024) -> float:
     """RankMe of features (B, F) over all ranks' batch: their effective rank, in [1, min(N, F)]; a float.
 
     exp(-sum p ln p) with p the singular values divided by their sum (Garrido et al., arXiv:2210.02885,
@@ -53,7 +54,9 @@ def rankme(features, group=None, max_rows=1024):
     return torch.special.entr(p).sum().exp().item()
 
 
-def collapse_warning(std, dim, rankme=None, *, max_rank=math.inf, margin=1.0):
+def collapse_warning(
+    std: float, dim: int, rankme: float | None = None, *, max_rank: float = math.inf, margin: float = 1.0
+) -> str | None:
     """One line that names the figure that is too low and what to try, or None while both are healthy.
 
     ``std``: :func:`embedding_std`; ``dim``: D; ``rankme``: :func:`rankme`, None if it was not measured;
@@ -86,12 +89,12 @@ class CollapseAlarm:
     may look collapsed) and ends when every figure is 1.5 times its threshold again.
     """
 
-    def __init__(self, dim, max_rank=math.inf, patience=5):
+    def __init__(self, dim: int, max_rank: float = math.inf, patience: int = 5):
         self.dim, self.max_rank, self.patience = dim, max_rank, patience
         self._low_checks = 0
         self._raised = False
 
-    def check(self, std, rankme=None):
+    def check(self, std: float, rankme: float | None = None) -> str | None:
         """The figures of now; returns the warning when an episode begins, None otherwise."""
         margin = RECOVERY if self._raised else 1.0
         warning = collapse_warning(std, self.dim, rankme, max_rank=self.max_rank, margin=margin)

@@ -5,6 +5,9 @@ The parts are named where they run, ``with part("query"): ...``, which costs not
 
 import contextlib
 import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -15,11 +18,11 @@ PARTS = ("data", "augmentation", "query", "key", "bank", "backward", "optimizer"
 COMMUNICATION = ("nccl:", "gloo:")  # torch's names for collectives in a trace
 SKIPPED_STEPS = 3  # compile, fill caches, settle: not what later steps are like
 
-_clock = None  # the PartsClock that measures now, or None
+_clock: "PartsClock | None" = None  # the PartsClock that measures now, or None
 
 
 @contextlib.contextmanager
-def part(name):
+def part(name: str) -> Generator[None]:
     """Mark a part of a step (one of :data:`PARTS`) for the clock and the trace."""
     if _clock is None:
         yield
@@ -36,23 +39,23 @@ class PartsClock:
     for it.
     """
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device | str):
         self._on_gpu = torch.device(device).type == "cuda"
         self._spans = []
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         global _clock
         assert _clock is None, "one clock at a time"
         _clock, self._start = self, self._now()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         global _clock
         _clock = None
         self._spans.append(("total", self._start, self._now()))
 
     @contextlib.contextmanager
-    def measure(self, name):
+    def measure(self, name: str) -> Generator[None]:
         assert name in PARTS, name
         start = self._now()
         yield
@@ -65,7 +68,7 @@ class PartsClock:
         event.record()
         return event
 
-    def seconds(self):
+    def seconds(self) -> dict[str, float]:
         """``{part: seconds, "other": ..., "total": ...}`` of all steps so far. Waits for the device."""
         if self._on_gpu:
             torch.cuda.synchronize()
@@ -86,13 +89,13 @@ class StepProfiler:
         rank: of this process; each writes its own.
     """
 
-    def __init__(self, folder, num_steps, device, rank):
+    def __init__(self, folder: Path, num_steps: int, device: torch.device, rank: int):
         self._folder, self._num_steps, self._device, self._rank = folder, num_steps, device, rank
         self._steps = 0
         self._clock = self._trace = None
-        self.table = None  # the text, when it is there
+        self.table: str | None = None  # the text, when it is there
 
-    def before_step(self):
+    def before_step(self) -> None:
         """Begin to measure, if this step is the first to be measured."""
         if self._num_steps and self._steps == SKIPPED_STEPS:
             activities = [torch.profiler.ProfilerActivity.CPU]
@@ -102,15 +105,15 @@ class StepProfiler:
             self._trace.__enter__()
             self._clock = PartsClock(self._device).__enter__()
 
-    def after_step(self):
+    def after_step(self) -> None:
         """Count a step; after the last one to be measured write the files."""
         self._steps += 1
         if self._steps == SKIPPED_STEPS + self._num_steps:
             self.close()
 
-    def close(self):
+    def close(self) -> None:
         """Write what was measured, if the run ends before all of it."""
-        if self._clock is None:
+        if self._clock is None or self._trace is None:
             return
         clock, trace, self._clock = self._clock, self._trace, None
         clock.__exit__()
@@ -130,11 +133,11 @@ class StepProfiler:
             (self._folder / f"parts.rank{self._rank}.txt").write_text(self.table + "\n")
         except OSError as error:
             raise UserError(
-                f"cannot write {self._folder}: {error.strerror}; free or mend that place"
+                f"cannot write {self._folder}: {error.strerror}; free or fix that place"
             ) from error
 
 
-def parts_table(seconds, num_steps, exchange_seconds):
+def parts_table(seconds: dict[str, float], num_steps: int, exchange_seconds: float) -> str:
     """The parts of a step as text: milliseconds and share of each; communication overlaps them and is extra."""
     lines = [f"{'part':16}{'ms a step':>12}{'share':>9}"]
     for name, value in seconds.items():

@@ -3,12 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from caco_scale.run.directory import read_json_lines
+from caco_scale.run.files import read_json_lines
 
 
 @dataclass(frozen=True)
-class Score:
+class LoggedScore:
     """A figure of a checkpoint: top-1 in percent, its 95% interval or None, and how and on what it was measured."""
 
     step: int
@@ -20,11 +21,11 @@ class Score:
     interval: tuple[float, float] | None
 
 
-def is_percent(value):
+def is_percent(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 100
 
 
-def logged_scores(run_directory, step):
+def logged_scores(run_directory: str | Path, step: int) -> tuple[dict | None, dict | None]:
     """The kNN evaluations that a run logged up to a step -> (the last one's record or None, that of step 0 or None)."""
     lines = read_json_lines(Path(run_directory) / "metrics.jsonl")
     known = [
@@ -36,8 +37,8 @@ def logged_scores(run_directory, step):
     return (known[-1] if known and known[-1]["step"] else None), start
 
 
-def evaluation_scores(run_directory):
-    """What ``caco_scale.evaluate`` has finished in a run's directory -> list of :class:`Score`, in order of steps.
+def evaluation_scores(run_directory: str | Path) -> list[LoggedScore]:
+    """What ``caco_scale.evaluate`` has finished in a run's directory -> list of :class:`LoggedScore`, by step.
 
     A file that cannot be read, or that another version wrote in another form, is passed over.
     """
@@ -52,11 +53,6 @@ def evaluation_scores(run_directory):
 
 def _scores(result):
     protocol = result["settings"]["evaluation"]
-    shared = {
-        "step": int(result["weights"]["metadata"]["step"]),
-        "encoder": str(result["weights"]["encoder"]),
-        "data": str(result["data"]["val"]["url"]),
-    }
     if protocol == "knn":
         rows = [
             ("kNN", f"{row['feature']}, k {row['k']}, T {row['temperature']:g}", row["top1"], row["interval"])
@@ -66,12 +62,14 @@ def _scores(result):
         how = f"lr {result['lr']:g} per 256 images" if "lr" in result else ""
         rows = [(str(protocol), how, result["top1"], result.get("top1_interval"))]
     return [
-        Score(
+        LoggedScore(
             protocol=name,
             how=how,
             top1=float(top1),
-            interval=tuple(map(float, between)) if between else None,
-            **shared,
+            interval=(float(between[0]), float(between[1])) if between else None,
+            step=int(result["weights"]["metadata"]["step"]),
+            encoder=str(result["weights"]["encoder"]),
+            data=str(result["data"]["val"]["url"]),
         )
         for name, how, top1, between in rows
         if is_percent(top1)

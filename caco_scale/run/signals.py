@@ -20,7 +20,9 @@ import re
 import signal
 import sys
 import threading
+from collections.abc import Generator
 from multiprocessing import connection, resource_tracker
+from typing import Self
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 GROUP_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP, signal.SIGUSR2)  # what may be sent to a job's every process
@@ -32,33 +34,55 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class Signals:
-    """``requested`` is the name of the first stop signal that arrived (``"SIGTERM"``), or None."""
+    """``requested`` is the name of the first stop signal that arrived (``"SIGTERM"``), or None.
 
-    def __init__(self):
-        self.requested = None
+    A command says ``signals = Signals().install()`` before torch is imported, and ``signals.retire()`` at its good
+    end. What runs inside another program says ``with Signals() as signals:``, which puts the handlers back that it
+    found, and leaves a second Ctrl-C to them. Only a main thread can take signals over: in another one none is seen.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
         self._interrupted = False
+        self._found: dict = {}  # the handlers to put back
 
-    def install(self):
-        """Take over SIGUSR1, SIGTERM and SIGINT of this process (main thread only) -> self."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._handle)
-        follow_launcher()
+    def install(self) -> Self:
+        """Take over SIGUSR1, SIGTERM and SIGINT of this process -> self."""
+        if _in_main_thread():
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._handle)
+            follow_launcher()
         return self
 
-    def retire(self):
-        """The run has ended in good order: a late SIGUSR1 must not kill the exiting interpreter."""
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    def retire(self) -> None:
+        """The command has ended in good order: a late SIGUSR1 must not kill the exiting interpreter."""
+        if _in_main_thread():
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def __enter__(self) -> Self:
+        if _in_main_thread():
+            self._found = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOP_SIGNALS}
+        return self.install()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._found.items():
+            signal.signal(number, handler)
+        self._found = {}
 
     def _handle(self, number, frame):
         if number == signal.SIGINT:
             if self._interrupted:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, self._found.get(signal.SIGINT, signal.SIG_DFL))
                 signal.raise_signal(signal.SIGINT)
             self._interrupted = True
         self.requested = self.requested or signal.Signals(number).name
 
 
-def follow_launcher():
+def _in_main_thread():
+    return threading.current_thread() is threading.main_thread()
+
+
+def follow_launcher() -> None:
     """Have the kernel send this process SIGTERM when the launcher that started it dies (Linux; else nothing).
 
     Only a launcher: a trainer that a shell started outlives the shell under ``nohup``.
@@ -83,7 +107,7 @@ def _is_launcher(pid):
 
 
 @contextlib.contextmanager
-def shielded():
+def shielded() -> Generator[None]:
     """Processes started inside (loader workers, their fork server) never see the stop signals.
 
     They would die of a signal that was meant for the trainer, and take the last checkpoint with them.
@@ -107,7 +131,7 @@ def _kill_children():
         child.kill()
 
 
-def end_with_trainer(worker_id=None):
+def end_with_trainer(worker_id: int | None = None) -> None:
     """In a loader worker (as its ``worker_init_fn``): stay shielded; exit when the trainer is gone, however killed.
 
     Under a fork server the worker's parent is the server, which lives as long as any worker does; torch's own

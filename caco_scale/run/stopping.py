@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from caco_scale.errors import UserError
@@ -20,7 +21,7 @@ RECENT_STEPS = 20  # of which the slowest counts: the first of a start compiles 
 LOOK_SECONDS = 1.0  # at most so often are the files looked for
 
 
-def job_end(environment):
+def job_end(environment: Mapping[str, str]) -> float | None:
     """When the job ends, in seconds since 1970, or None outside of one. UserError: the variable is no time."""
     text = environment.get(JOB_END, "")
     if not text:
@@ -34,7 +35,7 @@ def job_end(environment):
     return end
 
 
-def check_job_end(environment):
+def check_job_end(environment: Mapping[str, str]) -> None:
     """Before a start: UserError where the job's end is no time, or has passed and so is another job's."""
     end = job_end(environment)
     passed = 0 if end is None else time.time() - end
@@ -54,20 +55,20 @@ class JobEnd:
         clock: seconds since 1970.
     """
 
-    def __init__(self, end, floor, clock=time.time):
+    def __init__(self, end: float | None, floor: float, clock: Callable[[], float] = time.time):
         self.end = end if floor else None
         self._floor, self._clock = floor, clock
-        self._steps = deque(maxlen=RECENT_STEPS)
+        self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
         self.seconds = {"save": 0.0, "evaluation": 0.0}
 
-    def took(self, what, seconds):
+    def took(self, what: str, seconds: float) -> None:
         """``what``: step, save or evaluation."""
         if what == "step":
             self._steps.append(seconds)
         else:
             self.seconds[what] = seconds
 
-    def leaves_time(self, for_evaluation=False):
+    def leaves_time(self, for_evaluation: bool = False) -> bool:
         """Whether another step fits, or the evaluation and a step, and then a stop in good order."""
         if self.end is None:
             return True
@@ -84,17 +85,17 @@ class ControlFiles:
     complete, unless it was touched again meanwhile: then that is another request.
     """
 
-    def __init__(self, folder, is_main, clock=time.monotonic):
+    def __init__(self, folder: str | Path, is_main: bool, clock: Callable[[], float] = time.monotonic):
         self.stop, self.save = Path(folder) / "STOP", Path(folder) / "SAVE"
         self._is_main, self._clock, self._next_look = is_main, clock, -math.inf
-        self._asked = None  # the SAVE that is being answered, and the step of its checkpoint
+        self._asked: tuple | None = None  # the SAVE that is being answered, and the step of its checkpoint
 
-    def refuse_stop(self):
+    def refuse_stop(self) -> None:
         """Raise a UserError where STOP is there (rank 0)."""
         if self._is_main and self.stop.exists():
             raise UserError(f"{self.stop} is there, which stops this run: remove it to train on")
 
-    def look(self):
+    def look(self) -> tuple[bool, bool]:
         """What is newly asked for -> (whether to stop, whether to save); nothing between looks and off rank 0."""
         if not self._is_main or self._clock() < self._next_look:
             return False, False
@@ -102,12 +103,12 @@ class ControlFiles:
         found = _identity(self.save)
         return self.stop.exists(), found is not None and found != (self._asked or (None,))[0]
 
-    def save_begins(self, step):
+    def save_begins(self, step: int) -> None:
         """The checkpoint of ``step``, begun now, answers the SAVE that is there now."""
         found = _identity(self.save) if self._is_main else None
         self._asked = None if found is None else (found, step)
 
-    def save_is_complete(self, step):
+    def save_is_complete(self, step: int) -> None:
         """There is a complete checkpoint of ``step``: remove the SAVE that it answers."""
         if self._asked is None or step < self._asked[1]:
             return

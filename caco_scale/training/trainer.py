@@ -25,7 +25,9 @@ from caco_scale.method.bank import ShardedBank
 from caco_scale.optim.schedule import hyper_parameters
 from caco_scale.run.audit import AuditLog
 from caco_scale.run.diagnostics import CollapseAlarm, embedding_std, rankme
-from caco_scale.run.directory import JsonLines, RunDirectory, describe_environment
+from caco_scale.run.directory import RunDirectory
+from caco_scale.run.environment import describe_environment
+from caco_scale.run.files import JsonLines
 from caco_scale.run.profiling import StepProfiler, part
 from caco_scale.run.stopping import JOB_END, ControlFiles, JobEnd, check_job_end, job_end
 from caco_scale.run.telemetry import Telemetry

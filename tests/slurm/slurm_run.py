@@ -11,7 +11,7 @@ from launch import ROOT, SMALL, planned_keys
 from caco_scale import checkpoint
 from caco_scale import config as configuration
 from caco_scale.run.audit import incomplete_steps, read_audit
-from caco_scale.run.directory import read_json_lines
+from caco_scale.run.files import read_json_lines
 
 PATIENCE_SECONDS = 900  # machines are busy; nothing here depends on how quick one is
 SMALL_JOB = ("--gpus-per-node=0", "--cpus-per-task=1", "--mem=100")

@@ -1,0 +1,128 @@
+"""How a run writes: so that ``kill -9`` at any moment leaves every file readable.
+
+Two kinds of writing, no others. Small whole files (configuration, environment, markers) are replaced
+atomically: temporary file, fsync, rename. Files that grow are JSON lines, every line handed to the kernel by
+one write at once, so that a killed process loses nothing it appended; :meth:`JsonLines.sync` makes the lines
+survive a machine that dies. NaN and infinities are written as ``null``: JSON has no word for them, and a plot
+shows the gap.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from caco_scale.atomic import write_atomically
+from caco_scale.errors import UserError
+
+
+def to_plain(value: Any) -> Any:
+    """Plain Python for JSON: tensors and numpy become numbers and lists, NaN and infinities become None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def to_json(value: Any, **options: Any) -> str:
+    return json.dumps(to_plain(value), allow_nan=False, **options)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replace a file by ``text``, atomically."""
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path}: {error.strerror}; free or fix that place and start the same command again"
+    )
+
+
+class JsonLines:
+    """An append-only file of JSON objects, one a line.
+
+    A line cut by a kill stays cut: the next writer starts on a line of its own, and readers skip the fragment
+    (a cut object never parses, since only its last character closes it).
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115, open while the run lasts
+            size = self._file.seek(0, os.SEEK_END)
+            if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
+                self._write(b"\n")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def append(self, record: dict) -> None:
+        try:
+            self._write(to_json(record).encode() + b"\n")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def _write(self, line):
+        while line:
+            line = line[self._file.write(line) :]
+
+    def sync(self) -> None:
+        """Return only when every line appended so far is on the disk."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _parse(line):
+    """The object of one line, or None where the line was cut."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def read_json_lines(path: str | Path) -> Iterator[dict]:
+    """Yield the objects of a JSON-lines file in order; cut lines are skipped, a missing file has none."""
+    if not Path(path).exists():
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            record = _parse(line)
+            if record is not None:
+                yield record
+
+
+def last_json_line(path: str | Path) -> dict | None:
+    """The last whole object of a JSON-lines file, or None; reads only the end of a long file."""
+    if not Path(path).exists():
+        return None
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        tail = 1 << 16
+        while True:
+            start = max(0, size - tail)
+            file.seek(start)
+            lines = file.read(size - start).split(b"\n")
+            for line in reversed(lines[1 if start else 0 :]):
+                record = _parse(line)
+                if record is not None:
+                    return record
+            if start == 0:
+                return None
+            tail *= 8

@@ -1,0 +1,26 @@
+"""One process at a time in a folder: a run's, or an evaluation's."""
+
+import fcntl
+import time
+from typing import IO
+
+from caco_scale.errors import UserError
+
+LOCK_SECONDS = 10
+
+
+def be_alone(lock: IO, complaint: str) -> None:
+    """Hold the lock of an open file until this process ends, however: two in one folder would undo each other's work.
+
+    Raises UserError (``complaint``) where another process holds it, after a while: one that was just killed may linger.
+    """
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UserError(complaint) from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return None
