@@ -22,6 +22,13 @@ def did_you_mean(name, names):
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def one_of(name, names, what):
+    """``name`` if it is one of ``names``; else a :class:`UserError` that lists them. ``what``: "bank rule"."""
+    if name not in names:
+        raise UserError(f"unknown {what} {name!r}{did_you_mean(name, names)}: give one of {', '.join(names)}")
+    return name
+
+
 class Parser(argparse.ArgumentParser):
     """Reads a command line; a typo in it is a :class:`UserError`."""
 

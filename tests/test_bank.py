@@ -5,6 +5,7 @@ them all, and each is a test of its own.
 """
 
 import contextlib
+import io
 import json
 import traceback
 from pathlib import Path
@@ -20,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from caco_scale.distributed import collectives
 from caco_scale.errors import UserError
-from caco_scale.method import bank as bank_module
-from caco_scale.method.bank import EXCHANGES, ShardedBank, initial_rows, pack_nearest, unpack_nearest
+from caco_scale.method import bank_compute
+from caco_scale.method.bank import ShardedBank
+from caco_scale.method.bank_exchange import EXCHANGES, pack_nearest, unpack_nearest
+from caco_scale.method.bank_rows import initial_rows
 
 GOLDEN = Path(__file__).parent / "golden" / "caco_step.json"
 
@@ -84,7 +87,7 @@ def tiles_of(num_bytes, block_bytes=None):
         limits |= {"BLOCK_BYTES_CPU": block_bytes, "LEAST_QUERIES": 1}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in limits.items():
-            patch.setattr(bank_module, name, value)
+            patch.setattr(bank_compute, name, value)
         yield
 
 
@@ -258,6 +261,24 @@ def whole_bank(rank, world_size):
         assert not torch.equal(bank.full()[0], rows)  # a copy
 
 
+def state_continues(rank, world_size):
+    """A bank that takes another's state, after torch.save, goes on as the other does, moco's pointer included."""
+    for num_rows in (50, 5):
+        first, second = (ShardedBank(num_rows, 8, dtype=torch.float64, seed=s) for s in (0, 1))
+        for step, rule in enumerate(("moco", "caco", "caco", "moco")):
+            first.step(contrast(first, random_inputs(12, num_rows, 8, seed=step), rule=rule)[0], 3.0)
+        file = io.BytesIO()
+        torch.save(first.state_dict(), file)
+        file.seek(0)
+        second.load_state_dict(torch.load(file, weights_only=True))
+        assert second.pointer == first.pointer == 48 % num_rows
+        for step, rule in enumerate(("caco", "moco")):
+            for bank in (first, second):
+                bank.step(contrast(bank, random_inputs(12, num_rows, 8, seed=step), rule=rule)[0], 3.0)
+        for name, value in first.state_dict().items():
+            assert torch.equal(torch.as_tensor(second.state_dict()[name]), torch.as_tensor(value)), name
+
+
 def similarities(rank, world_size):
     for num_rows in (97, 5):
         queries, _, rows, velocity = random_inputs(12, num_rows, 8)
@@ -327,6 +348,7 @@ SCENARIOS = [
     gradient_has_the_queries_dtype,
     not_finite_is_known_on_every_rank,
     whole_bank,
+    state_continues,
     similarities,
     diagnostics,
     collectives_and_memory,
@@ -529,3 +551,9 @@ def test_one_step_is_of_one_rule_and_one_shape():
         bank.step(results, 3.0)
     with pytest.raises(UserError, match=r"\(19, 8\).*\(20, 8\)"):
         bank.load_full(torch.zeros(19, 8), torch.zeros(20, 8))
+    before = bank.rows.clone()
+    with pytest.raises(UserError, match=r"rank 0 are \(19, 8\).*\(20, 8\).*load_full"):
+        bank.load_state_dict(
+            {**bank.state_dict(), "rows": torch.zeros_like(before), "velocity": torch.zeros(19, 8)}
+        )
+    assert torch.equal(bank.rows, before)

@@ -17,7 +17,7 @@ from caco_scale.benchmark.__main__ import main
 from caco_scale.benchmark.dense import DenseBank, pair_list
 from caco_scale.benchmark.measure import in_turn
 from caco_scale.errors import UserError
-from caco_scale.method.bank import pair_weights
+from caco_scale.method.contrast import pair_weights
 
 
 def run(tmp_path, *words):

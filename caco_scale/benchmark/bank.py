@@ -95,7 +95,7 @@ def prepare_dense(samples, size, dim, device, by_autograd):
     import torch
 
     from caco_scale.benchmark.dense import DenseBank
-    from caco_scale.method.bank import initial_rows
+    from caco_scale.method.bank_rows import initial_rows
 
     bank = DenseBank(initial_rows(0, size, dim, 0, torch.float32, device), by_autograd=by_autograd)
     queries, keys = draw_inputs(samples, dim, device)

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from caco_scale.benchmark.bank import BANK_LR, draw_inputs
 from caco_scale.benchmark.dense import DenseBank
 from caco_scale.errors import UserError
-from caco_scale.method.bank import ShardedBank, initial_rows
+from caco_scale.method.bank import ShardedBank
+from caco_scale.method.bank_rows import initial_rows
 
 # What a rank of R sends, by a ring, in bytes of the collective's first argument.
 SENT = {

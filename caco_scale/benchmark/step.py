@@ -133,7 +133,7 @@ def prepare_peer(config, steps, device):
     from caco_scale import config as configuration
     from caco_scale.benchmark.dense import DenseBank, PlainOptimizer
     from caco_scale.data.augment import augment
-    from caco_scale.method.bank import initial_rows
+    from caco_scale.method.bank_rows import initial_rows
     from caco_scale.training.assemble import MicroBatches, build_model
 
     config = configuration.replace(config, precision__compute="fp32", precision__compile=False)

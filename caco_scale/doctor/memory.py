@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from caco_scale.method.bank import BLOCK_BYTES_GPU, LEAST_QUERIES, TILE_BYTES_GPU
+from caco_scale.method.bank_compute import BLOCK_BYTES_GPU, LEAST_QUERIES, TILE_BYTES_GPU
 from caco_scale.training.assemble import build_encoder
 
 OPTIMIZER_SLOTS = {"lars": 1, "sgd": 1, "adamw": 2}  # tensors of a parameter's size

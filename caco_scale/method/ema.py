@@ -4,12 +4,13 @@ Parameters only: the key encoder runs in train mode and keeps BatchNorm statisti
 """
 
 import torch
+from torch import nn
 
 from caco_scale.distributed.partition import local_part, refresh_gathered
 
 
 @torch.no_grad()
-def ema_update(query, key, momentum):
+def ema_update(query: nn.Module, key: nn.Module, momentum: float) -> None:
     """key <- momentum * key + (1 - momentum) * query, parameter by parameter (arXiv:2203.14370, section 3).
 
     ``query``, ``key``: modules of one structure, partitioned alike. ``momentum`` 1 leaves the key encoder as it

@@ -6,6 +6,7 @@ Shapes: B batch, F features (the width of a ViT's tokens), H and W an image's he
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ ARCHITECTURES = (*RESNETS, "vit_b_16", "tiny")
 STEMS = ("imagenet", "cifar")
 
 
-def build_backbone(arch, stem="imagenet"):
+def build_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
     """A randomly initialised backbone: ``(module giving (B, F) features, F)``.
 
     ``arch``: a torchvision ResNet, ResNeXt or Wide ResNet, ``vit_b_16``, or ``tiny``. ``stem``: ``imagenet``,
@@ -48,7 +49,7 @@ def build_backbone(arch, stem="imagenet"):
                 "model.stem: 'cifar' is for ResNets and vit_b_16 has 16x16 patches; use 'imagenet'"
             )
         return VisionTransformer(), VisionTransformer.num_features
-    backbone = models.get_model(arch, weights=None)
+    backbone: Any = models.get_model(arch, weights=None)
     num_features = backbone.fc.in_features
     backbone.fc = nn.Identity()
     if stem == "cifar":
@@ -72,7 +73,7 @@ class TinyResNet(nn.Module):
         self.layer3 = _residual_block(32, 64, stride=2)
         self.layer4 = _residual_block(64, 128, stride=1)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, 128)."""
         x = F.relu(self.bn1(self.conv1(images)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -112,9 +113,9 @@ class VisionTransformer(nn.Module):
         )
         fan_in = 3 * self.patch_size**2
         nn.init.trunc_normal_(self.conv_proj.weight, std=math.sqrt(1 / fan_in))
-        nn.init.zeros_(self.conv_proj.bias)
+        nn.init.zeros_(self.conv_proj.get_parameter("bias"))
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, F): the class token. Raises UserError unless 16 divides H and W."""
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
@@ -131,7 +132,7 @@ class VisionTransformer(nn.Module):
 class _TokenEncoder(vision_transformer.Encoder):
     """torchvision's transformer encoder, with position embeddings for any grid of patches."""
 
-    def forward(self, tokens, grid):
+    def forward(self, tokens, grid):  # ty: ignore[invalid-method-override]
         """(B, 1 + rows * columns, F) tokens, the class token first, of ``grid`` = (rows, columns) patches."""
         return self.ln(self.layers(self.dropout(tokens + self._position_embedding(grid))))
 

@@ -4,6 +4,7 @@ Shapes: B this rank's batch, F features, D embedding, H and W a view's height an
 """
 
 import copy
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -19,20 +20,20 @@ NUM_GLOBAL_VIEWS = 2
 class Encoder(nn.Module):
     """Backbone and projector: images (B, 3, H, W) -> unit-norm embeddings (B, D), fp32 or fp64."""
 
-    def __init__(self, backbone, projector):
+    def __init__(self, backbone: nn.Module, projector: nn.Module):
         super().__init__()
         self.backbone = backbone
         self.projector = projector
 
-    def features(self, images):
+    def features(self, images: torch.Tensor) -> torch.Tensor:
         """Backbone features (B, F), what evaluation and export look at."""
         return self.backbone(images)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         return unit_norm(self.projector(self.backbone(images)))
 
 
-def unit_norm(embeddings):
+def unit_norm(embeddings: torch.Tensor) -> torch.Tensor:
     """Rows (B, D) divided by their norms; in fp32 at least, whatever autocast region the caller is in."""
     with torch.autocast(embeddings.device.type, enabled=False):
         if embeddings.dtype != torch.float64:
@@ -52,14 +53,16 @@ class QueryKeyModel(nn.Module):
     DeepSpeed and FSDP2 cannot flatten then.
     """
 
-    def __init__(self, encoder, *, autocast_dtype=None, channels_last=False):
+    def __init__(
+        self, encoder: Encoder, *, autocast_dtype: torch.dtype | None = None, channels_last: bool = False
+    ):
         super().__init__()
         self.query = encoder
         self.key = copy.deepcopy(encoder).requires_grad_(False)
         self.autocast_dtype = autocast_dtype
         self.channels_last = channels_last
 
-    def forward(self, views):
+    def forward(self, views: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Queries of every view and keys of the two global views, all unit norm.
 
         ``views``: list of (B, 3, H, W), the two global views first. Returns (list of (B, D) queries, one per
@@ -81,6 +84,6 @@ class QueryKeyModel(nn.Module):
         return torch.autocast(device_type, dtype=self.autocast_dtype)
 
 
-def synchronise_key(model):
+def synchronise_key(model: QueryKeyModel) -> None:
     """Key parameters <- query parameters, buffers stay: the switch from bank warm-up to the main schedule."""
     ema_update(model.query, model.key, momentum=0.0)

@@ -3,7 +3,7 @@
 from torch import nn
 
 
-def build_projector(num_features, hidden, embedding_dim):
+def build_projector(num_features: int, hidden: int, embedding_dim: int) -> nn.Sequential:
     """Three linear layers without biases, BatchNorm and ReLU after the first two: (B, F) -> (B, D).
 
     The output is not yet of unit norm. arXiv:2203.14370, section 4 (F -> 2048 -> 2048 -> 256 there).

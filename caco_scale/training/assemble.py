@@ -16,7 +16,7 @@ from caco_scale.data.remote import RetryPolicy
 from caco_scale.data.store import open_store
 from caco_scale.data.views import ViewSpec
 from caco_scale.errors import UserError
-from caco_scale.method.bank import MIN_TEMPERATURE
+from caco_scale.method.contrast import MIN_TEMPERATURE
 from caco_scale.method.encoders import build_backbone
 from caco_scale.method.model import Encoder, QueryKeyModel
 from caco_scale.method.projector import build_projector
