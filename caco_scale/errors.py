@@ -1,6 +1,7 @@
 """The one error a user sees: a single line with the numbers in it and the fix, exit code 2, no traceback."""
 
 import argparse
+import contextlib
 import difflib
 import functools
 import os
@@ -61,6 +62,19 @@ def exit_on_user_error(main):
             sys.exit(2)
 
     return run
+
+
+@contextlib.contextmanager
+def unless_nobody_reads():
+    """Print within it: where the reader of our output is gone, as with ``| head``, the process ends in silence."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
 
 
 def run_command(main):

@@ -4,16 +4,16 @@ A recipe is a YAML file with the sections below (``caco_scale/recipes/*.yaml``, 
 field names and win over the recipe. The docstring under a field is its ``--help`` line and gives its unit.
 """
 
-import contextlib
 import dataclasses
-import io
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import tyro
 import yaml
 
+from caco_scale import flags
 from caco_scale.errors import UserError, did_you_mean, one_line
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -197,7 +197,7 @@ class Eval:
 class Config:
     """Pre-train an image encoder with CaCo (arXiv:2203.14370)."""
 
-    recipe: str = "demo"
+    recipe: tyro.conf.Suppress[str] = "demo"
     """Name of the recipe that these values started from."""
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
@@ -317,11 +317,12 @@ def _coerce(value, kind, where):
     return value
 
 
-def parse(arguments, prog="python -m caco_scale.pretrain"):
-    """Recipe and flags, as typed on a command line, to a checked Config.
+def parse(arguments, prog="python -m caco_scale.pretrain", own=None):
+    """Recipe and flags, as typed on a command line, to a checked Config; with ``own`` to (Config, an ``own``).
 
     Args:
         arguments: ``[RECIPE] [--section.field value ...]``; no recipe means ``demo``.
+        own: a dataclass of flags that the command has besides the recipe's.
     Raises:
         UserError: unknown recipe or flag (naming the nearest), a value of the wrong type or out of range.
     """
@@ -330,75 +331,20 @@ def parse(arguments, prog="python -m caco_scale.pretrain"):
     config = load_recipe(name)
     if not config.run.dir:
         config = replace(config, run__dir=f"runs/{config.recipe}")
-    config = _apply_flags(config, arguments, prog)
-    check(config)
-    return config
-
-
-def _apply_flags(config, arguments, prog):
-    import tyro
-
-    if any(a in ("-h", "--help") for a in arguments):
-        return _print_help(config, prog)
-    known = flatten(config)
-    for i, argument in enumerate(arguments):
-        if not argument.startswith("--"):
-            continue
-        name, equals, value = argument.partition("=")
-        flag = name[2:].replace("-", "_")
-        if flag not in known or flag == "recipe":
-            meant = did_you_mean(
-                f"--{flag}", [f"--{known_name}" for known_name in known if known_name != "recipe"]
-            )
-            raise UserError(f"unknown flag {name}{meant}: --help lists them all")
-        if isinstance(known[flag], bool):  # YAML's words for it are taken too
-            words = {"true": "True", "false": "False"}
-            if equals:
-                arguments[i] = f"{name}={words.get(value.lower(), value)}"
-            elif i + 1 < len(arguments):
-                arguments[i + 1] = words.get(arguments[i + 1].lower(), arguments[i + 1])
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            return tyro.cli(
-                Config, args=arguments, default=config, prog=prog, config=(tyro.conf.FlagConversionOff,)
-            )
-    except SystemExit:
-        raise UserError(_first_paragraph(output.getvalue()) or "the flags cannot be read") from None
-
-
-def _print_help(config, prog):
-    """Every field but the recipe's name, which is the first word of the command line and no flag; then exit 0."""
-    import tyro
-
-    sections = [
-        (f.name, f.type, dataclasses.field(default=getattr(config, f.name)))
-        for f in dataclasses.fields(config)
-        if f.name != "recipe"
-    ]
-    words = (
+    recipes = (
         f"RECIPE: {', '.join(recipe_names())}, or the path of a YAML file. "
         f"The values below are those of {config.recipe}."
     )
-    return tyro.cli(
-        dataclasses.make_dataclass("Config", sections, frozen=True),
-        args=["--help"],
-        prog=f"{prog} [RECIPE]",
-        description=words,
-        config=(tyro.conf.FlagConversionOff,),
+    if own is None:
+        config = flags.read(Config, arguments, prog, default=config, about=recipes, usage="[RECIPE]")
+        check(config)
+        return config
+    about = f"{own.__doc__} {recipes}"
+    config, options = flags.read_both(
+        Config, own, arguments, prog, default=config, about=about, usage="[RECIPE]"
     )
-
-
-def _first_paragraph(message):
-    """What is wrong, out of tyro's message: a title, then paragraphs between rules, in a box or not."""
-    paragraphs = [[]]
-    for line in message.splitlines()[1:]:
-        words = line.strip(" │╭╮╰╯─-")
-        if words:
-            paragraphs[-1].append(words)
-        else:
-            paragraphs.append([])
-    return next((" ".join(paragraph) for paragraph in paragraphs if paragraph), "")
+    check(config)
+    return config, options
 
 
 def check(config):

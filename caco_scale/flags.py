@@ -1,0 +1,229 @@
+"""A command line to frozen dataclasses: the one flag style of every command, by tyro.
+
+A flag is a field's name, dotted where it stands in a section: ``--bank.size 4096``, ``--short_side=160``; ``_`` and
+``-`` are alike, no flag is abbreviated, the last of two wins. A bool's flag stands alone or before ``true`` or
+``false``. The docstring under a field is its line in ``--help``. A mistake is one line that names the nearest flag.
+
+This file knows dataclasses and errors; which commands there are, and what a recipe is, it does not know.
+"""
+
+import contextlib
+import dataclasses
+import io
+import types
+import typing
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from caco_scale.errors import UserError, did_you_mean, unless_nobody_reads
+
+T = TypeVar("T")
+Own = TypeVar("Own")
+BOOLS = {"true": "True", "false": "False"}  # YAML's words, and Python's
+
+
+def shown(metavar: str) -> Any:
+    """For ``Annotated``: how ``--help`` shows a value whose docstring says the default itself."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+def read(
+    kind: type[T],
+    arguments: Iterable[str],
+    prog: str,
+    *,
+    default: T | None = None,
+    about: str | None = None,
+    usage: str = "",
+    name_of: Callable[[str], str] = "--{}".format,
+) -> T:
+    """The words of a command line as a ``kind``; ``--help`` prints all flags and ends the process with code 0.
+
+    Args:
+        default: what flags change; None: the fields' own defaults, and fields without one must be given.
+        about: what ``--help`` says first; None: the docstring of ``kind``.
+        usage: words that come before the flags and were taken off already, as ``--help`` shows them.
+        name_of: a field's dotted name -> as errors call it (in a recipe's file it has no ``--``).
+    Raises:
+        UserError: an unknown flag, a value missing, too many, of another type, or none of the choices.
+    """
+    return _read([(kind, default)], arguments, prog, about or kind.__doc__, usage, name_of)[0]
+
+
+def read_both(
+    kind: type[T],
+    own: type[Own],
+    arguments: Iterable[str],
+    prog: str,
+    *,
+    default: T,
+    about: str | None = None,
+    usage: str = "",
+) -> tuple[T, Own]:
+    """As :func:`read`, of two dataclasses whose flags stand side by side: a command's own beside a recipe's."""
+    found = _read([(own, None), (kind, default)], arguments, prog, about or own.__doc__, usage, "--{}".format)
+    return found[1], found[0]
+
+
+def field_types(kind: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"section.field": type with its annotations}`` of all flags and positionals; suppressed fields are none."""
+    found = {}
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        if dataclasses.is_dataclass(_bare(hint)):
+            found |= field_types(_bare(hint), f"{prefix}{name}.")
+        elif tyro.conf.Suppress not in _marks(hint):
+            found[f"{prefix}{name}"] = hint
+    return found
+
+
+def _marks(hint: Any) -> tuple[Any, ...]:
+    return getattr(hint, "__metadata__", ())
+
+
+def _bare(hint: Any) -> Any:
+    """A type without annotations and without ``| None``."""
+    while typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+        return _bare(hint)
+    return hint
+
+
+def _read(kinds, arguments, prog, about, usage, name_of):
+    """An instance of each (dataclass, default), from one command line."""
+    parts = [
+        (f"part{number}", Annotated[kind, tyro.conf.arg(name="")], *_default(default))
+        for number, (kind, default) in enumerate(kinds)
+    ]
+    joined = dataclasses.make_dataclass("Flags", parts, frozen=True, kw_only=True)
+    options = {
+        "prog": f"{prog} {usage}".rstrip(),
+        "description": about,
+        "use_underscores": True,
+        "config": (tyro.conf.FlagConversionOff,),
+    }
+    arguments = list(arguments)
+    if "-h" in arguments or "--help" in arguments:
+        with unless_nobody_reads():
+            tyro.cli(joined, args=["--help"], **options)
+    hints = {name: hint for kind, _ in kinds for name, hint in field_types(kind).items()}
+    needed = [name for kind, default in kinds if default is None for name in _without_default(kind)]
+    words, given = _group(arguments, hints, needed, prog, name_of)
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+            found = tyro.cli(joined, args=words + [w for group in given for w in group], **options)
+    except SystemExit:
+        _refuse(given, hints, name_of)
+        raise UserError(f"{_first_paragraph(output.getvalue())} (see {prog} --help)") from None
+    return [getattr(found, name) for name, *_ in parts]
+
+
+def _default(value):
+    return () if value is None else (dataclasses.field(default=value),)
+
+
+def _without_default(kind):
+    missing = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing]
+
+
+def _group(arguments, hints, needed, prog, name_of):
+    """The words that belong to no flag, and every flag with its values: ``[["--bank.size", "4096"], ...]``.
+
+    UserError: an unknown flag, values missing, words that nobody asked for, something needed that is not given.
+    """
+    positional = [name for name, hint in hints.items() if tyro.conf.Positional in _marks(hint)]
+    flags = [name for name in hints if name not in positional]
+    words, given = [], []
+    rest = list(arguments)
+    while rest:
+        word, equals, value = rest.pop(0).partition("=")
+        if not word.startswith("--"):
+            words.append(word + equals + value)
+            continue
+        name = word[2:].replace("-", "_")
+        if name not in flags:
+            meant = did_you_mean(f"--{name}", [f"--{flag}" for flag in flags])
+            raise UserError(f"unknown flag {word}{meant}: {prog} --help lists them all")
+        if equals:
+            rest.insert(0, value)
+        values, hint = [], _bare(hints[name])
+        most = _most_values(hint)
+        if hint is bool and not equals and _stands_alone(rest, bool(positional)):
+            rest.insert(0, "true")
+        while rest and len(values) < most and ((equals and not values) or not rest[0].startswith("--")):
+            values.append(rest.pop(0))
+        if not values or (most != float("inf") and len(values) < most):
+            shown = f"is {' '.join(values)}" if values else "has no value"
+            raise UserError(f"{name_of(name)} {shown}: {_wanted(hint)}")
+        if hint is bool:
+            values = [BOOLS.get(values[0].lower(), values[0])]
+        given.append([f"--{name}", *values])
+    if len(words) > sum(_most_values(_bare(hints[name])) for name in positional):
+        raise UserError(f"unknown argument {words[-1]}: {prog} --help says what there is")
+    missing = [
+        name for name in needed if name not in positional and [f"--{name}"] not in [g[:1] for g in given]
+    ]
+    missing += [name for name in needed if name in positional][len(words) :]
+    if missing:
+        called = [name.upper() if name in positional else f"--{name}" for name in missing]
+        raise UserError(f"give {' and '.join(called)}: {prog} --help says what they are")
+    return words, given
+
+
+def _stands_alone(rest, has_positionals):
+    """Is a bool's flag before these words without a value? A word that is none may be a positional argument."""
+    return not rest or rest[0].startswith("--") or (has_positionals and rest[0].lower() not in BOOLS)
+
+
+def _most_values(hint):
+    if typing.get_origin(hint) is not tuple:
+        return 1
+    parts = typing.get_args(hint)
+    return float("inf") if parts[-1] is ... else len(parts)
+
+
+def _wanted(hint):
+    """What to give for a value of this type, in words."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return f"give one of {', '.join(map(str, parts))}"
+    if typing.get_origin(hint) is tuple:
+        return f"give {'numbers' if parts[-1] is ... else f'{len(parts)} numbers'}"
+    return {int: "give a whole number", float: "give a number", bool: "give true or false"}.get(
+        hint, "give one"
+    )
+
+
+def _refuse(given, hints, name_of):
+    """UserError for the first flag whose values tyro does not take."""
+    for flag, *values in given:
+        name = flag[2:]
+        one = dataclasses.make_dataclass(
+            "One", [("value", Annotated[hints[name], tyro.conf.arg(name="value")])]
+        )
+        try:
+            with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                tyro.cli(one, args=["--value", *values], config=(tyro.conf.FlagConversionOff,))
+        except SystemExit:
+            hint = _bare(hints[name])
+            what = "" if typing.get_args(hint) else f", which is not {hint.__name__}"
+            raise UserError(
+                f"{name_of(name)} is {' '.join(map(repr, values))}{what}: {_wanted(hint)}"
+            ) from None
+
+
+def _first_paragraph(message):
+    """What is wrong, out of tyro's message: a title, then paragraphs between rules, in a box or not."""
+    paragraphs = [[]]
+    for line in message.splitlines()[1:]:
+        words = line.strip(" │╭╮╰╯─-")
+        if words:
+            paragraphs[-1].append(words)
+        else:
+            paragraphs.append([])
+    return next((" ".join(paragraph) for paragraph in paragraphs if paragraph), "the flags cannot be read")
