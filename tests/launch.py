@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from caco_scale import checkpoint
+from caco_scale.checkpoint.folder import latest, read_values
+from caco_scale.checkpoint.read import load_tensors
 from caco_scale.data.order import Order
 from caco_scale.data.store import open_store
 from caco_scale.run.files import read_json_lines
@@ -124,8 +125,8 @@ def progress(run_dir):
 
 def final_state(run_dir):
     """Every tensor of the newest checkpoint, whole, and its values."""
-    path = checkpoint.latest(Path(run_dir) / "checkpoints")
-    return checkpoint.load_tensors(path), checkpoint.read_values(path)
+    path = latest(Path(run_dir) / "checkpoints")
+    return load_tensors(path), read_values(path)
 
 
 def relative_difference(a, b):

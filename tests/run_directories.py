@@ -6,7 +6,8 @@ import torch
 import yaml
 
 from caco_scale import config as configuration
-from caco_scale.checkpoint import Checkpointer, State
+from caco_scale.checkpoint.state import State
+from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.method.encoders import build_backbone
 from caco_scale.method.model import Encoder, QueryKeyModel
 from caco_scale.method.projector import build_projector

@@ -5,6 +5,7 @@
 Each case is JSON: {"name": ..., and what it changes of :data:`DEFAULTS`}. The state ends in FOLDER/<name>.
 """
 
+import functools
 import json
 import os
 import sys
@@ -14,13 +15,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from caco_scale import checkpoint
+from caco_scale.checkpoint.contents import restore, training_state
+from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.distributed.launch import launched_strategy, start_processes
-from caco_scale.distributed.strategies.base import build_strategy
+from caco_scale.distributed.strategies.build import build_strategy
 from caco_scale.method.bank import ShardedBank
 from caco_scale.method.encoders import TinyResNet
-from caco_scale.method.model import Encoder, QueryKeyModel
+from caco_scale.method.model import Encoder, QueryKeyModel, synchronise_key
 from caco_scale.method.projector import build_projector
+from caco_scale.optim.build import build_optimizer, init_optimizer_state, state_bytes
 from caco_scale.optim.schedule import HyperParameters
 from caco_scale.training.step import train_step
 
@@ -80,9 +83,9 @@ def build(case, strategy_name, accelerator):
         for name, parameter in model.query.named_parameters():
             parameter.requires_grad_(name in ("backbone.gain", "backbone.offset"))
     dtype = getattr(torch, case["dtype"])
-    strategy = build_strategy(
-        strategy_name, accelerator, model.to(dtype), case["optimizer"], case["weight_decay"]
-    )
+    optimizer = functools.partial(build_optimizer, case["optimizer"], weight_decay=case["weight_decay"])
+    strategy = build_strategy(strategy_name, accelerator, model.to(dtype), optimizer)
+    init_optimizer_state(strategy.optimizer, strategy.partitions)
     if case["plain_lars"]:
         strategy.optimizer.partitions = {}
         for group in strategy.optimizer.param_groups:
@@ -127,14 +130,14 @@ def run(case, strategy, bank):
     """Train from the start or a checkpoint -> what each rank reports."""
     first = 0
     if case["start"]:
-        first = strategy.restore(case["start"], bank)["step"]
+        first = restore(case["start"], strategy, bank)["step"]
     moved, losses = [], []
     for step in range(first, case["steps"]):
         if step in case["save_at"]:
             save(case, strategy, bank, step, f"-{step}")
         hp = hyper_parameters(case, step)
         if hp.is_switch:
-            strategy.synchronise_key()
+            synchronise_key(strategy.module)
             bank.reset_velocity()
         hook = None
         if step == case["not_finite_step"] and strategy.rank == strategy.world_size - 1:
@@ -148,7 +151,7 @@ def run(case, strategy, bank):
             hook.remove()
         moved.append(bool(result.moved))
         losses.append(result.loss.item())
-    return {"moved": moved, "losses": losses, "optimizer_state_bytes": strategy.optimizer_state_bytes()}
+    return {"moved": moved, "losses": losses, "optimizer_state_bytes": state_bytes(strategy.optimizer)}
 
 
 def _poison(strategy):
@@ -162,8 +165,8 @@ def _poison(strategy):
 
 
 def save(case, strategy, bank, step, suffix=""):
-    checkpointer = checkpoint.Checkpointer(case["folder"] / (case["name"] + suffix))
-    checkpointer.save(step, strategy.training_state(bank, {}), wait=True)
+    checkpointer = Checkpointer(case["folder"] / (case["name"] + suffix))
+    checkpointer.save(step, training_state(strategy, bank, {}), wait=True)
     checkpointer.close()
 
 
@@ -178,7 +181,7 @@ def main(folder, cases):
             settings.update(case["zero"])
         strategy, bank = build(case, name, accelerator)
         report = {"strategy": strategy.name, "world_size": strategy.world_size} | run(case, strategy, bank)
-        report["empty_partitions"] = sum(not partition.pieces for _, partition in strategy.partitions or [])
+        report["empty_partitions"] = sum(not partition.pieces for partition in strategy.partitions or [])
         if case["evaluate"]:
             images = views_of(case, 99, 0, 1)[0][0]
             if strategy.rank == 0:

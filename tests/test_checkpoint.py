@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +23,12 @@ import torch.multiprocessing as mp
 from gloo import run_ranks
 from torch import nn
 
-from caco_scale import checkpoint
-from caco_scale.checkpoint import Block, Checkpointer, State, latest, load, load_tensors, read_values, steps
+import caco_scale
+from caco_scale.checkpoint.contents import restore, training_state
+from caco_scale.checkpoint.folder import latest, read_values, step_path, steps
+from caco_scale.checkpoint.read import load, load_tensors
+from caco_scale.checkpoint.state import Block, State
+from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.distributed.collectives import shard_range
 from caco_scale.errors import UserError
 from caco_scale.method.bank import ShardedBank
@@ -261,10 +267,12 @@ def small_run(seed, group=None, optimizer="lars"):
     nn.init.normal_(bank.velocity)
     bank.assignments.random_(100)
     bank.pointer = seed
-    return model, optimizer, bank
+    strategy = SimpleNamespace(module=model, optimizer=optimizer, partitions=None, loading=nullcontext)
+    return strategy, bank
 
 
-def everything(model, optimizer, bank):
+def everything(strategy, bank):
+    model, optimizer = strategy.module, strategy.optimizer
     rows, velocity = bank.full()
     slots = {f"{i}{k}": v for i, s in enumerate(optimizer.state.values()) for k, v in s.items()}
     tensors = {**model.state_dict(), **slots, "rows": rows, "velocity": velocity}
@@ -275,13 +283,13 @@ def save_run(rank, world_size, folder, optimizer):
     # One seed for all ranks: replicas are equal, and so is each rank's draw for its own rows.
     run = small_run(5, optimizer=optimizer)
     checkpointer = Checkpointer(folder)
-    checkpointer.save(9, checkpoint.training_state(*run, {"epoch": 2}), wait=True)
+    checkpointer.save(9, training_state(*run, {"epoch": 2}), wait=True)
     return everything(*run)
 
 
 def load_run(rank, world_size, folder, optimizer):
     run = small_run(6, optimizer=optimizer)
-    values = checkpoint.restore(latest(folder), *run)
+    values = restore(latest(folder), *run)
     assert (values["step"], values["epoch"]) == (9, 2)
     return everything(*run)
 
@@ -312,7 +320,6 @@ def save_and_go_on(rank, world_size, folder):
         checkpointer.save(step, state)
         for tensor in (state.tensors["query.w"], rows):
             tensor.fill_(-1)
-        checkpointer.check()
     checkpointer.close()
 
 
@@ -335,7 +342,8 @@ def test_save_returns_before_the_file_is_complete_and_wait_after(tmp_path):
 
 ENDS_MEANWHILE = """
 import sys, torch
-from caco_scale.checkpoint import Checkpointer, State
+from caco_scale.checkpoint.state import State
+from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.errors import UserError, exit_on_user_error
 
 @exit_on_user_error
@@ -348,7 +356,7 @@ main()
 
 
 def test_a_process_that_ends_by_an_error_completes_its_save_and_keeps_its_exit_code(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(caco_scale.__file__).parents[1])}
     command = [sys.executable, "-c", ENDS_MEANWHILE, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
@@ -472,7 +480,7 @@ def test_kill_9_at_any_moment_leaves_a_readable_latest(tmp_path):
         leftovers += any(name.endswith(".tmp") for name in os.listdir(folder))
         for step in steps(folder)[-2:]:
             state = kill_state(0, 1, numel)
-            assert load(checkpoint.step_path(folder, step), state)["step"] == step
+            assert load(step_path(folder, step), state)["step"] == step
             assert (state.tensors["query.w"] == step).all()
             assert (state.tensors["bank.rows"].local == step).all()
         progress.append(step)
@@ -495,9 +503,10 @@ def save_beyond_the_limit(rank, world_size, folder):
     checkpointer.save(2, state)
     checkpointer._thread.join()
     messages = []
-    for _ in range(2):
+    for failed in (True, False):
+        assert checkpointer.failed == failed
         try:
-            checkpointer.check()
+            checkpointer.wait()
         except UserError as error:
             messages.append(str(error))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)

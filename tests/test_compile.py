@@ -12,7 +12,7 @@ from caco_scale import config as configuration
 from caco_scale.data.augment import IMAGENET_STD, augment
 from caco_scale.data.order import sample_keys
 from caco_scale.data.views import ViewSpec, draw_colour
-from caco_scale.distributed.strategies.base import compile_encoders
+from caco_scale.distributed.strategies.build import compile_encoders
 from caco_scale.method.model import Encoder, QueryKeyModel
 from caco_scale.training.assemble import build_augment
 

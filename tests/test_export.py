@@ -25,7 +25,9 @@ from run_directories import (
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from caco_scale.checkpoint import Checkpointer, State, load_tensors
+from caco_scale.checkpoint.read import load_tensors
+from caco_scale.checkpoint.state import State
+from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.errors import UserError
 from caco_scale.export import write as export
 from caco_scale.export.library_names import to_timm

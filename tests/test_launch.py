@@ -18,7 +18,7 @@ from caco_scale.distributed.launch import (
     launched_strategy,
     refuse_lost_driver,
 )
-from caco_scale.distributed.strategies.base import check_combination
+from caco_scale.distributed.strategies.build import check_combination
 from caco_scale.errors import UserError
 
 

@@ -13,7 +13,8 @@ from launch import SMALL, SWITCH, final_state, kill_when, launch, planned_keys, 
 from s3_server import FAULTS, FaultProxy
 from shard_sets import make_shard_set
 
-from caco_scale import checkpoint
+from caco_scale.checkpoint.folder import latest, read_values
+from caco_scale.checkpoint.read import load_tensors
 from caco_scale.data.remote import Remote
 from caco_scale.run.audit import incomplete_steps, read_audit
 from caco_scale.run.files import read_json_lines
@@ -168,10 +169,10 @@ def test_a_store_that_is_gone_ends_the_run_with_one_line_and_a_whole_checkpoint(
     assert len(errors) == 1, output
     assert "3 attempts in a row failed" in errors[0]
     assert "Traceback" not in output.split("error: ")[0]
-    found = checkpoint.latest(tmp_path / "run/checkpoints")
-    saved = checkpoint.read_values(found)["step"]
+    found = latest(tmp_path / "run/checkpoints")
+    saved = read_values(found)["step"]
     assert saved >= SWITCH + 1
-    checkpoint.load_tensors(found)
+    load_tensors(found)
     launch({**flags, "data.shards": shards})  # the same set from disk: the order does not depend on the place
     attempts = list(read_json_lines(tmp_path / "run/attempts.jsonl"))
     assert attempts[-1]["resumed_step"] >= saved

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import warnings
 from types import SimpleNamespace
 
@@ -12,11 +13,14 @@ from gloo import run_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from caco_scale import checkpoint
-from caco_scale.distributed.strategies.base import DataParallel
+from caco_scale.checkpoint.contents import training_state
+from caco_scale.checkpoint.state import Block
+from caco_scale.distributed.strategies.ddp import DataParallel
 from caco_scale.method.bank import ShardedBank
 from caco_scale.method.model import Encoder, QueryKeyModel
+from caco_scale.optim.build import build_optimizer, init_optimizer_state
 from caco_scale.optim.schedule import HyperParameters
+from caco_scale.training import step as training_step
 from caco_scale.training.step import train_step
 
 HP = HyperParameters(
@@ -63,7 +67,9 @@ def make(batch_norm=True, optimizer="lars", device="cpu"):
     handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False))
     accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=handlers)
     encoder = Encoder(Backbone(batch_norm), nn.Linear(6, 5))
-    strategy = DataParallel(accelerator, QueryKeyModel(encoder).double(), optimizer, 1e-4)
+    build = functools.partial(build_optimizer, optimizer, weight_decay=1e-4)
+    strategy = DataParallel(accelerator, QueryKeyModel(encoder).double(), build)
+    init_optimizer_state(strategy.optimizer)
     return strategy, ShardedBank(7, 5, dtype=torch.float64, device=device)
 
 
@@ -74,9 +80,9 @@ def views(rows):
 
 
 def state(strategy, bank):
-    tensors = checkpoint.training_state(strategy.module, strategy.optimizer, bank, {}).tensors
+    tensors = training_state(strategy, bank, {}).tensors
     return {
-        name: (value.local if isinstance(value, checkpoint.Block) else value).detach().clone()
+        name: (value.local if isinstance(value, Block) else value).detach().clone()
         for name, value in tensors.items()
     }
 
@@ -196,7 +202,7 @@ def test_on_a_gpu_torch_itself_sees_no_other_wait(optimizer):
     assert len([w for w in seen if "synchronizing" in str(w.message)]) == 1
 
 
-def test_the_encoder_the_bank_and_the_key_move_in_this_order():
+def test_the_encoder_the_bank_and_the_key_move_in_this_order(monkeypatch):
     """Each follows the state that the one before it left: the paper's order of a step."""
     calls = []
     contrast = SimpleNamespace(loss=torch.ones((), requires_grad=True), positive_probability=torch.ones(()))
@@ -220,8 +226,6 @@ def test_the_encoder_the_bank_and_the_key_move_in_this_order():
             calls.append("encoder")
             return True
 
-        def update_key(self, momentum):
-            calls.append("key")
-
+    monkeypatch.setattr(training_step, "ema_update", lambda *moved: calls.append("key"))
     train_step(Recorder(), bank, [views(slice(0, 6)), views(slice(6, 12))], HP)
     assert calls == ["contrast", "backward"] * 2 + ["encoder", "bank", "key"]

@@ -17,7 +17,7 @@ import pytest
 from launch import SMALL, SWITCH, command, environment, launch, progress, start, start_command
 from shard_sets import make_shard_set
 
-from caco_scale import checkpoint
+from caco_scale.checkpoint.folder import latest, read_values, steps
 from caco_scale.errors import UserError
 from caco_scale.run.files import read_json_lines
 from caco_scale.run.stopping import ControlFiles, JobEnd, check_job_end, job_end
@@ -100,7 +100,7 @@ def flags(tmp_path_factory):
 
 def marker(run):
     found = json.loads((run / "INTERRUPTED").read_text())
-    assert found["step"] == checkpoint.read_values(checkpoint.latest(run / "checkpoints"))["step"]
+    assert found["step"] == read_values(latest(run / "checkpoints"))["step"]
     return found["reason"], found["step"]
 
 
@@ -132,7 +132,7 @@ def test_the_switch_files_of_a_run_on_two_processes(flags, tmp_path):
         for wanted in (1, 2):
             (run / "SAVE").touch()
             wait_for(process, lambda: not (run / "SAVE").exists())
-            assert len(checkpoint.steps(run / "checkpoints")) == wanted
+            assert len(steps(run / "checkpoints")) == wanted
         (run / "STOP").touch()
         output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
@@ -189,7 +189,7 @@ def test_storage_that_does_not_answer_ends_the_run(flags, tmp_path):
         output, _ = process.communicate(timeout=600)
     assert process.returncode != 0
     assert output.count("error: no batch came for 8 seconds: the storage of the shards does not answer") == 1
-    assert checkpoint.latest(tmp_path / "run/checkpoints") is not None
+    assert latest(tmp_path / "run/checkpoints") is not None
 
 
 def train(flags, variables=None, code=0):
@@ -238,7 +238,7 @@ def test_an_evaluation_that_does_not_fit_is_left_to_the_next_job(flags, tmp_path
     }
     flags = {**flags, **one_epoch, "data.global_batch_size": 96, "bank.size": 20, "run.dir": run}
     train({**flags, "run.max_steps": 1})
-    values = checkpoint.latest(run / "checkpoints") / "values.json"
+    values = latest(run / "checkpoints") / "values.json"
     text = json.loads(values.read_text())
     assert text["seconds"] == {"save": 0.0, "evaluation": 0.0}  # neither was over when it was written
     values.write_text(json.dumps({**text, "seconds": {"save": 1.0, "evaluation": 100_000.0}}))

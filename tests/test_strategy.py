@@ -13,7 +13,8 @@ import pytest
 import torch
 from launch import ROOT, environment, relative_difference
 
-from caco_scale import checkpoint
+from caco_scale.checkpoint.folder import latest, step_path
+from caco_scale.checkpoint.read import load_tensors
 
 FP32, FP64 = 1e-4, 1e-8
 CASES = Path(__file__).with_name("strategy_cases.py")
@@ -55,7 +56,7 @@ def report(folder, name, rank=0):
 
 
 def state(folder):
-    return checkpoint.load_tensors(checkpoint.latest(folder))
+    return load_tensors(latest(folder))
 
 
 def assert_same(folder, name, reference, tolerance, reference_name=None):
@@ -92,7 +93,7 @@ def starting(case, reference):
         else "lars"
     )
     step = 2 if "num_micro" in case else 0
-    return {**case, "start": str(checkpoint.step_path(reference / f"{name}-{step}", step))}
+    return {**case, "start": str(step_path(reference / f"{name}-{step}", step))}
 
 
 def check(config, num_processes, cases, reference, folder):
@@ -214,7 +215,7 @@ def test_a_chain_of_resumes_through_every_strategy(reference, tmp_path):
         case = {"name": f"link{link}", "start": start, "steps": 2 * link + 2}
         train(tmp_path, [case], ROOT / "ds_configs" / f"{config}.yaml", num_processes)
         assert report(tmp_path, case["name"])["world_size"] == num_processes
-        start = str(checkpoint.latest(tmp_path / case["name"]))
+        start = str(latest(tmp_path / case["name"]))
     found, expected = state(tmp_path / "link5"), state(reference / "lars")
     difference, tensor = relative_difference(found, expected)
     assert difference <= FP32, f"{tensor} differs by {difference:.1e}"

@@ -27,7 +27,8 @@ from launch import (
 from safetensors.torch import load_file
 from shard_sets import make_shard_set
 
-from caco_scale import checkpoint
+from caco_scale.checkpoint.folder import latest, read_values
+from caco_scale.checkpoint.read import load_tensors
 from caco_scale.run.audit import incomplete_steps, read_audit
 from caco_scale.run.files import read_json_lines
 
@@ -162,11 +163,11 @@ def test_kill_minus_nine_at_random_moments_and_resume_on_a_random_number_of_proc
 
 def saved_step(run_dir):
     """The step of the newest checkpoint, which is whole whatever moment a kill hit; -1 where there is none."""
-    found = checkpoint.latest(run_dir / "checkpoints")
+    found = latest(run_dir / "checkpoints")
     if not found:
         return -1
-    checkpoint.load_tensors(found)
-    return checkpoint.read_values(found)["step"]
+    load_tensors(found)
+    return read_values(found)["step"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -178,7 +179,7 @@ def test_a_signal_ends_in_a_checkpoint_and_the_resumed_run_is_the_same_bit_for_b
     output = kill_when(process, lambda: progress(tmp_path / "run") >= (1, SWITCH + 1), number)
     marker = json.loads((tmp_path / "run/INTERRUPTED").read_text())
     assert marker["reason"] == number.name, output
-    stopped_at = checkpoint.read_values(checkpoint.latest(tmp_path / "run/checkpoints"))["step"]
+    stopped_at = read_values(latest(tmp_path / "run/checkpoints"))["step"]
     assert SWITCH + 1 <= marker["step"] == stopped_at < STEPS
     launch(flags)
     assert not (tmp_path / "run/INTERRUPTED").exists()

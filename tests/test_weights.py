@@ -21,7 +21,8 @@ from weight_files import (
     under,
 )
 
-from caco_scale.checkpoint import Checkpointer, State
+from caco_scale.checkpoint.state import State
+from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.errors import UserError
 from caco_scale.export import write as export
 from caco_scale.method.encoders import build_backbone

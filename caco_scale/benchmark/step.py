@@ -93,16 +93,14 @@ def prepare_ours(config, steps, device):
     """A function that trains ``steps`` steps as ``pretrain`` would in one process."""
     from caco_scale.data.to_device import on_device
     from caco_scale.distributed.launch import start_processes
-    from caco_scale.distributed.strategies.base import build_strategy
     from caco_scale.method.bank import ShardedBank
     from caco_scale.optim.schedule import HyperParameters
     from caco_scale.run.profiling import PartsClock
-    from caco_scale.training.assemble import MicroBatches, build_augment, build_model, parameter_dtype
+    from caco_scale.training.assemble import MicroBatches, build_augment, build_strategy, parameter_dtype
     from caco_scale.training.step import train_step
 
     accelerator, dtype = start_processes(), parameter_dtype(config)
-    optim = config.optim.name, config.optim.weight_decay, config.precision.compile
-    strategy = build_strategy("ddp", accelerator, build_model(config), *optim)
+    strategy = build_strategy(config, "ddp", accelerator)
     bank = ShardedBank(config.bank.size, config.model.embedding_dim, device=device, dtype=dtype)
     temperatures = {"temperature": config.loss.temperature, "bank_temperature": config.bank.temperature}
     rates = {"lr": LR, "bank_lr": BANK_LR, "key_momentum": KEY_MOMENTUM}

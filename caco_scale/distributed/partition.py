@@ -12,7 +12,9 @@ says what lies where.
 Shapes: L parameters in a flat tensor; n elements of a piece.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,27 +35,30 @@ class Piece:
 
 @dataclass(frozen=True)
 class FlatPartition:
-    """What a flat tensor of this rank is made of; what no piece covers is padding.
+    """A flat tensor of this rank that an optimizer steps, and what it is made of; what no piece covers is padding.
 
     ``parameters``: the L whole parameters of which the ranks of ``group`` hold parts between them, the same list
-    on every rank. ``pieces``: this rank's, none for a rank that holds padding only.
+    on every rank. ``pieces``: this rank's, none for a rank that holds padding only. ``param_group``: the place, in the
+    optimizer's ``param_groups``, of the group that it belongs to.
     """
 
-    parameters: list
+    flat: torch.Tensor
+    parameters: list[torch.Tensor]
     pieces: list[Piece]
-    group: object
+    group: dist.ProcessGroup
+    param_group: int
 
-    def views(self, flat):
-        """The pieces of a tensor that lies like ``flat``: a list of (n,), in the order of ``pieces``."""
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """The pieces of a tensor that lies like ``self.flat``: (n,) each, in the order of ``pieces``."""
         return [flat.narrow(0, piece.start, piece.numel) for piece in self.pieces]
 
 
-def is_zero3(parameter):
+def is_zero3(parameter: torch.Tensor) -> bool:
     """Whether DeepSpeed ZeRO-3 has partitioned this parameter."""
     return hasattr(parameter, "ds_tensor")
 
 
-def local_part(tensor):
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """The part of ``tensor`` that this rank holds, to read or to change in place; all of it where it is whole."""
     if isinstance(tensor, DTensor):
         return tensor.detach().to_local()
@@ -62,7 +67,7 @@ def local_part(tensor):
     return tensor
 
 
-def flat_part(tensor):
+def flat_part(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     """This rank's part as a flat view and its offset in the whole's flat view: ((n,), int)."""
     if isinstance(tensor, DTensor):
         group, ranks = shard_group(tensor), tensor.device_mesh.size()
@@ -76,12 +81,12 @@ def flat_part(tensor):
     return tensor.detach().view(-1), 0
 
 
-def whole_shape(tensor):
+def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     """The shape of the whole, of which this rank may hold a part."""
     return tuple(tensor.ds_shape if is_zero3(tensor) else tensor.shape)
 
 
-def shard_group(tensor):
+def shard_group(tensor: DTensor) -> dist.ProcessGroup:
     """The ranks that hold the parts of a DTensor, as FSDP2 cuts it."""
     assert tensor.device_mesh.ndim == 1, tensor.device_mesh
     assert tensor.placements[0].is_shard(0), tensor.placements
@@ -89,7 +94,7 @@ def shard_group(tensor):
 
 
 @torch.no_grad()
-def gather_whole(tensor, device):
+def gather_whole(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The whole of a parameter on every rank's ``device``, a copy of its own unless it is whole already. Collective."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
@@ -99,7 +104,7 @@ def gather_whole(tensor, device):
     return tensor.detach()
 
 
-def refresh_gathered(parameters):
+def refresh_gathered(parameters: Iterable[torch.Tensor]) -> None:
     """Gather anew the parameters that ZeRO-3 keeps whole besides their partition, which was changed. Collective.
 
     It calls small parameters persistent and never gathers them again by itself: they would go stale unseen.
@@ -109,3 +114,38 @@ def refresh_gathered(parameters):
         p.ds_status = type(p.ds_status).NOT_AVAILABLE
     if live:
         live[0].all_gather(live)
+
+
+def flat_partitions(zero: Any) -> list[FlatPartition]:
+    """The flat tensors that a ZeRO optimizer steps, and what they are made of.
+
+    ``zero``: the engine's ``optimizer``. Not by DeepSpeed's own ``_hp_mapping``, which is wrong under
+    ``round_robin_gradients`` (0.19.8).
+    """
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        return [_flat_of_stage_3(zero, i) for i in range(len(zero.fp16_groups))]
+    return [_flat_of_stages_1_and_2(zero, i) for i in range(len(zero.bit16_groups))]
+
+
+def _flat_of_stages_1_and_2(zero, i):
+    """Stages 1 and 2 join a group's parameters and cut the whole into equal parts, padded at the end."""
+    flat, group = zero.single_partition_of_fp32_groups[i], zero.real_dp_process_group[i]
+    first = dist.get_rank(group) * flat.numel()
+    parameters, pieces = list(zero.round_robin_bit16_groups[i]), []
+    for slot, (p, offset) in enumerate(zip(parameters, zero.round_robin_bit16_offsets[i], strict=True)):
+        start, stop = max(offset, first), min(offset + p.numel(), first + flat.numel())
+        if start < stop:
+            pieces.append(Piece(slot, start - first, stop - start, start - offset))
+    return FlatPartition(flat, parameters, pieces, group, i)
+
+
+def _flat_of_stage_3(zero, i):
+    """Stage 3 cuts each parameter into equal parts, padded at the end, and joins a subgroup's parts of a rank."""
+    flat, parameters, pieces = zero.fp32_partitioned_groups_flat[i], list(zero.fp16_groups[i]), []
+    for slot, p in enumerate(parameters):
+        _, start, length = zero.grad_position[zero.get_param_id(p)]
+        part, offset = flat_part(p)
+        assert length == p.ds_tensor.ds_numel, (length, p.ds_tensor.ds_numel)
+        if part.numel():
+            pieces.append(Piece(slot, start, part.numel(), offset))
+    return FlatPartition(flat, parameters, pieces, zero.dp_process_group, zero.sub_group_to_group_id[i])

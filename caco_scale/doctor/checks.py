@@ -101,7 +101,7 @@ def check_launch(config):
     import torch
 
     from caco_scale.distributed.launch import launched_strategy, start_processes
-    from caco_scale.distributed.strategies.base import check_combination
+    from caco_scale.distributed.strategies.build import check_combination
 
     try:
         accelerator = start_processes(config.run.world_size)
@@ -129,7 +129,7 @@ def check_plan(config, strategy, processes):
     import torch
 
     from caco_scale.distributed.launch import STRATEGIES, refuse_lost_driver
-    from caco_scale.distributed.strategies.base import check_combination
+    from caco_scale.distributed.strategies.build import check_combination
 
     if strategy not in STRATEGIES:
         return [fail(f"--strategy {strategy}: give one of {', '.join(STRATEGIES)}, {OFFLOADING}")], None
@@ -200,15 +200,14 @@ def check_data(config, rank, world_size):
 
 def check_resume(config, data):
     """What is in the run directory already: whether training would go on from it -> findings."""
-    from caco_scale import checkpoint
+    from caco_scale.checkpoint.folder import latest
+    from caco_scale.checkpoint.resume import checkpoint_to_resume
     from caco_scale.run.stopping import ControlFiles
-    from caco_scale.training.trainer import find_checkpoint
 
-    folder = Path(config.run.dir, "checkpoints")
-    newest = checkpoint.latest(folder) if folder.is_dir() else None
+    newest = latest(Path(config.run.dir, "checkpoints"))
     try:
         ControlFiles(config.run.dir, is_main=True).refuse_stop()
-        found = find_checkpoint(config, newest, data)
+        found = checkpoint_to_resume(config, newest, data.fingerprint, data.order.num_samples)
     except UserError as error:
         return [fail(one_line(error))]
     return [ok(f"resumes from {found}" if found else "a fresh start")]

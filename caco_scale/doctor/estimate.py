@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from caco_scale.checkpoint import folder
 from caco_scale.errors import Parser, UserError, exit_on_user_error
 from caco_scale.run.files import read_json_lines
 
@@ -55,12 +56,8 @@ def measured(run_dir):
 
 def estimate(config, gpus, images_per_second=None, price=None):
     """The lines to print. ``images_per_second``: of all GPUs together; ``price``: of a GPU-hour."""
-    from caco_scale import checkpoint
-
     steps, images = total_steps(config)
-    folder = Path(config.run.dir, "checkpoints")
-    newest = checkpoint.latest(folder) if folder.is_dir() else None
-    done = int(newest.name.removeprefix("step_")) if newest else 0
+    done = max(folder.steps(Path(config.run.dir, "checkpoints")), default=0)
     batch = config.data.global_batch_size
     which = config.data.shards or "ImageNet, for data.shards is empty"
     lines = [f"{steps:,} steps of {batch:,} images ({images:,} in {which}), {done:,} done"]

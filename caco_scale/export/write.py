@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from caco_scale import config as configuration
 from caco_scale.atomic import write_atomically
-from caco_scale.checkpoint import read_values
+from caco_scale.checkpoint.folder import read_values
 from caco_scale.errors import Parser, UserError, exit_on_user_error
 from caco_scale.export.library_names import check_library, library_model, to_timm
 from caco_scale.export.model_card import write_card

@@ -1,16 +1,17 @@
 """Parameter groups, the choice of an optimizer, and its state by parameter name (what a checkpoint holds)."""
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
-from caco_scale.distributed.partition import flat_part, local_part
+from caco_scale.distributed.partition import FlatPartition, flat_part, local_part
 from caco_scale.errors import UserError, did_you_mean
 from caco_scale.optim.lars import LARS
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
 
 
-def parameter_groups(module):
+def parameter_groups(module: nn.Module) -> list[dict]:
     """Two groups of the parameters that train: more than one dimension, and the rest without weight decay.
 
     Either may be empty. ``scaled`` tells LARS which is which even after an engine has flattened the tensors.
@@ -22,7 +23,7 @@ def parameter_groups(module):
     ]
 
 
-def build_optimizer(name, module, weight_decay):
+def build_optimizer(name: str, module: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
     """LARS, SGD (momentum 0.9) or AdamW (betas 0.9, 0.95) over ``module``'s two parameter groups.
 
     The learning rate starts at 0: the schedule writes it into ``param_groups`` before every step.
@@ -40,20 +41,26 @@ def build_optimizer(name, module, weight_decay):
     )
 
 
-def init_optimizer_state(optimizer):
+def init_optimizer_state(
+    optimizer: torch.optim.Optimizer, partitions: list[FlatPartition] | None = None
+) -> None:
     """Create the state that the first step would create; parameters and existing state stay as they are.
 
     Afterwards a checkpoint can be loaded into it in place, and training goes on bit for bit as without this
     call: a zero momentum buffer plus the first gradient is the buffer that SGD starts with.
+
+    ``partitions``: a strategy's, where its optimizer steps flat tensors.
     """
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if not optimizer.state[p]:
-                optimizer.state[p].update(initial_state(optimizer, group, p))
+    if partitions is None:
+        stepped = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    else:
+        stepped = [(optimizer.param_groups[part.param_group], part.flat) for part in partitions]
+    for group, p in stepped:
+        if not optimizer.state[p]:
+            optimizer.state[p].update(_initial_state(optimizer, group, p))
 
 
-def initial_state(optimizer, group, p):
-    """The state that the first step would create for one tensor of a group: ``{state key: tensor}``."""
+def _initial_state(optimizer, group, p):
     if isinstance(optimizer, LARS | torch.optim.SGD):
         return {"momentum_buffer": torch.zeros_like(p)}
     assert isinstance(optimizer, torch.optim.AdamW), optimizer
@@ -66,14 +73,16 @@ def initial_state(optimizer, group, p):
     }
 
 
-def named_state(optimizer, module, partitions=None):
+def named_state(
+    optimizer: torch.optim.Optimizer, module: nn.Module, partitions: list[FlatPartition] | None = None
+) -> dict[str, torch.Tensor | list[tuple[torch.Tensor, int]]]:
     """``{"<parameter name>/<state key>": tensor}`` of what trains, AdamW's ``step`` scalars included.
 
     The tensors are the optimizer's own: loading into them is loading the optimizer. Call
     :func:`init_optimizer_state` first. Names come from ``module``, which is not the engine's wrapper of it.
 
-    ``partitions``: ``[(flat tensor, FlatPartition)]`` where the optimizer steps flat tensors. State of which a rank
-    holds parts is a list of (part (n,), offset in the flat view of the whole) instead of a tensor.
+    ``partitions``: a strategy's, where its optimizer steps flat tensors. State of which a rank holds parts is a list
+    of (part (n,), offset in the flat view of the whole) instead of a tensor.
     """
     if partitions is not None:
         return _named_flat_state(optimizer, module, partitions)
@@ -91,9 +100,9 @@ def named_state(optimizer, module, partitions=None):
 def _named_flat_state(optimizer, module, partitions):
     names = {id(p): name for name, p in module.named_parameters()}
     named = {}
-    for flat, partition in partitions:
-        for key, value in optimizer.state[flat].items():
-            if value.shape != flat.shape:  # one number for all: AdamW's step
+    for partition in partitions:
+        for key, value in optimizer.state[partition.flat].items():
+            if value.shape != partition.flat.shape:  # one number for all: AdamW's step
                 named.update({f"{names[id(p)]}/{key}": value for p in partition.parameters})
                 continue
             parts = [[] for _ in partition.parameters]
@@ -104,7 +113,7 @@ def _named_flat_state(optimizer, module, partitions):
     return named
 
 
-def state_bytes(optimizer):
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of optimizer state that this rank holds: tensors of its own, or its parts of partitioned ones."""
     tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     return sum(part.numel() * part.element_size() for part in map(local_part, tensors))

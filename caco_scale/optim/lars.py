@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from caco_scale.distributed.partition import local_part, shard_group
+from caco_scale.distributed.partition import flat_partitions, local_part, shard_group
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,11 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.partitions, self.reduce_device = {}, None
         self._pieces = {}
+
+    def attach(self, engine):
+        """Tell the optimizer what the flat tensors of a DeepSpeed engine are made of."""
+        self.partitions = {id(part.flat): part for part in flat_partitions(engine.optimizer)}
+        self.reduce_device = engine.device  # where offloaded partitions' norms are summed
 
     def init_state(self):
         """Zero momentum where there is none yet, so that a checkpoint can be loaded before the first step."""

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from caco_scale.checkpoint import load_tensors
+from caco_scale.checkpoint.read import load_tensors
 from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.remote import RetryPolicy
 from caco_scale.data.store import open_store

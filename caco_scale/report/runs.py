@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from caco_scale import checkpoint
 from caco_scale import config as configuration
+from caco_scale.checkpoint.folder import latest
 from caco_scale.errors import UserError
 from caco_scale.run.diagnostics import CollapseAlarm
 from caco_scale.run.files import read_json_lines
@@ -159,7 +159,7 @@ def read_run(path):
         done=_json(path / "DONE"),
         interrupted=_json(path / "INTERRUPTED"),
         is_training=_is_locked(path / ".lock"),
-        checkpoint=checkpoint.latest(path / "checkpoints"),
+        checkpoint=latest(path / "checkpoints"),
     )
 
 

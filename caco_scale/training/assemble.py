@@ -4,6 +4,7 @@ Shapes: N global batch, B this rank's share of it, b a micro-batch, H pixels.
 """
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,11 +16,13 @@ from caco_scale.data.order import Order, share_size
 from caco_scale.data.remote import RetryPolicy
 from caco_scale.data.store import open_store
 from caco_scale.data.views import ViewSpec
+from caco_scale.distributed.strategies import build as strategies
 from caco_scale.errors import UserError
 from caco_scale.method.contrast import MIN_TEMPERATURE
 from caco_scale.method.encoders import build_backbone
 from caco_scale.method.model import Encoder, QueryKeyModel
 from caco_scale.method.projector import build_projector
+from caco_scale.optim.build import build_optimizer, init_optimizer_state
 from caco_scale.optim.schedule import Schedule
 from caco_scale.run.profiling import part
 
@@ -208,6 +211,19 @@ def build_model(config):
         channels_last=config.precision.channels_last and torch.cuda.is_available(),
     )
     return model.to(parameter_dtype(config))
+
+
+def build_strategy(config, name, accelerator):
+    """The strategy ``name`` around the config's model, with the config's optimizer and its first state. Collective."""
+    strategy = strategies.build_strategy(
+        name,
+        accelerator,
+        build_model(config),
+        partial(build_optimizer, config.optim.name, weight_decay=config.optim.weight_decay),
+        config.precision.compile,
+    )
+    init_optimizer_state(strategy.optimizer, strategy.partitions)
+    return strategy
 
 
 def parameter_dtype(config):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from caco_scale.method.ema import ema_update
 from caco_scale.run.profiling import part
 
 
@@ -29,7 +30,7 @@ def train_step(strategy, bank, micro_batches, hp):
     """One optimizer step on this rank's share of the global batch.
 
     Args:
-        strategy: wraps the query and key encoders (``distributed/strategy.py``).
+        strategy: wraps the query and key encoders (:class:`~caco_scale.distributed.strategies.base.Strategy`).
         bank: the :class:`~caco_scale.method.bank.ShardedBank`.
         micro_batches: for each micro-step the list of V views, (B, 3, H, W) each.
         hp: :class:`~caco_scale.optim.schedule.HyperParameters` of this step.
@@ -60,8 +61,8 @@ def train_step(strategy, bank, micro_batches, hp):
     if moved:
         with part("bank step"):
             bank.step(contrasts, lr=hp.bank_lr)  # 2. the bank follows the queries
-        with part("ema"):
-            strategy.update_key(hp.key_momentum)  # 3. the key encoder follows the query encoder
+        with part("ema"):  # 3. the key encoder follows the query encoder
+            ema_update(strategy.module.query, strategy.module.key, hp.key_momentum)
     else:
         buffers.restore()
     probability = torch.stack([contrast.positive_probability for contrast in contrasts]).mean()

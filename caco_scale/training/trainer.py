@@ -8,20 +8,24 @@ import os
 import socket
 import time
 from collections import Counter
-from pathlib import Path
 
-from caco_scale import checkpoint
 from caco_scale import config as configuration
+from caco_scale.checkpoint.contents import restore, training_state
+from caco_scale.checkpoint.folder import latest, read_values
+from caco_scale.checkpoint.resume import checkpoint_to_resume
+from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.data.loader import cache_is_large_enough, start_fork_server
 from caco_scale.data.store import COUNTERS, repair_hint
 from caco_scale.data.to_device import on_device
 from caco_scale.distributed.collectives import all_max, assert_equal_on_all_ranks, gather_objects
 from caco_scale.distributed.launch import launched_strategy, start_processes
-from caco_scale.distributed.strategies.base import build_strategy, check_combination
+from caco_scale.distributed.strategies.build import check_combination
 from caco_scale.errors import UserError
 from caco_scale.evaluate.features import pixels
 from caco_scale.evaluate.knn import evaluate_knn
 from caco_scale.method.bank import ShardedBank
+from caco_scale.method.model import synchronise_key
+from caco_scale.optim.build import state_bytes
 from caco_scale.optim.schedule import hyper_parameters
 from caco_scale.run.audit import AuditLog
 from caco_scale.run.diagnostics import CollapseAlarm, embedding_std, rankme
@@ -35,8 +39,8 @@ from caco_scale.training.assemble import (
     MicroBatches,
     TrainingData,
     build_augment,
-    build_model,
     build_schedule,
+    build_strategy,
     parameter_dtype,
     resolve,
 )
@@ -69,10 +73,10 @@ def run(config, signals):
     schedule = build_schedule(config, data.order)
     directory = RunDirectory(config.run.dir, accelerator.is_main_process)
     end = min(schedule.total_steps, config.run.max_steps or schedule.total_steps)
-    checkpointer = checkpoint.Checkpointer(directory.checkpoints, keep=config.run.keep_checkpoints)
+    checkpointer = Checkpointer(directory.checkpoints, keep=config.run.keep_checkpoints)
     newest = checkpointer.latest()
-    resumed = find_checkpoint(config, newest, data)
-    step = checkpoint.read_values(resumed)["step"] if resumed else 0
+    resumed = checkpoint_to_resume(config, newest, data.fingerprint, data.order.num_samples)
+    step = read_values(resumed)["step"] if resumed else 0
     # One that was stopped after its last step still has its last evaluation before it.
     if resumed and step >= end and directory.interrupted_step() != step:
         if (
@@ -101,51 +105,6 @@ def refuse_to_start(config, is_main):
     assert_equal_on_all_ranks({}, "start", error=complaint)
 
 
-def find_checkpoint(config, newest, data):
-    """The checkpoint to resume from, or None for a fresh start; refuses one that this config cannot continue.
-
-    ``newest``: the newest complete checkpoint of the run directory, or None.
-    """
-    if config.run.resume == "never":
-        if newest:
-            raise UserError(
-                f"run.resume is never but {config.run.dir} holds {newest.name}: give another run.dir or remove it"
-            )
-        return None
-    path = newest if config.run.resume == "auto" else Path(config.run.resume)
-    if path is None:
-        return None
-    if (
-        newest
-        and newest != path
-        and checkpoint.read_values(newest).get("branched_from") == str(path.absolute())
-    ):
-        path = newest  # the branch has gone on since: the same command resumes it
-    values = checkpoint.read_values(path)
-    if newest and int(newest.name.removeprefix("step_")) > values["step"]:
-        raise UserError(
-            f"run.resume goes back to step {values['step']} but {config.run.dir} already holds {newest.name}: "
-            "give another run.dir for the branch, or remove the newer checkpoints"
-        )
-    saved = configuration.from_dict(values["config"], f"{path} config")
-    changed = configuration.differences(saved, config)
-    if (
-        values["step"] >= values["end"] and config.optim.epochs > saved.optim.epochs
-    ):  # finished, and now extended
-        changed = [change for change in changed if not change.startswith("optim.epochs:")]
-    if changed:
-        raise UserError(
-            f"{path} was trained with other values ({'; '.join(changed)}): give these, or another run.dir"
-        )
-    if values["fingerprint"] != data.fingerprint:
-        raise UserError(
-            f"{path} was trained on another data set ({values['num_samples']:,} images, order "
-            f"{values['fingerprint'][:12]}; {config.data.shards} has {data.order.num_samples:,}, "
-            f"{data.fingerprint[:12]}): give its shards, or another run.dir"
-        )
-    return path
-
-
 class Trainer:
     """The state of a run and its loop. Use as a context: leaving it ends loaders, writers and pending saves."""
 
@@ -153,14 +112,7 @@ class Trainer:
         self.config, self.signals, self.data, self.schedule = config, signals, data, schedule
         self.directory, self.checkpointer, self.end = directory, checkpointer, end
         self.dtype = parameter_dtype(config)
-        self.strategy = build_strategy(
-            launched_strategy(os.environ),
-            accelerator,
-            build_model(config),
-            config.optim.name,
-            config.optim.weight_decay,
-            config.precision.compile,
-        )
+        self.strategy = build_strategy(config, launched_strategy(os.environ), accelerator)
         self.device = self.strategy.device
         self.augment = build_augment(config)
         self.bank = ShardedBank(
@@ -211,8 +163,8 @@ class Trainer:
             )
         # Where a run began is no part of the recipe, and the same file resumes it.
         self.directory.write_config(configuration.to_yaml(configuration.replace(config, run__resume="auto")))
-        state_bytes = self.strategy.optimizer_state_bytes()
-        places = gather_objects((str(self.device), socket.gethostname(), state_bytes))
+        own_bytes = state_bytes(self.strategy.optimizer)
+        places = gather_objects((str(self.device), socket.gethostname(), own_bytes))
         self.directory.write_environment(
             describe_environment(
                 world_size=accelerator.num_processes,
@@ -235,7 +187,7 @@ class Trainer:
         if config.eval.knn_every and not self.data.val_store:
             self.telemetry.note("no kNN evaluation: data.val_shards is empty")
         self.telemetry.note(f"resumed from {resumed} at step {self.step:,}" if resumed else "fresh start")
-        self.telemetry.note(f"{self.strategy.name}: {state_bytes / 1e6:,.2f} MB of optimizer state on rank 0")
+        self.telemetry.note(f"{self.strategy.name}: {own_bytes / 1e6:,.2f} MB of optimizer state on rank 0")
 
     def __enter__(self):
         return self
@@ -312,7 +264,7 @@ class Trainer:
         if self.step % self.data.order.steps_per_epoch == 0:
             self.bank.reset_assignments()
         if hp.is_switch:
-            self.strategy.synchronise_key()
+            synchronise_key(self.strategy.module)
             self.bank.reset_velocity()
         micro_batches = MicroBatches(
             batch, self.data.micro_batch_size, self.augment, self.dtype, self.config.views
@@ -525,10 +477,10 @@ class Trainer:
             "knn": [[step, value] for step, value in self.knn.items()],
             "seconds": self.job_end.seconds,
         }
-        self.checkpointer.save(self.step, self.strategy.training_state(self.bank, values))
+        self.checkpointer.save(self.step, training_state(self.strategy, self.bank, values))
 
     def _restore(self, path):
-        values = self.strategy.restore(path, self.bank)
+        values = restore(path, self.strategy, self.bank)
         own = path.absolute().parent == self.directory.checkpoints.absolute()
         self.branched_from = values["branched_from"] if own else str(path.absolute())
         self.step = values["step"]
@@ -547,7 +499,7 @@ class Trainer:
         if self.end < self.schedule.total_steps:
             more = f"--run.max_steps {2 * self.end}"
         rows += [
-            ("checkpoint", str(checkpoint.latest(self.directory.checkpoints))),
+            ("checkpoint", str(latest(self.directory.checkpoints))),
             ("curves", f"tensorboard --logdir {folder}/tensorboard"),
             (
                 "export",

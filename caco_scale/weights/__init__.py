@@ -30,7 +30,8 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from caco_scale.checkpoint import latest, load_tensors, read_values, step_path, steps
+from caco_scale.checkpoint.folder import latest, read_values, step_path, steps
+from caco_scale.checkpoint.read import load_tensors
 from caco_scale.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from caco_scale.errors import UserError, one_line
 from caco_scale.method.encoders import ARCHITECTURES, build_backbone

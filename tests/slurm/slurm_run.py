@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 from launch import ROOT, SMALL, planned_keys
 
-from caco_scale import checkpoint
 from caco_scale import config as configuration
+from caco_scale.checkpoint.folder import latest, read_values
 from caco_scale.run.audit import incomplete_steps, read_audit
 from caco_scale.run.files import read_json_lines
 
@@ -116,7 +116,7 @@ class SlurmRun:
 
     def saved(self):
         """The step of the newest checkpoint."""
-        return checkpoint.read_values(checkpoint.latest(self.path / "checkpoints"))["step"]
+        return read_values(latest(self.path / "checkpoints"))["step"]
 
     def said(self, job):
         path = self.home / f"job-{job}.out"

@@ -6,7 +6,6 @@ after ``fully_shard`` mixes up parameters whose shards are empty.
 
 import contextlib
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -15,7 +14,6 @@ from torchvision.models.vision_transformer import EncoderBlock
 
 from caco_scale.distributed.partition import local_part
 from caco_scale.distributed.strategies.base import Strategy, WholeCopy
-from caco_scale.optim.build import build_optimizer, init_optimizer_state
 
 # Gathered and freed one at a time; the rest of an encoder at once.
 UNITS = (BasicBlock, Bottleneck, EncoderBlock)
@@ -26,7 +24,7 @@ class FullyShardedDataParallel(Strategy):
 
     name, partitioned_gradients = "fsdp2", True
 
-    def __init__(self, accelerator, model, optimizer_name, weight_decay):
+    def __init__(self, accelerator, model, build_optimizer):
         whole_copy = WholeCopy(model.query)  # before SyncBN, whose process group cannot be copied
         super().__init__(accelerator, model)
         self._whole_copy = whole_copy
@@ -40,8 +38,7 @@ class FullyShardedDataParallel(Strategy):
                 # The key encoder has no backward: without the option it would stay whole after its first forward.
                 fully_shard(unit, mesh=mesh, reshard_after_forward=True)
         fully_shard(self.module, mesh=mesh)
-        self.optimizer = build_optimizer(optimizer_name, self.module.query, weight_decay)
-        init_optimizer_state(self.optimizer)
+        self.optimizer = build_optimizer(self.module.query)
 
     def __call__(self, views):
         return self.module(views)
@@ -61,7 +58,7 @@ class FullyShardedDataParallel(Strategy):
         with self._whole_copy.of(self.module.query, self.device) as encoder:
             yield encoder
 
-    @torch.no_grad()
-    def restore(self, path, bank):
+    @contextlib.contextmanager
+    def loading(self):
         self.module.reshard()  # the shards are what is loaded
-        return super().restore(path, bank)
+        yield

@@ -1,0 +1,60 @@
+"""Which checkpoint a start goes on from, and whether its configuration may go on from it."""
+
+from pathlib import Path
+
+from caco_scale import config as configuration
+from caco_scale.checkpoint.folder import read_values, step_of
+from caco_scale.errors import UserError
+
+
+def checkpoint_to_resume(
+    config: configuration.Config, newest: Path | None, fingerprint: str, num_samples: int
+) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh start.
+
+    Args:
+        newest: the newest complete checkpoint of the run directory, if there is one.
+        fingerprint, num_samples: of the training data's order, which the checkpoint must have, too.
+    Raises:
+        UserError: a checkpoint that this config cannot continue, with what differs.
+    """
+    path = _find(config.run.resume, config.run.dir, newest)
+    if path is None:
+        return None
+    values = read_values(path)
+    if newest and step_of(newest) > values["step"]:
+        raise UserError(
+            f"run.resume goes back to step {values['step']} but {config.run.dir} already holds {newest.name}: "
+            "give another run.dir for the branch, or remove the newer checkpoints"
+        )
+    saved = configuration.from_dict(values["config"], f"{path} config")
+    changed = configuration.differences(saved, config)
+    if values["step"] >= values["end"] and config.optim.epochs > saved.optim.epochs:  # finished, now extended
+        changed = [change for change in changed if not change.startswith("optim.epochs:")]
+    if changed:
+        raise UserError(
+            f"{path} was trained with other values ({'; '.join(changed)}): give these, or another run.dir"
+        )
+    if values["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{path} was trained on another data set ({values['num_samples']:,} images, order "
+            f"{values['fingerprint'][:12]}; {config.data.shards} has {num_samples:,}, "
+            f"{fingerprint[:12]}): give its shards, or another run.dir"
+        )
+    return path
+
+
+def _find(resume, run_dir, newest):
+    """What ``run.resume`` names, as it is on the disk now."""
+    if resume == "never":
+        if newest:
+            raise UserError(
+                f"run.resume is never but {run_dir} holds {newest.name}: give another run.dir or remove it"
+            )
+        return None
+    if resume == "auto":
+        return newest
+    path = Path(resume)
+    if newest and newest != path and read_values(newest).get("branched_from") == str(path.absolute()):
+        return newest  # the branch has gone on since: the same command resumes it
+    return path

@@ -1,0 +1,63 @@
+"""Choose and build the strategy of a launch, and refuse what it could not train exactly."""
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from caco_scale.distributed.strategies.base import OptimizerBuilder, Strategy
+from caco_scale.distributed.strategies.ddp import DataParallel
+from caco_scale.distributed.strategies.fsdp2 import FullyShardedDataParallel
+from caco_scale.distributed.strategies.zero import Zero
+from caco_scale.errors import UserError
+
+
+def build_strategy(
+    name: str,
+    accelerator: Accelerator,
+    model: nn.Module,
+    build_optimizer: OptimizerBuilder,
+    compiled: bool = False,
+) -> Strategy:
+    """The strategy ``name`` (:data:`~caco_scale.distributed.launch.STRATEGIES`) around a fresh model. Collective.
+
+    Args:
+        accelerator: of :func:`~caco_scale.distributed.launch.start_processes`.
+        model: a :class:`~caco_scale.method.model.QueryKeyModel` with the same weights on every rank.
+        build_optimizer: makes the optimizer of the query encoder. One that has to know what the flat tensors of
+            an engine are made of has a method ``attach(engine)``, as LARS has.
+        compiled: whether the encoders are to be compiled.
+    Raises:
+        UserError: a combination that would not train the same model.
+    """
+    check_combination(name, next(model.parameters()).dtype, compiled)
+    if compiled:
+        compile_encoders(model)
+    if name == "ddp":
+        return DataParallel(accelerator, model, build_optimizer)
+    if name == "fsdp2":
+        return FullyShardedDataParallel(accelerator, model, build_optimizer)
+    return Zero(accelerator, model, build_optimizer)
+
+
+def compile_encoders(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile both encoders: once for each size of view, whatever follows (a graph of free sizes would be slower)."""
+    model.query.compile(backend=backend, dynamic=False)
+    model.key.compile(backend=backend, dynamic=False)
+
+
+def check_combination(name: str, dtype: torch.dtype, compiled: bool) -> None:
+    """Refuse by name what a strategy cannot do exactly, with what can.
+
+    Raises:
+        UserError: fp64 under ZeRO; compiled encoders whose parameters are partitioned.
+    """
+    if name.startswith("zero") and dtype == torch.float64:
+        raise UserError(
+            "precision.compute fp64 cannot be had from DeepSpeed, which keeps fp32 master parameters: use "
+            "--config_file ds_configs/fsdp2.yaml or ds_configs/ddp.yaml"
+        )
+    if name in ("zero3", "fsdp2") and compiled:
+        raise UserError(
+            f"precision.compile is not supported where parameters are partitioned ({name}): use --config_file "
+            "ds_configs/zero2.yaml, which still partitions the optimizer, or drop it"
+        )
