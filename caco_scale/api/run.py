@@ -48,7 +48,7 @@ class Run:
     @property
     def checkpoint(self) -> Path | None:
         """The newest complete checkpoint, None where there is none yet."""
-        from caco_scale.checkpoint import latest
+        from caco_scale.checkpoint.folder import latest
 
         return latest(self.path / "checkpoints")
 
