@@ -25,8 +25,8 @@ def test_every_part_of_a_step_is_measured_once_and_parts_do_not_overlap():
 
 
 def test_the_profiler_writes_a_trace_and_a_table_of_the_steps_it_was_asked_for(tmp_path):
-    step = make()
-    profiler = StepProfiler(tmp_path / "profile", 2, torch.device("cpu"), rank=1)
+    step, notes = make(), []
+    profiler = StepProfiler(tmp_path / "profile", 2, torch.device("cpu"), rank=1, note=notes.append)
     for number in range(1, SKIPPED_STEPS + 4):
         profiler.before_step()
         assert (profiling._clock is not None) == (SKIPPED_STEPS < number <= SKIPPED_STEPS + 2)
@@ -38,7 +38,7 @@ def test_the_profiler_writes_a_trace_and_a_table_of_the_steps_it_was_asked_for(t
     }
     assert {f"step: {name}" for name in ("query", "key", "bank", "backward", "optimizer", "ema")} <= names
     text = (tmp_path / "profile/parts.rank1.txt").read_text()
-    assert text == profiler.table + "\n"
+    assert notes == [f"{text}trace and table: {tmp_path / 'profile'}"]
     assert [line.split("  ")[0] for line in text.splitlines()][1:-3] == list(PARTS)
 
 

@@ -5,7 +5,7 @@ The parts are named where they run, ``with part("query"): ...``, which costs not
 
 import contextlib
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Self
 
@@ -87,13 +87,21 @@ class StepProfiler:
         num_steps: steps to measure; 0: none.
         device: where they run.
         rank: of this process; each writes its own.
+        note: told of the table when it is there.
     """
 
-    def __init__(self, folder: Path, num_steps: int, device: torch.device, rank: int):
+    def __init__(
+        self,
+        folder: Path,
+        num_steps: int,
+        device: torch.device,
+        rank: int,
+        note: Callable[[str], object] = lambda text: None,
+    ):
         self._folder, self._num_steps, self._device, self._rank = folder, num_steps, device, rank
+        self._note = note
         self._steps = 0
         self._clock = self._trace = None
-        self.table: str | None = None  # the text, when it is there
 
     def before_step(self) -> None:
         """Begin to measure, if this step is the first to be measured."""
@@ -105,10 +113,10 @@ class StepProfiler:
             self._trace.__enter__()
             self._clock = PartsClock(self._device).__enter__()
 
-    def after_step(self) -> None:
-        """Count a step; after the last one to be measured write the files."""
+    def after_step(self, is_last: bool = False) -> None:
+        """Count a step; after the last one to be measured, or of the run, write the files."""
         self._steps += 1
-        if self._steps == SKIPPED_STEPS + self._num_steps:
+        if is_last or self._steps == SKIPPED_STEPS + self._num_steps:
             self.close()
 
     def close(self) -> None:
@@ -126,15 +134,16 @@ class StepProfiler:
             for event in trace.key_averages()
             if event.key.startswith(COMMUNICATION)
         )
-        self.table = parts_table(seconds, max(num_steps, 1), exchange / 1e6)
+        table = parts_table(seconds, max(num_steps, 1), exchange / 1e6)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             trace.export_chrome_trace(str(self._folder / f"trace.rank{self._rank}.json"))
-            (self._folder / f"parts.rank{self._rank}.txt").write_text(self.table + "\n")
+            (self._folder / f"parts.rank{self._rank}.txt").write_text(table + "\n")
         except OSError as error:
             raise UserError(
                 f"cannot write {self._folder}: {error.strerror}; free or fix that place"
             ) from error
+        self._note(f"{table}\ntrace and table: {self._folder}")
 
 
 def parts_table(seconds: dict[str, float], num_steps: int, exchange_seconds: float) -> str:

@@ -1,7 +1,8 @@
-"""What asks a run to stop or to save, beside a signal: the end of its SLURM job, and two files in its directory.
+"""What asks a run to stop or to save: a signal, the end of its SLURM job, two files in its directory.
 
 Each rank answers for itself (:class:`JobEnd` by its own clock) or for all (:class:`ControlFiles`, which rank 0 alone
-looks at, for a network file system's sake); the loop gathers the answers at every step and all ranks act on any.
+looks at, for a network file system's sake); the loop gathers the answers of :class:`Requests` at every step, and all
+ranks act on any.
 """
 
 import math
@@ -12,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from caco_scale.errors import UserError
+from caco_scale.run.directory import RunDirectory
+from caco_scale.run.signals import Signals
 
 JOB_END = (
     "SLURM_JOB_END_TIME"  # seconds since 1970; where SLURM is too old to set it (22.05), slurm/lib.sh does
@@ -41,6 +44,44 @@ def check_job_end(environment: Mapping[str, str]) -> None:
     passed = 0 if end is None else time.time() - end
     if passed > 0:
         raise UserError(f"{JOB_END} was {passed:,.0f} seconds ago, this is another job's environment: {OFF}")
+
+
+class Requests:
+    """All that may ask this rank to stop or to save.
+
+    Args:
+        signals: :class:`~caco_scale.run.signals.Signals`, or None: nothing looks for any.
+        stop_before_end_seconds: the floor of :class:`JobEnd`, 0 = the job's end is no matter.
+    """
+
+    def __init__(self, signals: Signals | None, directory: RunDirectory, stop_before_end_seconds: float):
+        self._signals, self._files = signals, ControlFiles(directory.path, directory.is_main)
+        end = job_end(os.environ) if stop_before_end_seconds else None
+        self.job_end = JobEnd(end, stop_before_end_seconds)
+
+    def look(self, evaluation_is_due: bool) -> tuple[str | None, bool]:
+        """What this rank knows of: why to stop (a signal's name, STOP, the job's end) or None; whether to save."""
+        stop, save = self._files.look()
+        if self._signals and self._signals.requested:
+            return self._signals.requested, save
+        if stop:
+            return self._files.stop.name, save
+        return None if self.job_end.leaves_time(for_evaluation=evaluation_is_due) else JOB_END, save
+
+    def save_begins(self, step: int) -> None:
+        """The checkpoint of ``step`` answers what has asked for one so far."""
+        self._files.save_begins(step)
+
+    def save_is_complete(self, step: int, seconds: float) -> None:
+        """The checkpoint of ``step`` is complete; ``seconds``: what it took."""
+        self.job_end.took("save", seconds)
+        self._files.save_is_complete(step)
+
+    def state_dict(self) -> dict:
+        return {"seconds": self.job_end.seconds}
+
+    def load_state_dict(self, values: dict) -> None:
+        self.job_end.seconds |= values.get("seconds", {})
 
 
 class JobEnd:

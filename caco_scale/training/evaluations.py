@@ -1,0 +1,121 @@
+"""The kNN accuracy of a run as it trains: when an evaluation is due, its figures, and what they compare with."""
+
+import time
+
+from caco_scale.config import Config
+from caco_scale.distributed.collectives import gather_objects
+from caco_scale.distributed.strategies.base import Strategy
+from caco_scale.evaluate.features import pixels
+from caco_scale.evaluate.knn import evaluate_knn
+from caco_scale.run.stopping import JobEnd
+from caco_scale.run.telemetry import Telemetry
+from caco_scale.training.assemble import TrainingData, parameter_dtype
+
+
+class Evaluations:
+    """``knn``: finished steps -> percent; 0 is the untrained encoder, and "pixels" the images themselves.
+
+    Args:
+        end: the run's last step, after which an evaluation is due in any case.
+        job_end: told what an evaluation takes; a start asks it whether one fits.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: TrainingData,
+        strategy: Strategy,
+        end: int,
+        job_end: JobEnd,
+        telemetry: Telemetry,
+    ):
+        self._config, self._data, self._strategy, self._end = config, data, strategy, end
+        self._job_end, self._telemetry = job_end, telemetry
+        self.knn: dict[int | str, float] = {}
+        if config.eval.knn_every and not data.val_store:
+            telemetry.note("no kNN evaluation: data.val_shards is empty")
+
+    def due(self, step: int) -> bool:
+        """Whether the encoder after ``step`` steps is to be evaluated, and has not been."""
+        if not self._data.val_store or step in self.knn:
+            return False
+        every = self._config.eval.knn_every
+        epoch, position = divmod(step, self._data.order.steps_per_epoch)
+        return bool(every) and (step == self._end or (position == 0 and epoch % every == 0))
+
+    def at_start(self, step: int) -> None:
+        """Of a fresh run the baselines; of a stopped one what it still owes. Collective, as :meth:`run`.
+
+        An evaluation longer than the job is left out, or no job would ever train on.
+        """
+        if step == 0:
+            self._run_baselines()
+        elif self.due(step):
+            if all(gather_objects(self._job_end.leaves_time(for_evaluation=True))):
+                self.run(step)
+            else:
+                self._telemetry.warn(f"step {step:,}: the job is too short for the kNN evaluation: left out")
+
+    def run(self, step: int) -> None:
+        """Evaluate the query encoder. Collective."""
+        began = time.monotonic()
+        self.knn[step] = self._encoder_knn()
+        seconds = time.monotonic() - began
+        self._job_end.took("evaluation", seconds)
+        epoch = step / self._data.order.steps_per_epoch
+        figures = {"knn_top1": self.knn[step], "knn_seconds": seconds}
+        self._telemetry.log_event(step, {"epoch": epoch, **figures})
+        self._telemetry.note(f"step {step:,}: kNN top-1 {self.knn[step]:.2f}%")
+
+    def _run_baselines(self):
+        """Raw pixels and the untrained encoder, what any later figure is to be compared with."""
+        if not self._config.eval.baselines or not self._data.val_store:
+            return
+        raw, untrained = self._knn(pixels, None), self._encoder_knn()
+        self._telemetry.log_event(0, {"knn_top1": untrained, "knn_top1_raw_pixels": raw})
+        self._telemetry.note(f"kNN top-1 before training: raw pixels {raw:.2f}%, encoder {untrained:.2f}%")
+        self.knn |= {"pixels": raw, 0: untrained}
+
+    def summary(self, step: int) -> list[tuple[str, str]]:
+        """Rows for the table at a run's end, beside one another what was measured before and after."""
+        if step not in self.knn:
+            return []
+        names = {
+            "pixels": "kNN of raw pixels",
+            0: "kNN of the random encoder",
+            step: "kNN of the trained encoder",
+        }
+        return [(name, f"{self.knn[at]:.2f}%") for at, name in names.items() if at in self.knn]
+
+    def _encoder_knn(self):
+        with self._strategy.evaluation_encoder() as encoder:
+            return self._knn(encoder.features, encoder)
+
+    def _knn(self, encode, module):
+        """kNN of what ``encode``, of ``module``, makes of images: percent, the same on every rank."""
+        config, strategy = self._config, self._strategy
+        with self._telemetry.meter.paused():
+            return evaluate_knn(
+                encode,
+                self._data.store,
+                self._data.val_store,
+                module=module,
+                autocast_dtype=strategy.module.autocast_dtype,
+                channels_last=strategy.module.channels_last,
+                rank=strategy.rank,
+                world_size=strategy.world_size,
+                size=config.views.size,
+                mean=config.views.mean,
+                std=config.views.std,
+                k=config.eval.knn_k,
+                temperature=config.eval.knn_temperature,
+                device=strategy.device,
+                dtype=parameter_dtype(config),
+                workers=config.data.workers,
+            )
+
+    def state_dict(self) -> dict:
+        return {"knn": [[step, value] for step, value in self.knn.items()]}
+
+    def load_state_dict(self, values: dict) -> None:
+        self.knn = dict(values["knn"])

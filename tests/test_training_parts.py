@@ -1,0 +1,163 @@
+"""The parts of the loop: each one's concern, and what a checkpoint keeps of it; a whole run called from Python."""
+
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from launch import SMALL, SWITCH
+from shard_sets import make_shard_set
+
+from caco_scale import config as configuration
+from caco_scale.checkpoint.folder import latest, read_values
+from caco_scale.checkpoint.read import load_tensors
+from caco_scale.errors import UserError
+from caco_scale.run.directory import RunDirectory
+from caco_scale.run.files import read_json_lines
+from caco_scale.run.stopping import Requests
+from caco_scale.run.telemetry import Telemetry
+from caco_scale.training.corrupt import CorruptImages
+from caco_scale.training.skipped import SkippedSteps
+from caco_scale.training.trainer import Outcome, run
+
+# As 4b5f358 wrote them, tensors' facts aside: what readers of checkpoints and older programs rely on.
+VALUES = (
+    *("step", "end", "branched_from", "epoch", "config", "fingerprint", "num_samples", "skipped"),
+    *("skipped_in_a_row", "corrupt", "last_epoch_bank", "knn", "seconds", "bank_pointer"),
+)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    with RunDirectory(tmp_path / "run", is_main=True) as directory:
+        yield directory
+
+
+@pytest.fixture
+def telemetry(directory):
+    telemetry = Telemetry(
+        directory, total_steps=9, steps_per_epoch=3, images_per_step=8, stream=io.StringIO()
+    )
+    yield telemetry
+    telemetry.close()
+
+
+def test_skipped_steps_in_a_row_end_the_run_also_across_a_resume(directory, telemetry):
+    skipped = SkippedSteps(3, telemetry)
+    for step, moved in enumerate((False, False, True, False, False), start=1):
+        skipped.count(step, moved)
+    assert skipped.total == 4
+    resumed = SkippedSteps(3, telemetry)
+    resumed.load_state_dict(json.loads(json.dumps(skipped.state_dict())))
+    with pytest.raises(UserError, match=r"step 6: 3 steps in a row were not finite \(run.max_skipped 3\)"):
+        resumed.count(6, False)
+    assert [line["skipped"] for line in read_json_lines(directory.metrics)] == [1, 2, 3, 4, 5]
+
+
+def test_corrupt_images_count_once_and_too_many_end_the_run(directory, telemetry):
+    config = configuration.replace(
+        configuration.load_recipe("demo"), data__max_corrupt=0.02, data__shards="/data/train"
+    )
+    corrupt = CorruptImages(config, 100, directory, telemetry)
+
+    def entries(*names):
+        return [{"key": name, "error": "cut", "substitute": "x"} for name in names]
+
+    corrupt.record(1, entries("a", "b"))
+    corrupt.record(2, entries("a"))
+    resumed = CorruptImages(config, 100, directory, telemetry)
+    resumed.load_state_dict(json.loads(json.dumps(corrupt.state_dict())))
+    resumed.record(3, entries("b"))
+    assert len(resumed) == 2
+    with pytest.raises(UserError, match=r"3 of 100 images do not decode, more than data.max_corrupt 0.02: a, b, c"):
+        resumed.record(4, entries("c"))
+    lines = list(read_json_lines(directory.path / "corrupt.jsonl"))
+    assert [(line["step"], line["key"]) for line in lines] == [(1, "a"), (1, "b"), (4, "c")]
+
+
+def test_requests_name_the_first_reason_and_remember_what_a_save_takes(directory, monkeypatch):
+    class Requested:
+        requested = None
+
+    requests = Requests(Requested, directory, 0)
+    assert requests.look(evaluation_is_due=True) == (None, False)
+    Requested.requested = "SIGTERM"
+    assert requests.look(evaluation_is_due=False) == ("SIGTERM", False)
+    (directory.path / "SAVE").touch()
+    (directory.path / "STOP").touch()
+    assert Requests(None, directory, 0).look(evaluation_is_due=False) == ("STOP", True)
+    requests.save_is_complete(3, 2.5)
+    resumed = Requests(None, directory, 0)
+    resumed.load_state_dict(json.loads(json.dumps(requests.state_dict())))
+    assert resumed.job_end.seconds == {"save": 2.5, "evaluation": 0.0}
+    resumed.load_state_dict({})  # of a checkpoint before there was such a thing
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A run, called
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    shards = make_shard_set(tmp_path_factory.mktemp("data") / "set", num_images=96, samples_per_shard=20)
+    flags = {name.replace(".", "__"): value for name, value in SMALL.items()}
+    return configuration.replace(configuration.load_recipe("demo"), **flags, data__shards=str(shards))
+
+
+def called(config, folder, **changes):
+    """The run and the records it handed on."""
+    seen = []
+    outcome = run(
+        configuration.replace(config, run__dir=str(folder), **changes), on_metrics=seen.append
+    )
+    return outcome, seen
+
+
+def tensors(folder):
+    return load_tensors(latest(folder / "checkpoints"))
+
+
+def test_runs_follow_each_other_in_one_process_also_in_a_thread(config, tmp_path):
+    outcome, seen = called(config, tmp_path / "one")
+    assert outcome == Outcome(15, None, tmp_path / "one")
+    assert seen == list(read_json_lines(tmp_path / "one/metrics.jsonl"))
+    assert [record["step"] for record in seen] == list(range(1, 16))
+
+    assert called(config, tmp_path / "two", run__max_steps=SWITCH + 4)[0].step == SWITCH + 4
+    with ThreadPoolExecutor(1) as thread:  # a notebook's, say: no signal can be taken over there
+        outcome, seen = thread.submit(called, config, tmp_path / "two").result()
+    assert [record["step"] for record in seen] == list(range(SWITCH + 5, 16))
+    expected = tensors(tmp_path / "one")
+    assert all(torch.equal(found, expected[name]) for name, found in tensors(tmp_path / "two").items())
+
+    again, seen = called(config, tmp_path / "two")  # nothing is left to do, and nothing is held
+    assert (again, seen) == (outcome, [])
+    values = read_values(latest(tmp_path / "two/checkpoints"))
+    assert [name for name in values if name in VALUES] == list(VALUES)
+
+
+def test_a_run_that_fails_leaves_its_directory_to_the_next_start(config, tmp_path):
+    def fail(record):
+        if record["step"] == 5:
+            raise RuntimeError("the caller's own")
+
+    changed = configuration.replace(config, run__dir=str(tmp_path), run__save_every=2)
+    with pytest.raises(RuntimeError, match="the caller's own"):
+        run(changed, on_metrics=fail)
+    assert run(changed).step == 15
+    attempts = list(read_json_lines(tmp_path / "attempts.jsonl"))
+    assert [attempt["resumed_step"] for attempt in attempts] == [None, 4]
+
+
+def test_a_signal_of_the_caller_stops_a_run(config, tmp_path):
+    class Requested:
+        requested = None
+
+    def ask(record):
+        if record["step"] == SWITCH + 2:
+            Requested.requested = "SIGINT"
+
+    changed = configuration.replace(config, run__dir=str(tmp_path))
+    assert run(changed, Requested, ask) == Outcome(SWITCH + 2, "SIGINT", tmp_path)
+    assert json.loads((tmp_path / "INTERRUPTED").read_text())["reason"] == "SIGINT"
