@@ -70,7 +70,9 @@ def test_corrupt_images_count_once_and_too_many_end_the_run(directory, telemetry
     resumed.load_state_dict(json.loads(json.dumps(corrupt.state_dict())))
     resumed.record(3, entries("b"))
     assert len(resumed) == 2
-    with pytest.raises(UserError, match=r"3 of 100 images do not decode, more than data.max_corrupt 0.02: a, b, c"):
+    with pytest.raises(
+        UserError, match=r"3 of 100 images do not decode, more than data.max_corrupt 0.02: a, b, c"
+    ):
         resumed.record(4, entries("c"))
     lines = list(read_json_lines(directory.path / "corrupt.jsonl"))
     assert [(line["step"], line["key"]) for line in lines] == [(1, "a"), (1, "b"), (4, "c")]
@@ -108,9 +110,7 @@ def config(tmp_path_factory):
 def called(config, folder, **changes):
     """The run and the records it handed on."""
     seen = []
-    outcome = run(
-        configuration.replace(config, run__dir=str(folder), **changes), on_metrics=seen.append
-    )
+    outcome = run(configuration.replace(config, run__dir=str(folder), **changes), on_metrics=seen.append)
     return outcome, seen
 
 

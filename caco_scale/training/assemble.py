@@ -18,6 +18,7 @@ from caco_scale.data.store import open_store
 from caco_scale.data.views import ViewSpec
 from caco_scale.distributed.strategies import build as strategies
 from caco_scale.errors import UserError
+from caco_scale.method.bank import ShardedBank
 from caco_scale.method.contrast import MIN_TEMPERATURE
 from caco_scale.method.encoders import build_backbone
 from caco_scale.method.model import Encoder, QueryKeyModel
@@ -224,6 +225,21 @@ def build_strategy(config, name, accelerator):
     )
     init_optimizer_state(strategy.optimizer, strategy.partitions)
     return strategy
+
+
+def build_bank(config: configuration.Config, device: torch.device) -> ShardedBank:
+    """This rank's rows of the config's bank, random ones."""
+    return ShardedBank(
+        config.bank.size,
+        config.model.embedding_dim,
+        momentum=config.bank.momentum,
+        device=device,
+        dtype=parameter_dtype(config),
+        seed=config.run.seed,
+        exchange=config.bank.exchange,
+        kernel=config.bank.kernel,
+        kernel_inputs=config.bank.kernel_inputs,
+    )
 
 
 def parameter_dtype(config):

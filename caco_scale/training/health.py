@@ -1,5 +1,6 @@
 """Is the run healthy: do embeddings and features spread, and is the bank used? Figures, and the alarm of a collapse."""
 
+import torch
 from torch import nn
 
 from caco_scale.method.bank import ShardedBank
@@ -30,7 +31,7 @@ class Health:
         self._telemetry = telemetry
         self._last_epoch_bank: dict | None = None  # bank diagnostics of the last whole epoch
         self._alarm: CollapseAlarm | None = None  # made when the width of the features is known
-        self._features = None
+        self._features: torch.Tensor | None = None
         backbone.register_forward_hook(self._keep_features)
 
     def _keep_features(self, module, inputs, features):
@@ -50,10 +51,12 @@ class Health:
 
     def figures(self, result: StepResult) -> dict[str, float]:
         """The figures of the step just finished, for the metrics; warns where a collapse begins. Collective."""
+        assert self._features is not None, "no forward since before_step"
         std = embedding_std(result.queries)
         rank_of_features = rankme(self._features, max_rows=MAX_RANKME_ROWS)
         bank = self._last_epoch_bank or self._bank.diagnostics()  # of the first epoch, what there is of it
-        self._sound_alarm(result, std, rank_of_features)
+        most = min(len(result.queries) * self._world_size, self._features.shape[1], MAX_RANKME_ROWS)
+        self._sound_alarm(std, rank_of_features, most)
         return {
             "bank_rows_used": bank["rows_used"],
             "bank_assignment_entropy": bank["assignment_entropy"],
@@ -62,11 +65,9 @@ class Health:
             "rankme": rank_of_features,
         }
 
-    def _sound_alarm(self, result, std, rank_of_features):
+    def _sound_alarm(self, std, rank_of_features, max_rank):
         if self._alarm is None:
-            num_rows, dim = result.queries.shape
-            most = min(num_rows * self._world_size, self._features.shape[1], MAX_RANKME_ROWS)
-            self._alarm = CollapseAlarm(dim, max_rank=most)
+            self._alarm = CollapseAlarm(self._bank.dim, max_rank=max_rank)
         warning = self._alarm.check(std, rank_of_features)
         if warning:
             self._telemetry.warn(warning)

@@ -31,7 +31,13 @@ from caco_scale.run.directory import RunDirectory
 from caco_scale.run.profiling import StepProfiler, part
 from caco_scale.run.signals import Signals
 from caco_scale.run.stopping import Requests
-from caco_scale.training.assemble import MicroBatches, TrainingData, build_augment, build_bank, parameter_dtype
+from caco_scale.training.assemble import (
+    MicroBatches,
+    TrainingData,
+    build_augment,
+    build_bank,
+    parameter_dtype,
+)
 from caco_scale.training.corrupt import CorruptImages
 from caco_scale.training.evaluations import Evaluations
 from caco_scale.training.health import Health
@@ -68,7 +74,9 @@ class Loop:
         self.bank = build_bank(config, strategy.device)
         values = restore(resumed, strategy, self.bank) if resumed else {}
         self.step = values.get("step", 0)
-        self.branched_from = values.get("branched_from")  # the checkpoint of another run that this one began with
+        self.branched_from = values.get(
+            "branched_from"
+        )  # the checkpoint of another run that this one began with
         if resumed and resumed.absolute().parent != directory.checkpoints.absolute():
             self.branched_from = str(resumed.absolute())
         self.read = Counter()  # what the stores did since this start, over all ranks
@@ -119,7 +127,7 @@ class Loop:
                 self.checkpointer.wait()
 
     def train(self) -> str | None:
-        """Steps until the end or a reason to stop; then a checkpoint, a marker and a summary -> that reason, or None."""
+        """Steps until the end or a reason to stop; then a checkpoint and a marker -> what stopped it, or None."""
         started = time.monotonic()
         self.evaluations.at_start(self.step)
         self._note_small_cache()

@@ -3,11 +3,16 @@
 Shapes: B this rank's micro-batch, V views (the two global ones first), D embedding.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from caco_scale.distributed.strategies.base import Strategy
+from caco_scale.method.bank import ShardedBank
 from caco_scale.method.ema import ema_update
+from caco_scale.optim.schedule import HyperParameters
 from caco_scale.run.profiling import part
 
 
@@ -26,14 +31,22 @@ class StepResult:
     queries: torch.Tensor
 
 
-def train_step(strategy, bank, micro_batches, hp):
+class MicroBatches(Protocol):
+    """A step's micro-batches: of each its V views, (B, 3, H, W), the two global ones first. A list will do."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]: ...
+
+
+def train_step(
+    strategy: Strategy, bank: ShardedBank, micro_batches: MicroBatches, hp: HyperParameters
+) -> StepResult:
     """One optimizer step on this rank's share of the global batch.
 
     Args:
-        strategy: wraps the query and key encoders (:class:`~caco_scale.distributed.strategies.base.Strategy`).
-        bank: the :class:`~caco_scale.method.bank.ShardedBank`.
-        micro_batches: for each micro-step the list of V views, (B, 3, H, W) each.
-        hp: :class:`~caco_scale.optim.schedule.HyperParameters` of this step.
+        strategy: wraps the query and key encoders.
+        hp: of this step.
 
     Crosses ranks: queries, keys and per-row statistics (the bank), gradients (the strategy), BatchNorm statistics.
     """
@@ -72,11 +85,11 @@ def train_step(strategy, bank, micro_batches, hp):
 class BufferSnapshot:
     """BatchNorm buffers before a step: its forward has moved them by the time its gradients are known."""
 
-    def __init__(self, module):
+    def __init__(self, module: torch.nn.Module):
         self._buffers = list(module.buffers())
         self._before = [buffer.clone() for buffer in self._buffers]
 
     @torch.no_grad()
-    def restore(self):
+    def restore(self) -> None:
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(before)

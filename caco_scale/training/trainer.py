@@ -17,7 +17,13 @@ from caco_scale.errors import UserError
 from caco_scale.run.directory import RunDirectory
 from caco_scale.run.signals import Signals
 from caco_scale.run.stopping import ControlFiles, check_job_end
-from caco_scale.training.assemble import TrainingData, build_schedule, build_strategy, parameter_dtype, resolve
+from caco_scale.training.assemble import (
+    TrainingData,
+    build_schedule,
+    build_strategy,
+    parameter_dtype,
+    resolve,
+)
 from caco_scale.training.loop import Loop
 
 
