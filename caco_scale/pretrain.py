@@ -14,8 +14,7 @@ def main(arguments=None):
     """Train by recipe and flags; exit code 0 when finished or stopped by a signal, 2 on a user's mistake."""
     from caco_scale.run.signals import Signals
 
-    signals = Signals()
-    signals.install()
+    signals = Signals().install()
 
     from caco_scale.config import parse
 

@@ -74,9 +74,8 @@ class Loop:
         self.bank = build_bank(config, strategy.device)
         values = restore(resumed, strategy, self.bank) if resumed else {}
         self.step = values.get("step", 0)
-        self.branched_from = values.get(
-            "branched_from"
-        )  # the checkpoint of another run that this one began with
+        # The checkpoint of another run that this one began with.
+        self.branched_from = values.get("branched_from")
         if resumed and resumed.absolute().parent != directory.checkpoints.absolute():
             self.branched_from = str(resumed.absolute())
         self.read = Counter()  # what the stores did since this start, over all ranks
@@ -90,7 +89,7 @@ class Loop:
             resumed=resumed,
             on_metrics=on_metrics,
         )
-        telemetry = self.telemetry = self.records.telemetry
+        telemetry = self.records.telemetry
         self.profiler = StepProfiler(
             directory.path / "profile",
             config.run.profile_steps,
@@ -143,19 +142,19 @@ class Loop:
             self.directory.mark_interrupted(self.step, stop)
             never = self.config.run.resume == "never"
             again = "resume here with --run.resume auto" if never else "the same command resumes here"
-            self.telemetry.note(f"stopped by {stop} after step {self.step:,}: {again}")
+            self.records.telemetry.note(f"stopped by {stop} after step {self.step:,}: {again}")
             return stop
         self.directory.mark_done(self.step)
         scores, seconds = self.evaluations.summary(self.step), time.monotonic() - started
         rows = summary(self.config, self.step, self.schedule.total_steps, seconds, scores)
-        self.telemetry.summary(f"{self.config.recipe}: done", rows)
+        self.records.telemetry.summary(f"{self.config.recipe}: done", rows)
         return None
 
     def _next(self, batches):
         """One step and what is due after it -> why to stop, or None."""
         began = time.monotonic()
         self.profiler.before_step()
-        with self.telemetry.meter.waiting(), part("data"):
+        with self.records.telemetry.meter.waiting(), part("data"):
             batch = next(batches)
         self._train_on(batch)
         self.profiler.after_step(is_last=self.step == self.end)
@@ -208,7 +207,7 @@ class Loop:
             **({"checkpoint_seconds": saved[1]} if saved else {}),
             **({f"data_{name}": self.read[name] for name in COUNTERS} if self.data.store.remote else {}),
         }
-        self.telemetry.log(self.step, figures)
+        self.records.telemetry.log(self.step, figures)
 
     def _agree(self, batch: Batch) -> tuple[str | None, bool]:
         """What any rank has seen, every rank knows: requests, images that do not decode, a save that failed.
@@ -229,7 +228,7 @@ class Loop:
     def _note_small_cache(self):
         store = self.data.store
         if store.cache is not None and not cache_is_large_enough(store, self.data.order, self.step):
-            self.telemetry.note(
+            self.records.telemetry.note(
                 f"data.cache_bytes {store.cache.limit_bytes:,} is less than the shards in use at once: images are "
                 "read one by one; a larger cache or a smaller data.window reads whole shards"
             )
