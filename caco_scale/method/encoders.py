@@ -132,7 +132,7 @@ class VisionTransformer(nn.Module):
 class _TokenEncoder(vision_transformer.Encoder):
     """torchvision's transformer encoder, with position embeddings for any grid of patches."""
 
-    def forward(self, tokens, grid):  # ty: ignore[invalid-method-override]
+    def forward(self, tokens, grid):  # ty: ignore[incompatible-method-override]
         """(B, 1 + rows * columns, F) tokens, the class token first, of ``grid`` = (rows, columns) patches."""
         return self.ln(self.layers(self.dropout(tokens + self._position_embedding(grid))))
 
