@@ -1,6 +1,7 @@
 """Fine-tuning: the share of labels, SimCLR's optimizer, kills, 1 to 3 processes, one model in fp64."""
 
 import json
+import re
 import signal
 
 import numpy as np
@@ -15,7 +16,7 @@ from caco_scale.evaluate import run_finetune
 from caco_scale.evaluate.__main__ import parse
 from caco_scale.evaluate.loop import LabelledBatch
 from caco_scale.evaluate.run_finetune import FineTuned, choose_share, usual_epochs
-from caco_scale.evaluate.task import build_setting
+from caco_scale.evaluate.task import build_task
 from caco_scale.weights import load_weights
 
 SHORT = ("--fraction", 0.5, "--epochs", 3, "--batch_size", 12, "--lr", 0.5, "--precision", "fp64")
@@ -48,10 +49,10 @@ def test_the_list_of_images_used_stands_beside_the_result(place, tmp_path):
 
 
 def test_an_update_is_torchs_nesterov_step(place, tmp_path):
-    setting = build_setting(parse(words("finetune", place, "--precision", "fp64", "--images_at_once", 5)))
-    learner = FineTuned(setting, rate=25.6, batch_size=5)
+    task = build_task(parse(words("finetune", place, "--precision", "fp64", "--images_at_once", 5)))
+    learner = FineTuned(task, rate=25.6, batch_size=5)
     reference = FineTuned(
-        build_setting(parse(words("finetune", place, "--precision", "fp64"))), 25.6, 5
+        build_task(parse(words("finetune", place, "--precision", "fp64"))), 25.6, 5
     ).model.train()
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.5, momentum=0.9, nesterov=True)
     generator = torch.Generator().manual_seed(0)
@@ -72,8 +73,8 @@ def test_an_update_is_torchs_nesterov_step(place, tmp_path):
 
 
 def test_an_image_that_does_not_decode_counts_nothing(place):
-    setting = build_setting(parse(words("finetune", place, "--precision", "fp64")))
-    learner = FineTuned(setting, rate=1.0, batch_size=4)
+    task = build_task(parse(words("finetune", place, "--precision", "fp64")))
+    learner = FineTuned(task, rate=1.0, batch_size=4)
     images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
     loss = learner.update(LabelledBatch(images, torch.tensor([0, -1, 2, -1]), None, None), 0.0)
     with torch.no_grad():
@@ -111,6 +112,25 @@ def test_a_killed_fine_tuning_goes_on_and_ends_the_same(place, tmp_path):
     ]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert json.loads((tmp_path / "killed/settings.json").read_text())["fraction"] == 0.5
+
+
+def test_a_stopped_fine_tuning_saves_at_that_step_and_ends_the_same(place, tmp_path):
+    """Two processes get SIGTERM amid the steps between two saves; they end alike, and one process goes on."""
+    many = ("--fraction", 1.0, "--epochs", 30, "--batch_size", 4, "--lr", 0.5, "--precision", "fp64")
+    options = words("finetune", place, *many, "--to", tmp_path / "stopped")
+    state = tmp_path / "stopped/state.pt"
+    output = kill_when(evaluation(options, 2), state.exists, signal.SIGTERM)
+    (step,) = {
+        int(n) for n in re.findall(r"stopped by SIGTERM after step (\d+) of 480: the same command", output)
+    }
+    assert torch.load(state, weights_only=True)["progress"]["step"] == step < 480, output
+    assert not (tmp_path / "stopped/result.json").exists()
+    resumed = run_finetune.run(parse(options))
+    whole = run_finetune.run(parse(words("finetune", place, *many, "--to", tmp_path / "whole")))
+    assert [e["loss"] for e in resumed["history"]] == pytest.approx(
+        [e["loss"] for e in whole["history"]], rel=1e-6
+    )
+    assert resumed["top1"] == whole["top1"]
 
 
 def test_the_epochs_are_simclrs():

@@ -1,8 +1,8 @@
 """Linear evaluation: the authors' optimizer in float64, chance on noise, 100 on labels, kills, 1 to 3 processes."""
 
 import json
+import re
 import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 import torch
 from evaluation_cases import make_place, run_of_rank, separable, words
 from gloo import run_ranks
-from launch import ROOT, environment, kill_when
+from launch import ROOT, by, kill_when, start_command
 from shard_sets import encode
 from torch.nn import functional as F
 
@@ -22,7 +22,7 @@ from caco_scale.evaluate.heads import LinearHeads, Score, growth, score_features
 from caco_scale.evaluate.loop import LabelledImages
 from caco_scale.evaluate.run_linear import FAST_LRS, choose, choose_held_out, fast_lengths
 from caco_scale.evaluate.stores import labels_of
-from caco_scale.evaluate.task import build_setting
+from caco_scale.evaluate.task import build_task
 
 
 @pytest.fixture(scope="module")
@@ -195,15 +195,15 @@ def test_a_classifier_that_diverged_is_left_out_and_all_of_them_are_an_error():
 
 
 def test_held_out_images_teach_the_first_heads_nothing(place):
-    setting = build_setting(parse(words("linear", place)))
-    images = LabelledImages(setting, setting.train, labels_of(setting.train, ""), 16)
+    task = build_task(parse(words("linear", place)))
+    images = LabelledImages(task, task.train, labels_of(task.train, ""), 16)
     batch = next(images.batches(0, 1))
     held_out = choose_held_out(64, seed=0)
     held_out[batch.ids[:4]] = True
 
     def trained(batch):
-        heads = run_linear._build_heads(setting, [1.0, 1.0], 16, "sgd")
-        run_linear.FrozenEncoder(setting, heads, held_out).update(batch, 1.0)
+        heads = run_linear._build_heads(task, [1.0, 1.0], 16, "sgd")
+        run_linear.FrozenEncoder(task, heads, held_out).update(batch, 1.0)
         return heads.weight
 
     labels = batch.labels.clone()
@@ -300,8 +300,8 @@ def test_too_few_steps_to_learn_from_are_told(place, tmp_path, capsys):
 
 
 def test_training_images_are_random_resized_crops_and_flips(place, tmp_path):
-    setting = build_setting(parse(words("linear", place)))
-    images = LabelledImages(setting, setting.train, labels_of(setting.train, ""), 16)
+    task = build_task(parse(words("linear", place)))
+    images = LabelledImages(task, task.train, labels_of(task.train, ""), 16)
     epochs = [list(images.batches(start, start + 4)) for start in (0, 4)]
     for epoch in epochs:
         labels = torch.cat([batch.labels for batch in epoch])
@@ -314,17 +314,14 @@ def test_training_images_are_random_resized_crops_and_flips(place, tmp_path):
     )
 
 
-def evaluation(options):
-    command = [sys.executable, "-m", "caco_scale.evaluate", *options]
-    return subprocess.Popen(
-        command,
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+def evaluation(options, num_processes=1):
+    """The started command; several processes by accelerate, as a user starts them."""
+    launcher = (
+        ["-m", "accelerate.commands.launch", *by("ddp", num_processes)["launcher"]]
+        if num_processes > 1
+        else []
     )
+    return start_command([sys.executable, *launcher, "-m", "caco_scale.evaluate", *options], ROOT)
 
 
 @pytest.mark.parametrize("more", [LONG, pytest.param(FAST, marks=pytest.mark.slow)], ids=["long", "fast"])
@@ -345,6 +342,21 @@ def test_a_killed_evaluation_goes_on_and_ends_in_the_same_result(place, tmp_path
         assert [e["loss"] for e in resumed["history"]] == pytest.approx(
             [e["loss"] for e in whole["history"]], rel=1e-6
         )
+
+
+def test_a_stopped_evaluation_saves_at_that_step_and_ends_in_the_same_result(place, tmp_path):
+    many = ("--epochs", 10, "--batch_size", 1, "--lr", 20)  # 64 steps an epoch
+    options = words("linear", place, *many, "--to", tmp_path / "stopped")
+    process, state = evaluation(options), tmp_path / "stopped/state.pt"
+    output = kill_when(process, state.exists, signal.SIGUSR1)
+    assert process.returncode == 0, output
+    step = int(re.search(r"stopped by SIGUSR1 after step (\d+) of 640: the same command goes on", output)[1])
+    assert torch.load(state, weights_only=True)["progress"]["step"] == step < 640, output
+    assert not (tmp_path / "stopped/result.json").exists()
+    resumed = run_linear.run(parse(options))
+    whole = run_linear.run(parse(words("linear", place, *many, "--to", tmp_path / "whole")))
+    assert [e["loss"] for e in resumed["history"]] == [e["loss"] for e in whole["history"]]
+    assert resumed["top1"] == whole["top1"]
 
 
 def test_a_damaged_state_is_one_line(place, tmp_path):

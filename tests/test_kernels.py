@@ -8,10 +8,10 @@ import torch
 from gloo import run_ranks
 from oracle import oracle_step, random_inputs
 
+from caco_scale.choices import KERNEL_INPUTS
 from caco_scale.distributed.collectives import shard_range
 from caco_scale.errors import UserError
 from caco_scale.method.bank import ShardedBank
-from caco_scale.method.bank_compute import KERNEL_INPUTS
 
 CASES = [  # samples, rows, dim, views, T, T_bank, rule
     (12, 100, 24, 2, 0.08, 0.08, "caco"),

@@ -27,18 +27,16 @@ def block_ranges(num_samples):
     return [range(start, min(start + size, num_samples)) for start in range(0, num_samples, size)]
 
 
-def features_of(setting, store, folder, name):
+def features_of(task, store, folder, name):
     """This rank's features of ``store``, centre crops: (features (n, F), labels (n,), sample numbers (n,)).
 
     Args:
-        setting: :class:`~caco_scale.evaluate.task.Setting`.
+        task: :class:`~caco_scale.evaluate.task.Task`.
         folder: :class:`~caco_scale.evaluate.results.ResultFolder` that keeps the blocks, under ``name``.
     """
     blocks = block_ranges(store.manifest.num_samples)
     mine = blocks[
-        len(blocks) * setting.rank // setting.world_size : len(blocks)
-        * (setting.rank + 1)
-        // setting.world_size
+        len(blocks) * task.rank // task.world_size : len(blocks) * (task.rank + 1) // task.world_size
     ]
     place = folder.path / FOLDER / name
     try:
@@ -47,10 +45,10 @@ def features_of(setting, store, folder, name):
         raise UserError(f"cannot write {place}: {error.strerror}; name another place with --to") from None
     missing = [block for block in mine if not _file(place, block).exists()]
     if missing:
-        _extract(setting, store, place, missing)
+        _extract(task, store, place, missing)
     parts = [_load(_file(place, block)) for block in mine]
     if not parts:
-        return torch.empty(0, setting.weights.num_features), *(
+        return torch.empty(0, task.weights.num_features), *(
             torch.empty(0, dtype=torch.int64) for _ in range(2)
         )
     return tuple(torch.cat([part[key] for part in parts]) for key in ("features", "labels", "ids"))
@@ -66,18 +64,18 @@ def _file(place, block):
     return place / f"{block.start:09d}.safetensors"
 
 
-def _extract(setting, store, place, blocks):
+def _extract(task, store, place, blocks):
     numbers = np.concatenate([np.arange(block.start, block.stop) for block in blocks])
     batches = evaluation_batches(
         Subset(store, numbers),
-        setting.size,
+        task.size,
         rank=0,
         world_size=1,
-        batch_size=setting.images_at_once,
-        workers=setting.workers,
+        batch_size=task.images_at_once,
+        workers=task.workers,
     )
     rows, waiting = [], list(blocks)
-    stream = feature_batches(setting.weights.backbone, batches, unit_norm=False, **setting.extraction())
+    stream = feature_batches(task.weights.backbone, batches, unit_norm=False, **task.extraction())
     for features, labels, places in stream:
         ids = torch.from_numpy(numbers)[places]
         rows.append((features, labels, ids))

@@ -5,8 +5,9 @@ Shapes: N global batch, B this rank's share, s pixels on a side.
 
 import io
 import pickle
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,10 +15,14 @@ import torch
 from caco_scale.data.augment import normalise
 from caco_scale.data.loader import train_batches
 from caco_scale.data.order import Order, rank_share
+from caco_scale.data.store import Store
 from caco_scale.data.views import ViewSpec
-from caco_scale.distributed.collectives import assert_equal_on_all_ranks
+from caco_scale.distributed.collectives import assert_equal_on_all_ranks, gather_objects
 from caco_scale.errors import UserError
+from caco_scale.evaluate.results import ResultFolder
+from caco_scale.evaluate.task import Task
 from caco_scale.optim.schedule import cosine_decay
+from caco_scale.run.signals import Signals
 
 STATE = "state.pt"
 SAVE_EVERY_STEPS = 100
@@ -30,37 +35,72 @@ class Progress:
     """How far a training is: finished steps, a record per epoch, the mean loss of the present one in the making."""
 
     step: int = 0
-    history: list = field(default_factory=list)
+    history: list[dict] = field(default_factory=list)
     loss_sum: float = 0.0
 
 
-def fit(learner, batches, progress, *, num_steps, steps_per_epoch, folder, end_epoch):
+class Learner(Protocol):
+    """What :func:`fit` trains."""
+
+    def update(self, batch: Any, factor: float) -> float:
+        """One step at ``factor`` of the peak learning rate -> the loss before it, the same on every rank."""
+        ...
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All its state by name; loading into them is restoring it."""
+        ...
+
+
+def fit(
+    learner: Learner,
+    batches: Callable[[int], Iterable[Any]],
+    progress: Progress,
+    *,
+    num_steps: int,
+    steps_per_epoch: int,
+    folder: ResultFolder,
+    end_epoch: Callable[[int], dict],
+) -> None:
     """Train from ``progress.step`` to ``num_steps`` with a cosine to 0, saving every 100 steps and at an epoch's end.
 
+    A stop signal on any rank ends the step, saves, and ends the process well, as it does in pre-training. Crosses
+    ranks, beside what ``update`` does: the name of a signal, at every step.
+
     Args:
-        learner: has ``update(batch, factor) -> loss`` (a number, the same on every rank; ``factor``: of the peak
-            learning rate) and ``tensors() -> {name: tensor}``, all its state.
         batches: function of the first step -> iterator of what ``update`` takes.
         end_epoch: function of the epoch (1, 2, ...) -> a record for ``progress.history``; it gets ``loss`` added.
     Raises:
         UserError: a loss that is not finite, with the step.
     """
-    for step, batch in enumerate(batches(progress.step), progress.step):
-        loss = learner.update(batch, cosine_decay(step, num_steps))
-        if not np.isfinite(loss):
-            raise UserError(
-                f"step {step + 1} of {num_steps}: the loss is not finite: give a lower --lr, or --precision fp32"
-            )
-        progress.step, progress.loss_sum = step + 1, progress.loss_sum + loss
-        if progress.step % steps_per_epoch == 0:
-            mean = progress.loss_sum / steps_per_epoch
-            progress.history.append({**end_epoch(progress.step // steps_per_epoch), "loss": mean})
-            progress.loss_sum = 0.0
-        if progress.step % steps_per_epoch == 0 or progress.step % SAVE_EVERY_STEPS == 0:
-            save(folder, learner, progress)
+    with Signals() as signals:
+        for step, batch in enumerate(batches(progress.step), progress.step):
+            loss = learner.update(batch, cosine_decay(step, num_steps))
+            if not np.isfinite(loss):
+                raise UserError(
+                    f"step {step + 1} of {num_steps}: the loss is not finite: give a lower --lr, or --precision fp32"
+                )
+            progress.step, progress.loss_sum = step + 1, progress.loss_sum + loss
+            ends = progress.step % steps_per_epoch == 0
+            if ends:
+                mean = progress.loss_sum / steps_per_epoch
+                progress.history.append({**end_epoch(progress.step // steps_per_epoch), "loss": mean})
+                progress.loss_sum = 0.0
+            stop = next(filter(None, gather_objects(signals.requested)), None)
+            if stop or ends or progress.step % SAVE_EVERY_STEPS == 0:
+                save(folder, learner, progress)
+            if stop:
+                _stop(stop, folder, progress, num_steps)
 
 
-def save(folder, learner, progress):
+def _stop(signal, folder, progress, num_steps):
+    """End the process as pre-training does on a signal: exit code 0, and a line that says how to go on."""
+    if folder.is_main:
+        done = f"after step {progress.step:,} of {num_steps:,}"
+        print(f"stopped by {signal} {done}: the same command goes on from there ({folder.path})", flush=True)
+    raise SystemExit(0)
+
+
+def save(folder: ResultFolder, learner: Learner, progress: Progress) -> None:
     """Learner and progress, complete or not at all; the main rank's are everybody's."""
     if folder.is_main:
         stream = io.BytesIO()
@@ -68,7 +108,7 @@ def save(folder, learner, progress):
         folder.write_bytes(STATE, stream.getvalue())
 
 
-def restore(folder, learner):
+def restore(folder: ResultFolder, learner: Learner) -> Progress:
     """The :class:`Progress` that a former start has left, its state put into ``learner``; else none. Collective."""
     progress, complaint = Progress(), None
     path = folder.path / STATE
@@ -84,7 +124,7 @@ def restore(folder, learner):
     return progress
 
 
-def check_batch(batch_size, num_images, world_size, why=""):
+def check_batch(batch_size: int, num_images: int, world_size: int, why: str = "") -> None:
     """Refuse a global batch that the images or the processes do not allow."""
     if batch_size > num_images:
         raise UserError(
@@ -114,36 +154,34 @@ class LabelledImages:
     ``order``: whose ``steps_per_epoch`` counts; ``labels`` (n,): by sample number.
     """
 
-    def __init__(self, setting, store, labels, batch_size):
-        self.setting, self.store, self.labels = setting, store, labels
+    def __init__(self, task: Task, store: Store, labels: np.ndarray, batch_size: int):
+        self.task, self.store, self.labels = task, store, labels
         counts = [shard.num_samples for shard in store.manifest.shards]
-        self.order = Order(counts, seed=setting.seed, global_batch_size=batch_size)
+        self.order = Order(counts, seed=task.seed, global_batch_size=batch_size)
 
-    def batches(self, start, end):
+    def batches(self, start: int, end: int) -> Iterator[LabelledBatch]:
         """This rank's :class:`LabelledBatch` of every step from ``start`` up to ``end``."""
-        setting = self.setting
-        view = ViewSpec(
-            size=setting.size, scale=CROP_SCALE, jitter_p=0, grayscale_p=0, blur_p=0, solarize_p=0
-        )
+        task = self.task
+        view = ViewSpec(size=task.size, scale=CROP_SCALE, jitter_p=0, grayscale_p=0, blur_p=0, solarize_p=0)
         stream = train_batches(
             self.store,
             self.order,
             [view],
-            rank=setting.rank,
-            world_size=setting.world_size,
+            rank=task.rank,
+            world_size=task.world_size,
             start_step=start,
             num_steps=end,
-            seed=setting.seed,
-            workers=setting.workers,
+            seed=task.seed,
+            workers=task.workers,
         )
         for batch in stream:
             global_ids = self.order.batch(batch.step)
-            ids = rank_share(global_ids, setting.rank, setting.world_size)
-            crops = batch.crops[0].to(setting.device, non_blocking=True)
-            images = normalise(crops, setting.mean, setting.std, setting.dtype, setting.device.type == "cuda")
-            flip = batch.params[0]["flip"].to(setting.device).view(-1, 1, 1, 1)
+            ids = rank_share(global_ids, task.rank, task.world_size)
+            crops = batch.crops[0].to(task.device, non_blocking=True)
+            images = normalise(crops, task.mean, task.std, task.dtype, task.device.type == "cuda")
+            flip = batch.params[0]["flip"].to(task.device).view(-1, 1, 1, 1)
             images = torch.where(flip, images.flip(3), images)
-            yield LabelledBatch(images, self._labels(batch, ids).to(setting.device), ids, global_ids)
+            yield LabelledBatch(images, self._labels(batch, ids).to(task.device), ids, global_ids)
 
     def _labels(self, batch, ids):
         labels = torch.from_numpy(self.labels[ids])

@@ -27,7 +27,7 @@ from caco_scale.evaluate.loop import NO_LABEL, LabelledImages, check_batch, fit,
 from caco_scale.evaluate.results import CONFIDENCE, show
 from caco_scale.evaluate.run_linear import with_intervals
 from caco_scale.evaluate.stores import Subset, labels_of
-from caco_scale.evaluate.task import build_setting
+from caco_scale.evaluate.task import build_task
 
 LR, BATCH_SIZE = 0.05, 1024
 EPOCHS, EPOCHS_OF_FEW, FEW = 30, 60, 0.05
@@ -37,13 +37,13 @@ SAMPLES = "samples.txt"
 
 def run(flags):
     """``evaluate finetune`` -> the result's content."""
-    setting = build_setting(flags)
-    labels = labels_of(setting.train, "fine-tuning")
-    labels_of(setting.val, "fine-tuning")
+    task = build_task(flags)
+    labels = labels_of(task.train, "fine-tuning")
+    labels_of(task.val, "fine-tuning")
     chosen = choose_share(labels, flags.fraction, flags.seed)
     batch_size = flags.batch_size or BATCH_SIZE
     why = f" that --fraction {flags.fraction:g} leaves of {len(labels):,}" if flags.fraction < 1 else ""
-    check_batch(batch_size, len(chosen), setting.world_size, why)
+    check_batch(batch_size, len(chosen), task.world_size, why)
     if batch_size < 2:
         raise UserError("--batch_size is 1: BatchNorm needs at least 2 images")
     epochs = flags.epochs or usual_epochs(flags.fraction)
@@ -55,23 +55,23 @@ def run(flags):
         "batch_size": batch_size,
         "seed": flags.seed,
     }
-    folder = setting.folder(flags, f"finetune-{flags.fraction:g}", settings)
-    setting.say(
+    folder = task.folder(flags, f"finetune-{flags.fraction:g}", settings)
+    task.say(
         f"{len(chosen):,} of {len(labels):,} labels (at least one a class), {epochs} epochs, base learning rate "
         f"{rate:g} per 256 images ({'given by --lr' if flags.lr else 'SimCLR'})"
     )
     result = folder.finished()
     if result is None:
         began = time.monotonic()
-        names = sample_names(setting.train, chosen)
+        names = sample_names(task.train, chosen)
         folder.write_bytes(SAMPLES, ("\n".join(names) + "\n").encode())
-        figures = _train(setting, folder, labels, chosen, rate, epochs, batch_size)
+        figures = _train(task, folder, labels, chosen, rate, epochs, batch_size)
         more = {"samples": len(chosen), "samples_file": SAMPLES}
-        result = setting.report(folder, time.monotonic() - began, **figures, **more)
+        result = task.report(folder, time.monotonic() - began, **figures, **more)
     else:
-        setting.say("evaluated before: the figures are those of then")
-    if setting.is_main:
-        _show(setting, folder, result)
+        task.say("evaluated before: the figures are those of then")
+    if task.is_main:
+        _show(task, folder, result)
     return result
 
 
@@ -119,22 +119,24 @@ class Classifier(nn.Module):
 class FineTuned:
     """A classifier that trains as a whole, as :func:`fit` trains it; every rank holds all of it."""
 
-    def __init__(self, setting, rate, batch_size):
-        self.setting, self.rate, self.batch_size = setting, rate * batch_size / 256, batch_size
-        weights, num_classes = setting.weights, len(setting.train.manifest.classes)
+    def __init__(self, task, rate, batch_size):
+        self.task, self.rate, self.batch_size = task, rate * batch_size / 256, batch_size
+        weights, num_classes = task.weights, len(task.train.manifest.classes)
         model = Classifier(
-            weights.backbone.requires_grad_(True), weights.num_features, num_classes, setting.seed
+            weights.backbone.requires_grad_(True), weights.num_features, num_classes, task.seed
         )
-        self.model = convert_sync_batchnorm(model.to(setting.device, setting.dtype), setting.device.type)
+        self.model = convert_sync_batchnorm(model.to(task.device, task.dtype), task.device.type)
         self.parameters = list(self.model.parameters())
-        self.velocity = [torch.zeros_like(p) for p in self.parameters]
+        self.optimizer = torch.optim.SGD(self.parameters, momentum=MOMENTUM, nesterov=True)
+        for p in self.parameters:  # there from the start, so that a resume finds where to load it
+            self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def update(self, batch, factor):
         """One step; gradients are summed over micro-batches and ranks, each sample counting 1 / global batch."""
         images, labels = batch.images, batch.labels
         self.model.train()
         loss = images.new_zeros(())
-        at_once = self.setting.images_at_once
+        at_once = self.task.images_at_once
         for x, y in zip(images.split(at_once), labels.split(at_once), strict=True):
             part = (
                 F.cross_entropy(self._logits(x), y, ignore_index=NO_LABEL, reduction="sum") / self.batch_size
@@ -144,46 +146,40 @@ class FineTuned:
         gradients = [p.grad.flatten() for p in self.parameters]
         summed = collectives.all_reduce_(torch.cat([loss.view(1), *gradients]))
         loss, *gradients = summed.split([1, *(len(gradient) for gradient in gradients)])
-        self._step(
-            [g.view_as(p) for g, p in zip(gradients, self.parameters, strict=True)], self.rate * factor
-        )
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            p.grad = gradient.view_as(p)
+        self.optimizer.param_groups[0]["lr"] = self.rate * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return loss.item()
 
-    @torch.no_grad()
-    def _step(self, gradients, rate):
-        """Nesterov: v <- 0.9 v + g; p <- p - rate (g + 0.9 v), as torch.optim.SGD has it."""
-        torch._foreach_mul_(self.velocity, MOMENTUM)
-        torch._foreach_add_(self.velocity, gradients)
-        torch._foreach_add_(gradients, self.velocity, alpha=MOMENTUM)
-        torch._foreach_add_(self.parameters, gradients, alpha=-rate)
-        for p in self.parameters:
-            p.grad = None
-
     def _logits(self, images):
-        setting = self.setting
-        enabled = setting.autocast_dtype is not None
-        with torch.autocast(setting.device.type, dtype=setting.autocast_dtype, enabled=enabled):
+        task = self.task
+        enabled = task.autocast_dtype is not None
+        with torch.autocast(task.device.type, dtype=task.autocast_dtype, enabled=enabled):
             logits = self.model(images)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def tensors(self):
-        names = [name for name, _ in self.model.named_parameters()]
-        velocity = {f"velocity.{name}": v for name, v in zip(names, self.velocity, strict=True)}
+        velocity = {
+            f"velocity.{name}": self.optimizer.state[p]["momentum_buffer"]
+            for name, p in self.model.named_parameters()
+        }
         return {name: tensor.detach() for name, tensor in self.model.state_dict().items()} | velocity
 
 
-def _train(setting, folder, labels, chosen, rate, epochs, batch_size):
-    store = Subset(setting.train, chosen)
-    images = LabelledImages(setting, store, labels[chosen], batch_size)
+def _train(task, folder, labels, chosen, rate, epochs, batch_size):
+    store = Subset(task.train, chosen)
+    images = LabelledImages(task, store, labels[chosen], batch_size)
     steps_per_epoch = images.order.steps_per_epoch
     num_steps = epochs * steps_per_epoch
-    learner = FineTuned(setting, rate, batch_size)
+    learner = FineTuned(task, rate, batch_size)
     progress = restore(folder, learner)
     if progress.step:
-        setting.say(f"resumed at step {progress.step:,} of {num_steps:,}")
+        task.say(f"resumed at step {progress.step:,} of {num_steps:,}")
 
     def end_epoch(epoch):
-        setting.say(f"epoch {epoch} of {epochs}")
+        task.say(f"epoch {epoch} of {epochs}")
         return {"epoch": epoch}
 
     fit(
@@ -195,7 +191,7 @@ def _train(setting, folder, labels, chosen, rate, epochs, batch_size):
         folder=folder,
         end_epoch=end_epoch,
     )
-    figures = with_intervals(_score(setting, learner.model).percent())
+    figures = with_intervals(_score(task, learner.model).percent())
     return {
         **figures,
         "optimizer": "SGD, Nesterov momentum 0.9, no weight decay",
@@ -203,17 +199,17 @@ def _train(setting, folder, labels, chosen, rate, epochs, batch_size):
     }
 
 
-def _score(setting, model):
+def _score(task, model):
     """:class:`Score` of the classifier on all validation images. Collective."""
-    score = Score(1, len(setting.val.manifest.classes))
-    batches = setting.evaluation_batches(setting.val)
-    options = {**setting.extraction(), "module": model, "unit_norm": False}
+    score = Score(1, len(task.val.manifest.classes))
+    batches = task.evaluation_batches(task.val)
+    options = {**task.extraction(), "module": model, "unit_norm": False}
     for logits, labels, _ in feature_batches(model, batches, **options):
         score.add(logits[None], labels)
-    return score.over_ranks(setting.device)
+    return score.over_ranks(task.device)
 
 
-def _show(setting, folder, result):
+def _show(task, folder, result):
     row = {
         "fraction": f"{result['settings']['fraction']:g}",
         "labels": result["samples"],
@@ -223,4 +219,4 @@ def _show(setting, folder, result):
         "mean per class %": result["mean_per_class"],
     }
     notes = [f"written to {folder.path / 'result.json'}, the images used to {folder.path / SAMPLES}"]
-    show(f"fine-tuning of {setting.weights.path}", [row], notes)
+    show(f"fine-tuning of {task.weights.path}", [row], notes)

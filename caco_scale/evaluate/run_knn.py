@@ -5,7 +5,7 @@ import time
 from caco_scale.errors import UserError
 from caco_scale.evaluate.knn import evaluate_knn
 from caco_scale.evaluate.results import CONFIDENCE, interval, show
-from caco_scale.evaluate.task import build_setting
+from caco_scale.evaluate.task import build_task
 from caco_scale.weights import digest
 
 USUAL_NEIGHBOURS = [10, 20, 100, 200]
@@ -13,31 +13,31 @@ USUAL_NEIGHBOURS = [10, 20, 100, 200]
 
 def run(flags):
     """``evaluate knn``: both kinds of features, every k, every temperature in one pass -> the result's content."""
-    setting = build_setting(flags)
-    ks = _neighbours(flags.k, setting)
-    names = ("features", "embeddings") if setting.weights.projector is not None else ("features",)
+    task = build_task(flags)
+    ks = _neighbours(flags.k, task)
+    names = ("features", "embeddings") if task.weights.projector is not None else ("features",)
     if len(names) == 1:
-        setting.say("no embeddings: the source has no projector of ours")
-    projector = None if len(names) == 1 else digest(setting.weights.projector)
+        task.say("no embeddings: the source has no projector of ours")
+    projector = None if len(names) == 1 else digest(task.weights.projector)
     settings = {"k": ks, "temperature": flags.temperature, "projector": projector}
-    folder = setting.folder(flags, "knn", settings)
+    folder = task.folder(flags, "knn", settings)
     result = folder.finished()
     if result is None:
-        result = _evaluate(setting, folder, ks, flags.temperature, names)
+        result = _evaluate(task, folder, ks, flags.temperature, names)
     else:
-        setting.say("evaluated before: the figures are those of then")
-    if setting.is_main:
+        task.say("evaluated before: the figures are those of then")
+    if task.is_main:
         show(
-            f"kNN top-1 of {setting.weights.path}",
+            f"kNN top-1 of {task.weights.path}",
             _table(result),
             [f"written to {folder.path / 'result.json'}"],
         )
     return result
 
 
-def _neighbours(asked, setting):
+def _neighbours(asked, task):
     """The numbers of neighbours: those asked for, else the usual ones that the training set is large enough for."""
-    images = setting.train.manifest.num_samples
+    images = task.train.manifest.num_samples
     if asked and max(asked) > images:
         raise UserError(
             f"--k {max(asked)} needs as many training images, but there are {images}: give at most {images}"
@@ -46,13 +46,13 @@ def _neighbours(asked, setting):
         return asked
     left_out = [k for k in USUAL_NEIGHBOURS if k > images]
     if left_out:
-        setting.say(f"left out: k = {', '.join(map(str, left_out))}, more than the {images} training images")
+        task.say(f"left out: k = {', '.join(map(str, left_out))}, more than the {images} training images")
     return [k for k in USUAL_NEIGHBOURS if k <= images] or [images]
 
 
-def _evaluate(setting, folder, ks, temperatures, names):
+def _evaluate(task, folder, ks, temperatures, names):
     began = time.monotonic()
-    backbone, projector = setting.weights.backbone, setting.weights.projector
+    backbone, projector = task.weights.backbone, task.weights.projector
 
     def encode(images):
         features = backbone(images)
@@ -60,19 +60,19 @@ def _evaluate(setting, folder, ks, temperatures, names):
 
     accuracies = evaluate_knn(
         encode,
-        setting.train,
-        setting.val,
-        size=setting.size,
+        task.train,
+        task.val,
+        size=task.size,
         k=ks,
         temperature=temperatures,
-        rank=setting.rank,
-        world_size=setting.world_size,
-        workers=setting.workers,
-        batch_size=setting.images_at_once,
+        rank=task.rank,
+        world_size=task.world_size,
+        workers=task.workers,
+        batch_size=task.images_at_once,
         names=names,
-        **setting.extraction(),
+        **task.extraction(),
     )
-    total = setting.val.manifest.num_samples
+    total = task.val.manifest.num_samples
     rows = [
         {
             "feature": name,
@@ -84,7 +84,7 @@ def _evaluate(setting, folder, ks, temperatures, names):
         for name in names
         for (k, temperature), top1 in accuracies[name].items()
     ]
-    return setting.report(folder, time.monotonic() - began, results=rows)
+    return task.report(folder, time.monotonic() - began, results=rows)
 
 
 def _table(result):

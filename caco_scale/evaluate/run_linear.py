@@ -22,7 +22,7 @@ from caco_scale.evaluate.heads import LinearHeads, growth, score_features
 from caco_scale.evaluate.loop import NO_LABEL, LabelledImages, check_batch, fit, restore
 from caco_scale.evaluate.results import CONFIDENCE, interval, show
 from caco_scale.evaluate.stores import Subset, labels_of
-from caco_scale.evaluate.task import build_setting
+from caco_scale.evaluate.task import build_task
 
 AUTHORS_LR = 0.025  # per 256 images, of the command that the authors publish; their parser's default is 0.1
 FAST_LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -36,32 +36,32 @@ LEAST_GROWTH, FEW_STEPS = 5, 1000
 
 def run(flags):
     """``evaluate linear`` -> the result's content."""
-    setting = build_setting(flags)
+    task = build_task(flags)
     usual = (
-        fast_lengths(setting.train.manifest.num_samples, flags.batch_size)
+        fast_lengths(task.train.manifest.num_samples, flags.batch_size)
         if flags.fast
         else (BATCH_SIZE, EPOCHS)
     )
     batch_size, epochs = flags.batch_size or usual[0], flags.epochs or usual[1]
     rates, source = _rates(flags)
-    check_batch(batch_size, setting.train.manifest.num_samples, setting.world_size)
-    labels = labels_of(setting.train, "linear evaluation")
-    labels_of(setting.val, "linear evaluation")
+    check_batch(batch_size, task.train.manifest.num_samples, task.world_size)
+    labels = labels_of(task.train, "linear evaluation")
+    labels_of(task.val, "linear evaluation")
     name = "linear-fast" if flags.fast else "linear"
     settings = {"lr": rates, "epochs": epochs, "batch_size": batch_size, "seed": flags.seed}
-    folder = setting.folder(flags, name, settings)
-    setting.say(f"{epochs} epochs, batch {batch_size:,}")
-    setting.say(f"base learning rate {', '.join(f'{rate:g}' for rate in rates)} per 256 images: {source}")
+    folder = task.folder(flags, name, settings)
+    task.say(f"{epochs} epochs, batch {batch_size:,}")
+    task.say(f"base learning rate {', '.join(f'{rate:g}' for rate in rates)} per 256 images: {source}")
     result = folder.finished()
     if result is None:
         began = time.monotonic()
-        figures = _evaluate(setting, folder, labels, rates, epochs, batch_size, flags.fast)
-        result = setting.report(folder, time.monotonic() - began, lr_source=source, **figures)
+        figures = _evaluate(task, folder, labels, rates, epochs, batch_size, flags.fast)
+        result = task.report(folder, time.monotonic() - began, lr_source=source, **figures)
         remove_features(folder)
     else:
-        setting.say("evaluated before: the figures are those of then")
-    if setting.is_main:
-        _show(setting, folder, result)
+        task.say("evaluated before: the figures are those of then")
+    if task.is_main:
+        _show(task, folder, result)
     return result
 
 
@@ -95,16 +95,16 @@ def _rates(flags):
     return [AUTHORS_LR], "the authors' command (their parser's default is 0.1)"
 
 
-def _build_heads(setting, rates, batch_size, optimizer):
+def _build_heads(task, rates, batch_size, optimizer):
     """Heads in fp64 on a CPU, where rounding then hides no difference between numbers of processes; else fp32."""
     return LinearHeads(
         [rate * batch_size / 256 for rate in rates],
-        len(setting.train.manifest.classes),
-        setting.weights.num_features,
+        len(task.train.manifest.classes),
+        task.weights.num_features,
         optimizer,
-        device=setting.device,
-        dtype=torch.float64 if setting.device.type == "cpu" else torch.float32,
-        seed=setting.seed,
+        device=task.device,
+        dtype=torch.float64 if task.device.type == "cpu" else torch.float32,
+        seed=task.seed,
     )
 
 
@@ -115,8 +115,8 @@ class FrozenEncoder:
     from those samples, the second H learn from all.
     """
 
-    def __init__(self, setting, heads, held_out=None):
-        self.setting, self.heads, self.held_out = setting, heads, held_out
+    def __init__(self, task, heads, held_out=None):
+        self.task, self.heads, self.held_out = task, heads, held_out
 
     @torch.no_grad()
     def update(self, batch, factor):
@@ -146,34 +146,34 @@ class FrozenEncoder:
         return np.concatenate([without, everything])
 
     def _features(self, images):
-        setting = self.setting
-        enabled = setting.autocast_dtype is not None
-        with torch.autocast(setting.device.type, dtype=setting.autocast_dtype, enabled=enabled):
-            parts = [setting.weights.backbone(part) for part in images.split(setting.images_at_once)]
+        task = self.task
+        enabled = task.autocast_dtype is not None
+        with torch.autocast(task.device.type, dtype=task.autocast_dtype, enabled=enabled):
+            parts = [task.weights.backbone(part) for part in images.split(task.images_at_once)]
         return torch.cat(parts).to(self.heads.weight.dtype)
 
 
-def _evaluate(setting, folder, labels, rates, epochs, batch_size, fast):
+def _evaluate(task, folder, labels, rates, epochs, batch_size, fast):
     """Train the classifiers, or go on where a former start stopped -> the figures of the result."""
-    images = LabelledImages(setting, setting.train, labels, batch_size)
+    images = LabelledImages(task, task.train, labels, batch_size)
     steps_per_epoch = images.order.steps_per_epoch
     num_steps = epochs * steps_per_epoch
-    heads = _build_heads(setting, rates * 2 if fast else rates, batch_size, "sgd" if fast else "lars")
-    _warn_of_few_steps(setting, heads.rates[0], num_steps, fast)
-    num_classes = len(setting.val.manifest.classes)
-    val = features_of(setting, setting.val, folder, "val")
-    held_out = choose_held_out(len(labels), setting.seed) if fast else None
-    learner = FrozenEncoder(setting, heads, held_out)
+    heads = _build_heads(task, rates * 2 if fast else rates, batch_size, "sgd" if fast else "lars")
+    _warn_of_few_steps(task, heads.rates[0], num_steps, fast)
+    num_classes = len(task.val.manifest.classes)
+    val = features_of(task, task.val, folder, "val")
+    held_out = choose_held_out(len(labels), task.seed) if fast else None
+    learner = FrozenEncoder(task, heads, held_out)
     progress = restore(folder, learner)
     if progress.step:
-        setting.say(f"resumed at step {progress.step:,} of {num_steps:,}")
+        task.say(f"resumed at step {progress.step:,} of {num_steps:,}")
 
     def end_epoch(epoch):
         if fast:
-            setting.say(f"epoch {epoch} of {epochs}")
+            task.say(f"epoch {epoch} of {epochs}")
             return {"epoch": epoch}
         score = score_features(heads, *val[:2], num_classes).percent()
-        setting.say(f"epoch {epoch} of {epochs}: top-1 {score['top1']:.2f}%, top-5 {score['top5']:.2f}%")
+        task.say(f"epoch {epoch} of {epochs}: top-1 {score['top1']:.2f}%, top-5 {score['top5']:.2f}%")
         return {"epoch": epoch, **score, "val_loss": score["loss"]}
 
     fit(
@@ -186,7 +186,7 @@ def _evaluate(setting, folder, labels, rates, epochs, batch_size, fast):
         end_epoch=end_epoch,
     )
     if fast:
-        unseen = features_of(setting, Subset(setting.train, np.flatnonzero(held_out)), folder, "held_out")
+        unseen = features_of(task, Subset(task.train, np.flatnonzero(held_out)), folder, "held_out")
         scores = (score_features(heads, *part[:2], num_classes) for part in (unseen, val))
         figures = choose(rates, *scores, heads.finite())
     else:
@@ -198,16 +198,16 @@ def _evaluate(setting, folder, labels, rates, epochs, batch_size, fast):
     return {**figures, "history": progress.history}
 
 
-def _warn_of_few_steps(setting, rate, num_steps, fast):
+def _warn_of_few_steps(task, rate, num_steps, fast):
     """Say so where so few steps, or for LARS such small ones, cannot train a classifier to its end."""
     reach = growth([rate], num_steps)[0]
     if fast and num_steps < FEW_STEPS:
-        setting.say(
+        task.say(
             f"warning: {num_steps:,} steps are few for a linear classifier: raise --epochs, or lower --batch_size, to "
             f"{FEW_STEPS:,} or more"
         )
     if not fast and reach < LEAST_GROWTH:
-        setting.say(
+        task.say(
             f"warning: in {num_steps:,} steps LARS lets the classifier grow by e^{reach:.1f} at most, too little to "
             f"learn from weights of 0.01: raise --lr about {LEAST_GROWTH / reach:.0f} times, or lower --batch_size"
         )
@@ -263,7 +263,7 @@ def with_intervals(score):
     }
 
 
-def _show(setting, folder, result):
+def _show(task, folder, result):
     protocol = "fast linear" if "results" in result else "linear (the paper's protocol)"
     rows = result.get("results") or [result]
     table = [
@@ -288,7 +288,7 @@ def _show(setting, folder, result):
             f"{best['top1']:.2f}%)"
         )
     show(
-        f"{protocol} evaluation of {setting.weights.path}",
+        f"{protocol} evaluation of {task.weights.path}",
         table,
         [*notes, f"written to {folder.path / 'result.json'}"],
     )

@@ -21,10 +21,11 @@ FULL_NAMES = {"knn": "kNN", "linear": "linear evaluation", "finetune": "fine-tun
 
 
 @dataclass
-class Setting:
-    """An encoder and two sets of images on this rank. ``size``, ``mean``, ``std``: of the images it is given.
+class Task:
+    """What is evaluated: an encoder and two sets of images, on this rank.
 
-    ``dtype``: of images and parameters; ``autocast_dtype``: of the forward pass, None: the same.
+    ``size``, ``mean``, ``std``: of the images that the encoder is given. ``dtype``: of images and parameters;
+    ``autocast_dtype``: of the forward pass, None: the same.
     """
 
     accelerator: object
@@ -129,8 +130,8 @@ class Setting:
         return content
 
 
-def build_setting(flags):
-    """The :class:`Setting` that the flags of a command name. Collective.
+def build_task(flags):
+    """The :class:`Task` that the flags of a command name. Collective.
 
     Raises:
         UserError: processes, weights or images that are not as asked for.
@@ -142,7 +143,7 @@ def build_setting(flags):
     val = open_images(val_url, "--val", **options)
     check_same_classes(train, val, FULL_NAMES[flags.command])
     compute = {"fp64": torch.float64}.get(flags.precision, torch.float32)
-    setting = Setting(
+    task = Task(
         accelerator=accelerator,
         weights=weights,
         train=train,
@@ -158,8 +159,8 @@ def build_setting(flags):
     )
     for module in filter(None, (weights.backbone, weights.projector)):
         module.to(accelerator.device, compute)
-    _introduce(setting)
-    return setting
+    _introduce(task)
+    return task
 
 
 def _processes(flags):
@@ -200,18 +201,18 @@ def _sources(flags):
     return train, val, weights
 
 
-def _introduce(setting):
-    weights = setting.weights
-    setting.say(
-        f"{setting.world_size} process(es), {setting.device.type}; {weights.encoder} encoder of {weights.path} "
+def _introduce(task):
+    weights = task.weights
+    task.say(
+        f"{task.world_size} process(es), {task.device.type}; {weights.encoder} encoder of {weights.path} "
         f"({weights.kind}, {weights.arch}, stem {weights.stem})"
     )
     if weights.unmatched:
         names = ", ".join(weights.unmatched[:8]) + (
             f" and {len(weights.unmatched) - 8} more" * (len(weights.unmatched) > 8)
         )
-        setting.say(f"in the file but not used: {names}")
-    for name, store in (("training", setting.train), ("validation", setting.val)):
-        setting.say(
+        task.say(f"in the file but not used: {names}")
+    for name, store in (("training", task.train), ("validation", task.val)):
+        task.say(
             f"{name}: {store.manifest.num_samples:,} images of {len(store.manifest.classes)} classes in {store.url}"
         )

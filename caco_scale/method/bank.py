@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from caco_scale.choices import BankExchange, BankKernel, BankRule, KernelInputs
 from caco_scale.distributed import collectives
 from caco_scale.errors import UserError
 from caco_scale.method.bank_compute import build_compute
@@ -87,9 +88,9 @@ class ShardedBank:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
-        exchange: str = "statistics",
-        kernel: str = "torch",
-        kernel_inputs: str = "tf32",
+        exchange: BankExchange = "statistics",
+        kernel: BankKernel = "torch",
+        kernel_inputs: KernelInputs = "tf32",
     ):
         if size < 1 or dim < 1:
             raise UserError(f"a bank needs at least one row and one dimension, got size {size}, dim {dim}")
@@ -127,11 +128,8 @@ class ShardedBank:
 
     def full(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the whole bank's rows and velocity, (K, D) each, on every rank; collective."""
-        rows, velocity = (
-            collectives.all_gather_shards(x.clone(), self.size, self.group)
-            for x in (self.rows, self.velocity)
-        )
-        return rows, velocity
+        rows = collectives.all_gather_shards(self.rows.clone(), self.size, self.group)
+        return rows, collectives.all_gather_shards(self.velocity.clone(), self.size, self.group)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the bank's state: rows, velocity, assignments (S, …), and moco's pointer.
@@ -175,7 +173,7 @@ class ShardedBank:
         keys: Sequence[torch.Tensor],
         temperature: float = 0.08,
         bank_temperature: float = 0.08,
-        rule: str = "caco",
+        rule: BankRule = "caco",
         weight: float = 1.0,
     ) -> Contrast:
         """Contrast queries with the bank: the loss for the encoder, and the gradient for the bank itself.

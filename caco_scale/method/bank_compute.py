@@ -18,10 +18,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from caco_scale.choices import BANK_KERNELS, KERNEL_INPUTS, BankKernel, KernelInputs
 from caco_scale.errors import UserError, one_of
-
-KERNELS = ("torch", "triton")
-KERNEL_INPUTS = ("fp32", "tf32", "bf16")
 
 # Bytes that a block of queries' exponentials with all own rows takes. They stay until Z is known, for which each block
 # waits in one all-reduce: a GPU takes few, large blocks, on a CPU memory counts.
@@ -64,7 +62,7 @@ class Compute(Protocol):
 
 
 def build_compute(
-    kernel: str, inputs: str, most_rows: int, device: torch.device | str, dtype: torch.dtype
+    kernel: BankKernel, inputs: KernelInputs, most_rows: int, device: torch.device | str, dtype: torch.dtype
 ) -> Compute:
     """The way that ``bank.kernel`` names. Raises UserError for one that cannot serve such a bank.
 
@@ -73,7 +71,7 @@ def build_compute(
         most_rows: the largest S of any rank.
     """
     one_of(inputs, KERNEL_INPUTS, "bank kernel_inputs")
-    if one_of(kernel, KERNELS, "bank kernel") == "torch":
+    if one_of(kernel, BANK_KERNELS, "bank kernel") == "torch":
         return Chunks(most_rows)
     if dtype != torch.float32:
         raise UserError(f"bank kernel triton computes in float32, the bank is {dtype}: use the kernel torch")
@@ -153,7 +151,7 @@ class Triton:
     ``inputs``: what the matrix products read. Raises ImportError without the package triton, UserError without CUDA.
     """
 
-    def __init__(self, inputs: str, device: torch.device | str):
+    def __init__(self, inputs: KernelInputs, device: torch.device | str):
         from caco_scale.method import kernels  # only here: triton is not on every machine
 
         if torch.device(device).type != "cuda" and not kernels.INTERPRETED:

@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from caco_scale.choices import BANK_EXCHANGES, BankExchange
 from caco_scale.distributed import collectives
 from caco_scale.errors import one_of
 from caco_scale.method.bank_compute import Compute
-
-EXCHANGES = ("statistics", "logits")
 
 Totals = Callable[[slice, torch.Tensor], torch.Tensor]
 
@@ -40,10 +39,10 @@ class Exchange(Protocol):
 
 
 def build_exchange(
-    exchange: str, compute: Compute, size: int, group: dist.ProcessGroup | None
+    exchange: BankExchange, compute: Compute, size: int, group: dist.ProcessGroup | None
 ) -> "Statistics | Logits":
     """The way that ``bank.exchange`` names, for a bank of ``size`` rows. Raises UserError for an unknown one."""
-    if one_of(exchange, EXCHANGES, "bank exchange") == "logits":
+    if one_of(exchange, BANK_EXCHANGES, "bank exchange") == "logits":
         return Logits(size, group)
     return Statistics(compute, size, group)
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
+from caco_scale.choices import BANK_RULES, BankRule
 from caco_scale.errors import UserError, one_of
-
-RULES = ("caco", "adco", "moco")
 
 # Below these exp(s / T), with s from −1 to 1, or its sum over the rows could leave the numbers of the dtype.
 MIN_TEMPERATURE = {torch.float32: 0.02, torch.float64: 0.003}
@@ -37,7 +36,7 @@ class Contrast:
     positives: list[torch.Tensor] | None
     positive_probability: torch.Tensor
     bank_gradient: torch.Tensor | None
-    rule: str
+    rule: BankRule
     global_positives: torch.Tensor | None
     global_keys: torch.Tensor | None
 
@@ -112,10 +111,10 @@ def check_arguments(
     rows: torch.Tensor,
     temperature: float,
     bank_temperature: float,
-    rule: str,
+    rule: BankRule,
 ) -> None:
     """Raise a UserError that says what is wrong with this rank's arguments of a contrast with ``rows`` (S, D)."""
-    one_of(rule, RULES, "bank rule")
+    one_of(rule, BANK_RULES, "bank rule")
     if len(queries) < 2 or len(keys) != 2:
         counts = f"{len(queries)} and {len(keys)}"
         raise UserError(f"contrast takes queries of 2 or more views and keys of 2, got {counts}")
