@@ -7,7 +7,7 @@ import time
 
 from rich.console import Console
 
-from caco_scale.data.store import LocalStore
+from caco_scale.data.store.local import LocalStore
 from caco_scale.errors import UserError, did_you_mean, exit_on_user_error
 from data_prep.build import build
 from data_prep.progress import print_summary, printable
@@ -209,7 +209,7 @@ def run_repair(options):
 
 
 def run_index(options):
-    from data_prep.repair import index
+    from data_prep.index import index
 
     place, manifest = index(options.src, options.to)
     labelled = sum(manifest.class_counts)

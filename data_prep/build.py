@@ -8,59 +8,50 @@ Every finished shard has a record in ``DST/.build``; ``manifest.json`` comes las
 """
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import tempfile
-import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 
-import numpy as np
-
 from caco_scale.atomic import write_atomically
-from caco_scale.data.order import permutation
-from caco_scale.data.remote import ObjectExists, Remote, is_remote
+from caco_scale.data.addresses import is_remote
+from caco_scale.data.folders import ImageFolder, image_folders
+from caco_scale.data.object_store import ObjectExists, Remote
 from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo
 from caco_scale.data.store import open_store
 from caco_scale.errors import UserError
 from data_prep.destination import (
-    FULL_DISK,
     STATE_DIR,
     check_apart,
     destination_errors,
     finished_manifest,
-    free_space,
     locked,
     prepare_destination,
     record_path,
     same_build,
     scratch_removed,
 )
-from data_prep.progress import BuildProgress
-from data_prep.sources import image_folders, needs_scratch, open_source
-
-PERMUTATION = 77  # sets the order of a build apart from the orders of training
+from data_prep.jobs import describe_build, manifest_of, plan_shards, run_jobs
+from data_prep.sources import needs_scratch, open_source
+from data_prep.tar import Source
 
 
 def build(
-    src,
-    dst,
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
     *,
-    samples_per_shard=1000,
-    seed=0,
-    workers=None,
-    split=None,
-    skip_empty_classes=False,
-    short_side=0,
-    source_options=None,
-    dry_run=False,
-    part=None,
-):
+    samples_per_shard: int = 1000,
+    seed: int = 0,
+    workers: int | None = None,
+    split: str | None = None,
+    skip_empty_classes: bool = False,
+    short_side: int = 0,
+    source_options: dict | None = None,
+    dry_run: bool = False,
+    part: tuple[int, int] | None = None,
+) -> list[tuple]:
     """Build the shard sets of a source of images; returns [(directory or address, manifest, was there)].
 
     src: what :func:`~data_prep.sources.open_source` takes with ``source_options``. dst: a directory, or the address
@@ -144,30 +135,19 @@ def _plan(dst, folder, samples_per_shard):
     return dst, len(folder.images), -(-len(folder.images) // samples_per_shard), num_bytes
 
 
-def describe_build(folder, samples_per_shard, seed, short_side=0):
-    """What makes a build the one it is, as its manifest records it."""
-    what = {
-        "seed": seed,
-        "samples_per_shard": samples_per_shard,
-        "num_images": len(folder.images),
-        "listing": folder.fingerprint(),
-    }
-    return what | ({"short_side": short_side} if short_side else {})
-
-
 def build_set(
-    source,
-    folder,
-    dst,
+    source: Source,
+    folder: ImageFolder,
+    dst: str,
     *,
-    samples_per_shard=1000,
-    seed=0,
-    workers=None,
-    short_side=0,
-    locked_already=False,
-    wait=False,
-    quiet=False,
-):
+    samples_per_shard: int = 1000,
+    seed: int = 0,
+    workers: int | None = None,
+    short_side: int = 0,
+    locked_already: bool = False,
+    wait: bool = False,
+    quiet: bool = False,
+) -> tuple[Manifest, bool]:
     """Build one shard set in ``dst`` from an ImageFolder of ``source``; returns (manifest, was there).
 
     workers: processes (None: one per CPU; 0 or 1: in this process). ``wait``: for another build of ``dst`` to
@@ -185,15 +165,25 @@ def build_set(
             return manifest, True
         prepare_destination(dst, what)
         jobs = plan_shards(source, folder, dst, what)
-        records = _run(jobs, dst, workers, quiet)
-        manifest = _manifest(records, folder, what)
+        records = run_jobs(jobs, dst, workers, quiet)
+        manifest = manifest_of(records, folder, what)
         write_atomically(os.path.join(dst, MANIFEST_NAME), manifest.to_json().encode())
         if not locked_already:
             shutil.rmtree(os.path.join(dst, STATE_DIR), ignore_errors=True)
         return manifest, False
 
 
-def build_part(source, folder, dst, *, part, samples_per_shard, seed, workers, short_side):
+def build_part(
+    source: Source,
+    folder: ImageFolder,
+    dst: str,
+    *,
+    part: tuple[int, int],
+    samples_per_shard: int,
+    seed: int,
+    workers: int | None,
+    short_side: int,
+) -> tuple[Manifest | None, bool]:
     """Build this part's shards of a set in ``dst``, at the same time as the others -> (manifest or None, was there).
 
     Only shards are shared out: the last part to end checks them all and writes the manifest.
@@ -213,14 +203,23 @@ def build_part(source, folder, dst, *, part, samples_per_shard, seed, workers, s
             if not os.path.exists(os.path.join(state, "build.json")):
                 write_atomically(os.path.join(state, "build.json"), json.dumps(what).encode())
             jobs = plan_shards(source, folder, dst, what)
-            _run(jobs[part[0] - 1 :: part[1]], dst, workers, quiet=False)
+            run_jobs(jobs[part[0] - 1 :: part[1]], dst, workers, quiet=False)
         if not all(os.path.exists(record_path(state, job.number)) for job in jobs):
             return finished_manifest(dst, what), False
     options = {"samples_per_shard": samples_per_shard, "seed": seed, "workers": workers}
     return build_set(source, folder, dst, short_side=short_side, wait=True, **options)
 
 
-def build_remote_set(source, folder, dst, *, samples_per_shard=1000, seed=0, workers=None, short_side=0):
+def build_remote_set(
+    source: Source,
+    folder: ImageFolder,
+    dst: str,
+    *,
+    samples_per_shard: int = 1000,
+    seed: int = 0,
+    workers: int | None = None,
+    short_side: int = 0,
+) -> tuple[Manifest, bool]:
     """Build one shard set straight into an object store; returns (manifest, was there).
 
     A shard is made in a temporary directory, uploaded in parts, and gone from there. The records of finished
@@ -232,11 +231,11 @@ def build_remote_set(source, folder, dst, *, samples_per_shard=1000, seed=0, wor
     if manifest:
         return manifest, True
     records = _remote_records(remote, what)
-    sizes = remote.list()
+    sizes = remote.listing()
     with tempfile.TemporaryDirectory(prefix="caco-build-") as staging, destination_errors(staging):
         jobs = plan_shards(source, folder, staging, what, remote)
         jobs = [replace(job, kept=_if_there(records.get(job.number), sizes)) for job in jobs]
-        manifest = _manifest(_run(jobs, dst, workers, quiet=False), folder, what)
+        manifest = manifest_of(run_jobs(jobs, dst, workers, quiet=False), folder, what)
     try:
         remote.write(MANIFEST_NAME, manifest.to_json().encode(), create=True)
     except ObjectExists:  # another build of the same was quicker
@@ -244,22 +243,32 @@ def build_remote_set(source, folder, dst, *, samples_per_shard=1000, seed=0, wor
             raise UserError(
                 f"{dst}: another build has written its {MANIFEST_NAME}: choose another folder"
             ) from None
-    remote.delete(f"{STATE_DIR}/{name.rpartition('/')[2]}" for name in remote.list(STATE_DIR))
+    remote.delete(f"{STATE_DIR}/{name.rpartition('/')[2]}" for name in remote.listing(STATE_DIR))
     return manifest, False
 
 
-def build_remote_part(source, folder, dst, *, part, samples_per_shard, seed, workers, short_side):
+def build_remote_part(
+    source: Source,
+    folder: ImageFolder,
+    dst: str,
+    *,
+    part: tuple[int, int],
+    samples_per_shard: int,
+    seed: int,
+    workers: int | None,
+    short_side: int,
+) -> tuple[Manifest | None, bool]:
     """:func:`build_part` in an object store, where nobody is locked out: the last part or parts write one manifest."""
     what = describe_build(folder, samples_per_shard, seed, short_side)
     remote = Remote(dst)
     manifest = _remote_manifest(remote, what)
     if manifest:
         return manifest, True
-    records, sizes = _remote_records(remote, what), remote.list()
+    records, sizes = _remote_records(remote, what), remote.listing()
     with tempfile.TemporaryDirectory(prefix="caco-build-") as staging, destination_errors(staging):
         jobs = plan_shards(source, folder, staging, what, remote)
         own = jobs[part[0] - 1 :: part[1]]
-        _run(
+        run_jobs(
             [replace(job, kept=_if_there(records.get(job.number), sizes)) for job in own],
             dst,
             workers,
@@ -289,7 +298,7 @@ def _remote_records(remote, what):
     with suppress(ObjectExists):
         remote.write(note, json.dumps(what).encode(), create=True)
     same_build(remote.url, json.loads(remote.read_whole(note)), what)
-    names = [name.rpartition("/")[2] for name in remote.list(STATE_DIR)]
+    names = [name.rpartition("/")[2] for name in remote.listing(STATE_DIR)]
     names = [name for name in names if re.fullmatch(r"\d{6,}\.json", name)]
     texts = remote.concurrently(lambda name: remote.read_whole(f"{STATE_DIR}/{name}"), names)
     return {int(name[:-5]): json.loads(text) for name, text in zip(names, texts, strict=True)}
@@ -302,104 +311,3 @@ def _if_there(record, sizes):
     info = ShardInfo(**record["info"])
     there = sizes.get(info.name) == info.num_bytes and sizes.get(info.index_name) == info.index_num_bytes
     return record if there else None
-
-
-def plan_shards(source, folder, dst, what, remote=None):
-    """The jobs of a build, one per shard, as ``what`` describes it."""
-    # Imported here and not above: it imports torch, and a user's mistakes are told before that.
-    from data_prep.shard import Job
-
-    labels = {name: label for label, name in enumerate(folder.classes)}
-    samples_per_shard, short_side = what["samples_per_shard"], what.get("short_side", 0)
-    order = permutation(len(folder.images), what["seed"], PERMUTATION)
-    jobs = []
-    for number, first in enumerate(range(0, len(order), samples_per_shard)):
-        images = [folder.images[i] for i in order[first : first + samples_per_shard]]
-        images = [(labels[image.class_name], image) for image in images]
-        jobs.append(Job(number, first, images, source, dst, short_side, remote))
-    return jobs
-
-
-def _run(jobs, dst, workers, quiet):
-    """Build all shards, in this process or in a pool; returns their records in order."""
-    workers = min(len(os.sched_getaffinity(0)) if workers is None else workers, len(jobs))
-    records = {}
-    num_images = sum(len(job.images) for job in jobs)
-    with BuildProgress(os.path.basename(dst), num_images, quiet) as progress:
-        try:
-            for job, (record, kept) in _results(jobs, workers):
-                records[job.number] = record
-                progress.advance(len(job.images), record["info"]["num_bytes"], kept)
-        except OSError as error:
-            if error.errno not in FULL_DISK:
-                raise
-            raise UserError(_full_disk(error, jobs, records)) from None
-        except BrokenProcessPool:
-            raise UserError(
-                f"a worker was killed, perhaps for memory ({len(records)} of {len(jobs)} shards are finished "
-                f"and kept): run the same command again with fewer than --workers {workers}"
-            ) from None
-    return [records[number] for number in sorted(records)]
-
-
-def _full_disk(error, jobs, records):
-    folder = jobs[0].dst  # where shards are made, also on their way into an object store
-    sizes = [job.num_bytes() for job in jobs if job.number not in records]
-    needed = max(sizes) if jobs[0].remote else sum(sizes)  # what is uploaded is gone from here
-    return (
-        f"no space for {folder}: {error.strerror}; {free_space(folder)}, about {needed / 1e6:,.1f} MB more are needed; "
-        f"{len(records)} of {len(jobs)} shards are finished and kept: free some and run it again"
-    )
-
-
-def _results(jobs, workers):
-    """(job, result of build_shard) for every job, as they finish; a failure lets shards in work finish."""
-    from data_prep.shard import build_shard
-
-    if workers <= 1:
-        for job in jobs:
-            yield job, build_shard(job)
-        return
-    # forkserver: its children neither copy this process nor import torch one by one.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_prep.shard"])
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
-    try:
-        futures = {pool.submit(build_shard, job): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker():
-    """A worker leaves Ctrl-C to its parent and ends with it: after a kill nobody must write on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _manifest(records, folder, what):
-    shards = tuple(ShardInfo(**record["info"]) for record in records)
-    counts = np.zeros(len(folder.classes), np.int64)
-    fixed = [note for record in records for note in record["fixed"]]
-    lost = [note for record in records for note in record["rejected"]]
-    rejected = [{"key": None, "source": name, "reason": reason} for name, reason in folder.skipped] + lost
-    num_samples = sum(shard.num_samples for shard in shards)
-    if not num_samples:
-        last = rejected[-1]
-        raise UserError(
-            f"none of the {len(folder.images)} images can be used; {last['source']}: {last['reason']}"
-        )
-    labels = {name: label for label, name in enumerate(folder.classes)}
-    lost = {note["source"] for note in lost}
-    for image in folder.images:
-        counts[labels[image.class_name]] += image.name not in lost
-    num_bytes = sum(shard.num_bytes for shard in shards)
-    return Manifest(
-        folder.classes, tuple(counts.tolist()), num_samples, num_bytes, shards, fixed, rejected, what
-    )

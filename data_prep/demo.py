@@ -8,13 +8,14 @@ import math
 import os
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image as PilImage
 
+from caco_scale.data.folders import File, Listing, image_folders
 from caco_scale.data.order import key64
 from caco_scale.data.shards import MANIFEST_NAME
 from data_prep.build import build_set
 from data_prep.images import encode_jpeg
-from data_prep.sources import File, Listing, image_folders
 
 SIZE = 32
 SPLIT_SEEDS = {"train": 0, "val": 1}
@@ -100,7 +101,7 @@ TEXTURES = {
 }
 
 
-def draw_texture(name, rng):
+def draw_texture(name: str, rng: np.random.Generator) -> NDArray[np.uint8]:
     """One image (32, 32, 3) uint8 of a texture: its field blends two nearly grey colours; some noise."""
     u, v = np.meshgrid(np.arange(SIZE, dtype=float), np.arange(SIZE, dtype=float))
     field = TEXTURES[name](u, v, rng)
@@ -118,31 +119,33 @@ def draw_texture(name, rng):
 class DemoSource:
     """A source that draws its files: ``num_images`` of one split, the classes equal to within one image."""
 
-    def __init__(self, split, num_images):
+    def __init__(self, split: str, num_images: int):
         self.split, self.num_images = split, num_images
 
-    def scan(self):
+    def scan(self) -> Listing:
         names = sorted(TEXTURES)
         listing = Listing()
         for i in range(self.num_images):
             listing.add(File(f"{names[i % len(names)]}/{self.split}_{i:05d}.jpg", 0, offset=i))
         return listing
 
-    def read(self, file):
+    def read(self, file: File) -> bytes:
         rng = np.random.default_rng(int(key64(SPLIT_SEEDS[self.split], file.offset)))
         return encode_jpeg(draw_texture(file.name.split("/")[0], rng))
 
 
-def build_demo(dst, num_train=4096, num_val=2000, workers=1):
+def build_demo(
+    dst: str | os.PathLike, num_train: int = 4096, num_val: int = 2000, workers: int | None = 1
+) -> tuple[str, str]:
     """Build ``dst/train`` and ``dst/val``, unless they are there; returns the two directories.
 
     In this process by default: a few seconds, and nothing that could start a training program again. It may
     be called by several processes at once: one builds, the others wait. Raises UserError as ``build`` does.
     """
     dst = os.path.abspath(os.path.expanduser(os.fspath(dst)))
-    directories, built = [], False
-    for split, num_images in (("train", num_train), ("val", num_val)):
-        path = os.path.join(dst, split)
+    train, val = os.path.join(dst, "train"), os.path.join(dst, "val")
+    built = False
+    for split, path, num_images in (("train", train, num_train), ("val", val, num_val)):
         if not built and not os.path.exists(os.path.join(path, MANIFEST_NAME)):
             built = True
             print(
@@ -152,5 +155,4 @@ def build_demo(dst, num_train=4096, num_val=2000, workers=1):
         source = DemoSource(split, num_images)
         folder = image_folders(source.scan(), "the demo")[None]
         build_set(source, folder, path, workers=workers, wait=True, quiet=True)
-        directories.append(path)
-    return tuple(directories)
+    return train, val

@@ -11,26 +11,27 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from caco_scale.atomic import write_atomically
-from caco_scale.data.shards import MANIFEST_NAME
-from caco_scale.data.store import LocalStore
+from caco_scale.data.shards import MANIFEST_NAME, Manifest
+from caco_scale.data.store.local import LocalStore
 from caco_scale.errors import UserError
-from data_prep.sources import SCRATCH_FILES
 
 STATE_DIR = ".build"
+SCRATCH_FILES = ("source.tar", "source.json")  # in it: a source that was unpacked, and what it was made of
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def shard_name(number):
+def shard_name(number: int) -> str:
     """The file name of a shard."""
     return f"{number:06d}.tar"
 
 
-def check_apart(src, dst):
+def check_apart(src: str, dst: str) -> None:
     """UserError for a destination inside its source: its shards would become images of the next build."""
     source, target = os.path.realpath(src), os.path.realpath(dst)
     if os.path.isdir(source) and (target == source or target.startswith(source.rstrip("/") + "/")):
@@ -38,7 +39,7 @@ def check_apart(src, dst):
 
 
 @contextmanager
-def destination_errors(dst):
+def destination_errors(dst: str) -> Iterator[None]:
     """An OSError of writing becomes one line; reading the source raises a UserError of its own."""
     try:
         yield
@@ -50,7 +51,7 @@ def destination_errors(dst):
         raise UserError(f"cannot write to {dst}: {error.strerror} ({error.filename})") from None
 
 
-def free_space(path):
+def free_space(path: str) -> str:
     """Words for the free space of the disk that holds ``path``, which need not exist."""
     path = os.path.abspath(path)  # its parents end at /
     while not os.path.exists(path):
@@ -59,7 +60,7 @@ def free_space(path):
 
 
 @contextmanager
-def locked(dst, wait=False, shared=False):
+def locked(dst: str, wait: bool = False, shared: bool = False) -> Iterator[None]:
     """Hold the lock of a destination, so that two builds never write it at once; makes ``dst/.build``.
 
     ``shared``: with others that build other parts of it.
@@ -85,7 +86,7 @@ def locked(dst, wait=False, shared=False):
 
 
 @contextmanager
-def scratch_removed(dst, existed):
+def scratch_removed(dst: str, existed: bool) -> Iterator[None]:
     """Remove the decompressed source when a build fails before its first shard (say, an empty class)."""
     try:
         yield
@@ -104,7 +105,7 @@ def scratch_removed(dst, existed):
         raise
 
 
-def finished_manifest(dst, what):
+def finished_manifest(dst: str, what: dict) -> Manifest | None:
     """The manifest in ``dst`` if it is this build's and all files are there; None if there is work to do.
 
     UserError when ``dst`` holds another build, finished or not. Damaged shards of a finished build are
@@ -129,7 +130,7 @@ def finished_manifest(dst, what):
     return None
 
 
-def same_build(dst, there, here):
+def same_build(dst: str, there: dict, here: dict) -> None:
     """UserError that lists what differs between the build in ``dst`` and the one asked for."""
     if there == here:
         return
@@ -143,7 +144,7 @@ def same_build(dst, there, here):
     raise UserError(f"{dst} holds another build ({'; '.join(differ)}): choose another directory or remove it")
 
 
-def prepare_destination(dst, what):
+def prepare_destination(dst: str, what: dict) -> None:
     """Make ``dst/.build`` ready; the good shards of a damaged finished build become its finished shards."""
     state = os.path.join(dst, STATE_DIR)
     os.makedirs(state, exist_ok=True)
@@ -164,22 +165,22 @@ def prepare_destination(dst, what):
         os.unlink(path)
 
 
-def record_name(number):
+def record_name(number: int) -> str:
     """The name of a finished shard's record, below the destination."""
     return f"{STATE_DIR}/{number:06d}.json"
 
 
-def record_path(state, number):
+def record_path(state: str, number: int) -> str:
     """Where the record of a finished shard lies."""
     return os.path.join(state, f"{number:06d}.json")
 
 
-def write_record(state, number, record):
+def write_record(state: str, number: int, record: dict) -> None:
     """Note that a shard is finished: {"info": ..., "fixed": [...], "rejected": [...]}."""
     write_atomically(record_path(state, number), json.dumps(record).encode())
 
 
-def file_sha256(path):
+def file_sha256(path: str | os.PathLike) -> str:
     """sha256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

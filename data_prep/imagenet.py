@@ -10,9 +10,10 @@ import os
 import re
 import tarfile
 
-from caco_scale.data.shards import whole_tar_members
+from caco_scale.data.folders import File, Listing, hidden
+from caco_scale.data.shards import Manifest, whole_tar_members
 from caco_scale.errors import UserError, one_line
-from data_prep.sources import File, Listing, TarSource, hidden
+from data_prep.tar import TarSource
 
 # Bytes and md5 of the official archives (image-net.org, ILSVRC 2012).
 OFFICIAL = {
@@ -25,7 +26,7 @@ WNID = re.compile(r"n\d{8}")
 EXPECTED = {"imagenet1k-train": (1_281_167, 1000, 732, 1300), "imagenet1k-val": (50_000, 1000, 50, 50)}
 
 
-def check_md5(path, md5="auto"):
+def check_md5(path: str, md5: str = "auto") -> bool:
     """UserError if a file's md5 is not ``md5``; "auto": the official one, for a file of an official size only.
 
     Returns whether anything was checked. Hashing the training archive takes minutes; "none" leaves it out.
@@ -40,7 +41,7 @@ def check_md5(path, md5="auto"):
     return True
 
 
-def is_tar_of_tars(path):
+def is_tar_of_tars(path: str) -> bool:
     """Does a tar hold class tars only? Its first file decides."""
     try:
         with tarfile.open(path, "r:") as tar:
@@ -85,7 +86,7 @@ class _Part(io.RawIOBase):
 class TarOfTarsSource(TarSource):
     """``ILSVRC2012_img_train.tar``: one tar per class in a tar; every image is found by its offset in the whole."""
 
-    def scan(self):
+    def scan(self) -> Listing:
         listing, seen = Listing(), set()
         with open(self.path, "rb") as file:
             for outer in whole_tar_members(file, self.label):
@@ -122,14 +123,14 @@ class FlatTarSource(TarSource):
     classes: {file name: class name}. UserError where a file has none or one is missing.
     """
 
-    def __init__(self, path, label, classes):
+    def __init__(self, path: str, label: str, classes: dict[str, str]):
         super().__init__(path, label)
         self.classes = classes
 
     def __getstate__(self):
         return {**super().__getstate__(), "classes": {}}  # only to scan
 
-    def scan(self):
+    def scan(self) -> Listing:
         flat = super().scan()
         listing = Listing(skipped=flat.skipped)
         for file in flat.files:
@@ -145,7 +146,7 @@ class FlatTarSource(TarSource):
         return listing
 
 
-def read_labels(path, images):
+def read_labels(path: str, images: list[str]) -> dict[str, str]:
     """{image name: WNID} of the validation images, from the devkit or a text file.
 
     path: the devkit (``ILSVRC2012_devkit_t12.tar.gz``, or its unpacked folder), or a text file with a WNID per line,
@@ -211,7 +212,7 @@ def _devkit_synsets(data, path):
         raise UserError(f"{path}: meta.mat is not the devkit's ({one_line(error)})") from None
 
 
-def check_expected(manifest, name, where):
+def check_expected(manifest: Manifest, name: str, where: str) -> None:
     """UserError unless a set is the complete one that ``name`` says, by images, classes and images per class."""
     if name not in EXPECTED:
         raise UserError(f"--expect {name} is not known: give one of {', '.join(EXPECTED)}")

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image
 
 from caco_scale.data.views import FALLBACK_FORMATS, CorruptSample, decode_image
@@ -12,7 +13,7 @@ JPEG_MAGIC = b"\xff\xd8"
 JPEG_QUALITY = 95
 
 
-def prepare_image(data, short_side=0):
+def prepare_image(data: bytes, short_side: int = 0) -> tuple[bytes, str | None]:
     """The bytes to store and what was changed: (JPEG bytes, None or a reason). Raises CorruptSample.
 
     The judge is the strict decoder of training. A JPEG that it reads passes byte for byte; CMYK JPEGs and
@@ -41,7 +42,7 @@ def prepare_image(data, short_side=0):
     return data, None
 
 
-def encode_jpeg(pixels):
+def encode_jpeg(pixels: NDArray[np.uint8]) -> bytes:
     """Pixels (H, W, 3) uint8 as an RGB JPEG of quality 95, 4:4:4."""
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)

@@ -11,18 +11,19 @@ import re
 from pathlib import Path
 
 from caco_scale.atomic import write_atomically
+from caco_scale.data.folders import File, Listing
 from caco_scale.errors import UserError, one_line
-from data_prep.destination import FULL_DISK, free_space
-from data_prep.sources import File, Listing, TarSource
+from data_prep.destination import FULL_DISK, SCRATCH_FILES, free_space
+from data_prep.tar import TarSource
 
 SPLIT_FILE = r"([A-Za-z]\w*)-\d+-of-\d+(-\w+)?\.parquet"
-PACKED, NOTE = "source.tar", "source.json"  # names that the scratch folder of a build is cleaned of
+PACKED, NOTE = SCRATCH_FILES
 
 
 class ParquetSource(TarSource):
     """Images of the ``image`` column (a struct with ``bytes``, or the bytes), classes of the ``label`` column."""
 
-    def __init__(self, path, scratch, split=None):
+    def __init__(self, path: str, scratch: str | os.PathLike, split: str | None = None):
         super().__init__(os.path.join(scratch, PACKED), path)
         self.files = [
             str(file)
@@ -41,7 +42,7 @@ class ParquetSource(TarSource):
         self.origin = [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in self.files]
         self.note = os.path.join(scratch, NOTE)
 
-    def scan(self):
+    def scan(self) -> Listing:
         there = None
         if os.path.exists(self.note) and os.path.exists(self.path):
             with contextlib.suppress(ValueError):  # cut short by an earlier version

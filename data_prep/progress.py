@@ -1,16 +1,19 @@
 """What a build shows while it runs and at its end: a rich bar on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from caco_scale.data.shards import Manifest
+
 PLAIN_EVERY_SECONDS = 5.0
 MOST_EXAMPLES = 5
 
 
-def printable(text):
+def printable(text: str) -> str:
     """Names of files may hold anything: control characters and what is not UTF-8 are shown as escapes."""
     text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -19,7 +22,7 @@ def printable(text):
 class BuildProgress:
     """Progress over images, advanced shard by shard. ``quiet`` shows nothing."""
 
-    def __init__(self, label, num_images, quiet=False):
+    def __init__(self, label: str, num_images: int, quiet: bool = False):
         self.label, self.num_images, self.quiet = label, num_images, quiet
         self.console = Console(stderr=True, markup=False, highlight=False)
         self.done = self.fresh = self.num_bytes = 0
@@ -38,7 +41,7 @@ class BuildProgress:
         if self.bar:
             self.bar.stop()
 
-    def advance(self, num_images, num_bytes, kept):
+    def advance(self, num_images: int, num_bytes: int, kept: bool) -> None:
         """One shard is there; ``kept``: it was there from an earlier run and does not count for the rate."""
         self.done += num_images
         if not kept:
@@ -61,7 +64,7 @@ class BuildProgress:
         return f"{done}  {self._rate(now)}  {left:,.0f} s left"
 
 
-def print_summary(results, seconds):
+def print_summary(results: Sequence[tuple[str, Manifest]], seconds: float) -> None:
     """The table at the end of a build, and the first few of what was fixed or rejected."""
     console = Console(markup=False, highlight=False)
     table = Table("set", "samples", "shards", "bytes", "fixed", "rejected")

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from caco_scale.atomic import atomic_file, write_atomically
+from caco_scale.data.folders import Image
+from caco_scale.data.object_store import Remote
 from caco_scale.data.shards import BLOCK, ShardIndex, ShardInfo
 from caco_scale.data.views import CorruptSample
 from data_prep.destination import (
@@ -23,7 +25,7 @@ from data_prep.destination import (
     write_record,
 )
 from data_prep.images import prepare_image
-from data_prep.sources import Image
+from data_prep.tar import Source
 
 # Tar headers, padding, label and notes of a sample, for the estimate of the space that is needed.
 SAMPLE_OVERHEAD_BYTES = 2560
@@ -36,22 +38,23 @@ class Job:
     number: int
     first: int
     images: list[tuple[int, Image]]
-    source: object
+    source: Source
     dst: str
     short_side: int = 0
-    remote: object = None  # a Remote: the shard goes there, and ``dst`` is only where it is made
+    remote: Remote | None = None  # the shard goes there, and ``dst`` is only where it is made
     kept: dict | None = None  # the record of the shard, if it is in the object store already
 
     @property
-    def state(self):
+    def state(self) -> str:
+        """Where the records of finished shards lie."""
         return os.path.join(self.dst, STATE_DIR)
 
-    def num_bytes(self):
+    def num_bytes(self) -> int:
         """About how many bytes the shard will have."""
         return sum(image.file.num_bytes + SAMPLE_OVERHEAD_BYTES for _, image in self.images)
 
 
-def build_shard(job):
+def build_shard(job: Job) -> tuple[dict, bool]:
     """Build a shard, unless its record and its files agree; returns (record, was it there before)."""
     record = job.kept if job.remote else _kept_record(job)
     if record:

@@ -4,21 +4,28 @@ import hashlib
 import multiprocessing
 import os
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
-from caco_scale.data.remote import Remote, Unreachable, is_remote
-from caco_scale.data.shards import MANIFEST_NAME, index_tar, read_sample
-from caco_scale.data.store import LocalStore, open_store, repair_hint
+from caco_scale.data.addresses import is_remote, local_path
+from caco_scale.data.folders import SPLITS, is_image
+from caco_scale.data.object_store import Remote, Unreachable
+from caco_scale.data.shards import MANIFEST_NAME, Manifest, index_tar, read_sample
+from caco_scale.data.store import open_store
+from caco_scale.data.store.base import Store
+from caco_scale.data.store.local import LocalStore
 from caco_scale.errors import UserError
 from data_prep.destination import FULL_DISK, free_space
 from data_prep.imagenet import check_expected
-from data_prep.sources import SPLITS, is_image
 
 
-def verify(path, full=False, workers=None, expect=None):
+def verify(
+    path: str | os.PathLike, full: bool = False, workers: int | None = None, expect: str | None = None
+) -> list[tuple[str, Manifest]]:
     """Check the shard set in ``path``, or the sets of its splits; returns [(directory or address, manifest)].
 
     path: a directory or the address of a folder of an object store. ``full`` also reads every shard: sha256 of
@@ -40,13 +47,15 @@ def _sets(path):
             splits = [f"{path.rstrip('/')}/{split}" for split in SPLITS]
             return [split for split in splits if Remote(split).size(MANIFEST_NAME) is not None] or [path]
         return [path]
-    path = os.path.abspath(os.path.expanduser(os.fspath(path)))
+    path = local_path(path)
     splits = [os.path.join(path, split) for split in SPLITS]
     sets = [path] if os.path.exists(os.path.join(path, MANIFEST_NAME)) else []
     return sets or [split for split in splits if os.path.exists(os.path.join(split, MANIFEST_NAME))] or [path]
 
 
-def bad_shards(store, full, workers=None):
+def bad_shards(
+    store: Store, full: bool, workers: int | None = None
+) -> tuple[list[tuple[int, str]], NDArray[np.int64]]:
     """([(shard number, what is wrong with it)], images per class in the others)."""
     manifest = store.manifest
     numbers = range(len(manifest.shards))
@@ -71,7 +80,7 @@ def _verify_set(path, full, workers):
         number, problem = bad[0]
         raise UserError(
             f"{path}: {len(bad)} of {len(manifest.shards)} shards are bad, first {manifest.shards[number].name} "
-            f"({problem}): {repair_hint(path)}"
+            f"({problem}): {store.repair_hint}"
         )
     if counts.tolist() != list(manifest.class_counts):
         raise UserError(
@@ -80,7 +89,7 @@ def _verify_set(path, full, workers):
     return manifest
 
 
-def check_shard(store, number, full=False):
+def check_shard(store: Store, number: int, full: bool = False) -> tuple[str | None, NDArray[np.int64]]:
     """(what is wrong with a shard or None, its images per class).
 
     UserError where that cannot be told: the store is out of reach, the temporary directory is full.
@@ -162,7 +171,7 @@ def _decode(sample):
         raise CorruptSample(f"sample {sample['__key__']}: {error}") from None
 
 
-def histogram(manifest, width=40):
+def histogram(manifest: Manifest, width: int = 40) -> Iterator[str]:
     """Lines of a text histogram of the classes."""
     most = max(*manifest.class_counts, 1)
     name_width = min(max(map(len, manifest.classes), default=0), 30)

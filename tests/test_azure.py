@@ -15,7 +15,7 @@ import pytest
 from s3_server import cache_of_tests, end_processes, end_with_parent, free_port
 from test_data_prep import command, write_tree
 
-from caco_scale.data.remote import Remote
+from caco_scale.data.object_store import Remote
 from caco_scale.data.store import open_store
 from caco_scale.errors import UserError
 from data_prep.build import build

@@ -20,11 +20,12 @@ import webdataset as wds
 from PIL import Image
 from s3_server import WebServer
 
-from caco_scale.data.remote import RetryPolicy
+from caco_scale.data.object_store import RetryPolicy
 from caco_scale.data.store import open_store
 from caco_scale.errors import UserError
-from data_prep.build import build, locked
+from data_prep.build import build
 from data_prep.demo import TEXTURES, build_demo
+from data_prep.destination import locked
 from data_prep.verify import check_shard, verify
 
 CLASSES = ("ant", "bee", "cat")

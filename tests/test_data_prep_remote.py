@@ -17,12 +17,13 @@ from launch import SMALL, launch
 from s3_server import WebServer
 from test_data_prep import CLASSES, command, encoded, files_of, processes_in, refused, start, write_tree
 
-from caco_scale.data.remote import Remote
+from caco_scale.data.object_store import Remote
 from caco_scale.data.shards import ShardIndex, index_tar
 from caco_scale.data.store import open_store
 from caco_scale.errors import UserError
 from data_prep.build import build
-from data_prep.repair import index, repair
+from data_prep.index import index
+from data_prep.repair import repair
 from data_prep.verify import verify
 
 WNIDS = ("n01440764", "n02119022", "n04005630")

@@ -15,11 +15,13 @@ from test_knn import NORMALISATION, brute_force
 from weight_files import authors_checkpoint, encoder
 
 from caco_scale.data.loader import evaluation_batches
+from caco_scale.data.store import open_store
+from caco_scale.data.store.folder import FolderStore
+from caco_scale.data.store.subset import Subset
 from caco_scale.evaluate import run_knn
 from caco_scale.evaluate.__main__ import main, parse
 from caco_scale.evaluate.features import extract_features
 from caco_scale.evaluate.results import interval
-from caco_scale.evaluate.stores import FolderStore, Subset, open_images
 from caco_scale.run.files import read_json_lines
 
 
@@ -67,7 +69,7 @@ def test_every_figure_is_brute_forces_and_the_same_on_1_2_and_3_processes(place,
     model, arrays = encoder("tiny", "cifar"), {}
     for name in ("train", "val"):
         batches = evaluation_batches(
-            open_images(str(place / name), "--data"), 16, rank=0, world_size=1, batch_size=100, workers=0
+            open_store(place / name), 16, rank=0, world_size=1, batch_size=100, workers=0
         )
         for feature, encode_images in (("features", model.backbone), ("embeddings", model)):
             batches = list(batches)
@@ -157,7 +159,7 @@ def test_a_folder_of_class_folders_is_read_in_place(tmp_path):
 
 
 def test_a_subset_of_a_set_gives_its_own_images(place):
-    store = open_images(str(place / "train"), "--data")
+    store = open_store(place / "train")
     ids = np.array([0, 3, 17, 18, 40, 60])
 
     def crops_of(source):

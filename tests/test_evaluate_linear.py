@@ -14,6 +14,7 @@ from launch import ROOT, by, kill_when, start_command
 from shard_sets import encode
 from torch.nn import functional as F
 
+from caco_scale.data.labels import labels_of
 from caco_scale.data.order import permutation
 from caco_scale.evaluate import loop, run_linear
 from caco_scale.evaluate.__main__ import parse
@@ -21,7 +22,6 @@ from caco_scale.evaluate.feature_cache import block_ranges
 from caco_scale.evaluate.heads import LinearHeads, Score, growth, score_features
 from caco_scale.evaluate.loop import LabelledImages
 from caco_scale.evaluate.run_linear import FAST_LRS, choose, choose_held_out, fast_lengths
-from caco_scale.evaluate.stores import labels_of
 from caco_scale.evaluate.task import build_task
 
 

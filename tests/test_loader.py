@@ -299,7 +299,7 @@ import multiprocessing, signal, sys
 sys.path[:0] = sys.argv[2:]
 from multiprocessing import forkserver
 import torch
-from caco_scale.data.loader import start_fork_server
+from caco_scale.data.workers import start_fork_server
 from test_loader import batches
 
 received = []

@@ -18,12 +18,14 @@ from s3_server import FAULTS, FaultProxy, WebServer
 from shard_sets import make_shard_set
 from test_loader import STEPS, assert_same, batches, joined
 
-from caco_scale.data import remote
+from caco_scale.data import object_store
 from caco_scale.data.cache import ShardCache
 from caco_scale.data.loader import evaluation_batches, train_batches
+from caco_scale.data.object_store import Remote, RetryPolicy
 from caco_scale.data.order import Order
-from caco_scale.data.remote import Remote, RetryPolicy
-from caco_scale.data.store import DamagedShard, RemoteStore, _cache_directory, open_store
+from caco_scale.data.store import open_store
+from caco_scale.data.store.base import DamagedShard
+from caco_scale.data.store.remote import RemoteStore, cache_directory
 from caco_scale.errors import UserError
 
 QUICK = RetryPolicy(retries=6, stall_seconds=1)
@@ -73,12 +75,12 @@ def test_reads_as_from_disk_with_and_without_a_cache(uploaded, shards, expected,
         assert isinstance(store, RemoteStore)
         assert store.manifest == open_store(shards).manifest
         assert contents(pickle.loads(pickle.dumps(store))) == expected
-    counters = store.take_counters()
+    counters = store.counters.take()
     assert counters["requests"] >= 1
     for shard in range(4):
         store.fetch(shard)
     assert contents(store) == expected
-    counters = store.take_counters()
+    counters = store.counters.take()
     assert counters["hits"] == 50
     assert counters.get("misses", 0) == 0
     assert counters["bytes"] >= store.manifest.num_bytes
@@ -185,7 +187,7 @@ def test_faults_change_nothing_and_are_counted(uploaded, expected, faults, cache
         places = [(s, i) for s, info in enumerate(store.manifest.shards) for i in range(info.num_samples)]
         read = lambda place: store.read(place[0], *store.index(place[0]).span(place[1]))
         assert list(store.concurrently(read, places)) == expected
-        counters = store.take_counters()
+        counters = store.counters.take()
         assert set(proxy.injected) <= set(faults)
         assert sum(proxy.injected.values()) >= 1
         spoiled = sum(number for fault, number in proxy.injected.items() if fault != "slow")
@@ -240,12 +242,12 @@ def test_a_shard_found_damaged_in_the_background_is_an_error_of_the_next_read(sh
         store.prefetch([0, 1])
         wait_until_fetched(store)
         assert store.read(0, 0, 512) == (folder / "000000.tar").read_bytes()[:512]
-        store.take_counters()
+        store.counters.take()
         store.prefetch([1])  # not fetched again and again
         wait_until_fetched(store)
         with pytest.raises(DamagedShard, match=r"shard 000001\.tar .*damaged.*data_prep repair"):
             store.read(1, 0, 512)
-        assert "requests" not in store.take_counters()
+        assert "requests" not in store.counters.take()
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -258,10 +260,10 @@ def test_a_full_disk_of_the_cache_ends_the_caching_and_not_the_reading(shards, e
         try:
             with pytest.warns(UserWarning, match=r"nothing more is cached: data\.cache_dir .*free or mend"):
                 store.fetch(0)
-            store.take_counters()
+            store.counters.take()
             store.fetch(0)
             store.prefetch([0])
-            assert "requests" not in store.take_counters()
+            assert "requests" not in store.counters.take()
             if ranges:
                 assert contents(store) == expected
             else:
@@ -315,7 +317,7 @@ def test_a_planted_link_is_no_cache(tmp_path, monkeypatch):
     (tmp_path / "theirs").mkdir()
     (tmp_path / f"caco_scale-cache-{os.getuid()}").symlink_to("theirs")
     with pytest.raises(UserError, match="is not a directory of this user"):
-        _cache_directory("auto")
+        cache_directory("auto")
 
 
 def test_a_copy_that_was_changed_is_never_believed(tmp_path):
@@ -406,7 +408,7 @@ def test_global_batches_from_the_bucket_are_those_from_disk(
         for rank in range(world_size):
             store = open_store(uploaded, str(tmp_path / "cache"))
             ranks.append(list(remote_batches(store, rank, world_size, workers)))
-            counters = store.take_counters()
+            counters = store.counters.take()
         assert counters["hits"] + counters.get("misses", 0) >= 12 * STEPS / world_size
         for parts, reference in zip(zip(*ranks, strict=True), expected, strict=True):
             assert_same(joined(parts), reference)
@@ -431,7 +433,7 @@ def test_evaluation_reads_the_same_and_whole_shards_into_the_cache(uploaded, sha
     store = open_store(uploaded, str(tmp_path / "cache") if cached else "none")
     assert seen(store) == seen(open_store(shards))
     assert len(list(tmp_path.glob("cache/*.tar"))) == (4 if cached else 0)
-    counters = store.take_counters()
+    counters = store.counters.take()
     assert (counters.get("hits", 0), counters.get("misses", 0)) == ((50, 0) if cached else (0, 50))
 
 
@@ -440,10 +442,10 @@ def test_the_first_batch_costs_the_same_anywhere(uploaded):
     costs = []
     for start_step in (0, 5, 9):
         store = open_store(uploaded, "none")
-        store.take_counters()
+        store.counters.take()
         stream = remote_batches(store, 0, 1, 0, start_step)
         next(stream)
-        costs.append(store.take_counters()["requests"])
+        costs.append(store.counters.take()["requests"])
         stream.close()
     assert max(costs) <= 12 + 4  # its images, and the indexes of the four shards
-    assert remote._user == os.getpid()
+    assert object_store._user == os.getpid()

@@ -15,7 +15,7 @@ from shard_sets import make_shard_set
 
 from caco_scale.checkpoint.folder import latest, read_values
 from caco_scale.checkpoint.read import load_tensors
-from caco_scale.data.remote import Remote
+from caco_scale.data.object_store import Remote
 from caco_scale.run.audit import incomplete_steps, read_audit
 from caco_scale.run.files import read_json_lines
 

@@ -9,7 +9,9 @@ import shutil
 import pytest
 
 from caco_scale.data.shards import MANIFEST_NAME, read_sample
-from caco_scale.data.store import MAX_OPEN_FILES, LocalStore, open_store
+from caco_scale.data.store import open_store
+from caco_scale.data.store.base import MAX_OPEN_FILES
+from caco_scale.data.store.local import LocalStore
 from caco_scale.errors import UserError, one_line
 from data_prep.demo import build_demo
 
@@ -73,9 +75,9 @@ def test_a_pickle_is_small_and_reads_on(shards):
 
 
 def test_few_files_stay_open(tmp_path):
+    from caco_scale.data.folders import image_folders
     from data_prep.build import build_set
     from data_prep.demo import DemoSource
-    from data_prep.sources import image_folders
 
     source = DemoSource("train", MAX_OPEN_FILES + 20)
     folder = image_folders(source.scan(), "demo")[None]

@@ -59,14 +59,14 @@ def test_corrupt_images_count_once_and_too_many_end_the_run(directory, telemetry
     config = configuration.replace(
         configuration.load_recipe("demo"), data__max_corrupt=0.02, data__shards="/data/train"
     )
-    corrupt = CorruptImages(config, 100, directory, telemetry)
+    corrupt = CorruptImages(config, 100, "repair them", directory, telemetry)
 
     def entries(*names):
         return [{"key": name, "error": "cut", "substitute": "x"} for name in names]
 
     corrupt.record(1, entries("a", "b"))
     corrupt.record(2, entries("a"))
-    resumed = CorruptImages(config, 100, directory, telemetry)
+    resumed = CorruptImages(config, 100, "repair them", directory, telemetry)
     resumed.load_state_dict(json.loads(json.dumps(corrupt.state_dict())))
     resumed.record(3, entries("b"))
     assert len(resumed) == 2

@@ -18,9 +18,10 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from caco_scale.data.counters import Counters
 from caco_scale.errors import UserError
 
 HASH_BYTES = 4 << 20
@@ -31,12 +32,12 @@ FREE_SHARE = 0.8  # of the disk's free space, taken when no limit is given
 class ShardCache:
     """The cache in ``directory``, of at most ``limit_bytes`` (0: four fifths of what is free there).
 
-    ``counters``: evictions, damaged. UserError where the directory cannot be made or written.
+    Evictions and damaged copies are added to ``counters``. UserError where the directory cannot be made or written.
     """
 
-    def __init__(self, directory, limit_bytes=0):
+    def __init__(self, directory: str | os.PathLike, limit_bytes: int = 0, counters: Counters | None = None):
         self.directory, self.limit_bytes = Path(directory), limit_bytes
-        self.counters = Counter()
+        self.counters = counters or Counters()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             if not os.access(self.directory, os.W_OK | os.X_OK):
@@ -53,11 +54,12 @@ class ShardCache:
         held = sum(size for _, _, size in self._entries())
         return int((shutil.disk_usage(self.directory).free + held) * FREE_SHARE)
 
-    def path(self, sha256, suffix=".tar"):
+    def path(self, sha256: str, suffix: str = ".tar") -> Path:
+        """Where the shard of that content is, or would be."""
         assert re.fullmatch(ENTRY, f"{sha256}.tar"), "not a sha256"
         return self.directory / f"{sha256}{suffix}"
 
-    def open(self, sha256, num_bytes):
+    def open(self, sha256: str, num_bytes: int) -> io.FileIO | None:
         """The shard as a file open for reading, its content checked; None if it is not here."""
         try:
             file = io.FileIO(self.path(sha256))
@@ -72,7 +74,7 @@ class ShardCache:
         if not good:
             file.close()
             self.drop(sha256)
-            self.counters["damaged"] += 1
+            self.counters.add("damaged")
             return None
         with contextlib.suppress(OSError):
             os.utime(self.path(sha256, ".ok"))
@@ -102,13 +104,15 @@ class ShardCache:
             temporary.write_text(json.dumps(identity))
             os.replace(temporary, path)
 
-    def drop(self, sha256):
+    def drop(self, sha256: str) -> None:
         """Forget a shard; who has it open reads on."""
         for suffix in (".tar", ".ok"):
             with contextlib.suppress(OSError):
                 self.path(sha256, suffix).unlink()
 
-    def fetch(self, sha256, num_bytes, chunks, wait=False):
+    def fetch(
+        self, sha256: str, num_bytes: int, chunks: Callable[[], Iterable[bytes]], wait: bool = False
+    ) -> bool:
         """Fill in a shard from ``chunks()``, an iterator of its bytes.
 
         Returns False when it is too large for the limit, or another process is at it (``wait``: after that).
@@ -182,7 +186,7 @@ class ShardCache:
                     break
                 if path.suffix == ".tar":
                     self.drop(path.stem)
-                    self.counters["evictions"] += 1
+                    self.counters.add("evictions")
                     total -= size
                 elif _remove_abandoned(path):
                     total -= size

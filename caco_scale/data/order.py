@@ -16,9 +16,11 @@ Shapes: N global batch, L lanes, T steps per epoch, n any number of samples.
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from caco_scale.errors import UserError
 
@@ -29,7 +31,7 @@ MAX_AUTO_LANES = 64
 SHARDS, ROTATION, WINDOWS, VIEWS = 1, 2, 3, 4
 
 
-def mix64(x):
+def mix64(x: ArrayLike) -> NDArray[np.uint64]:
     """splitmix64 of every element, a bijection of 64-bit integers: array-like -> uint64, same shape."""
     with np.errstate(over="ignore"):
         x = np.asarray(x, np.uint64) + GOLDEN
@@ -38,7 +40,7 @@ def mix64(x):
         return x ^ (x >> np.uint64(31))
 
 
-def key64(*parts):
+def key64(*parts: int | np.integer) -> np.uint64:
     """One 64-bit key from integers; every part and its place count."""
     key = np.uint64(0)
     for part in parts:
@@ -46,12 +48,12 @@ def key64(*parts):
     return np.uint64(key)
 
 
-def permutation(n, *parts):
+def permutation(n: int, *parts: int | np.integer) -> NDArray[np.int64]:
     """A random order of ``range(n)``, int64 (n,), that depends only on n and the integer parts."""
     return np.argsort(mix64(np.arange(n, dtype=np.uint64) ^ key64(*parts)), kind="stable")
 
 
-def uniform(keys, num):
+def uniform(keys: ArrayLike, num: int) -> NDArray[np.float64]:
     """Random numbers in [0, 1): keys (n,) uint64 -> (n, num) float64. Row i depends only on ``keys[i]``."""
     keys = np.asarray(keys, np.uint64)
     with np.errstate(over="ignore"):
@@ -59,13 +61,13 @@ def uniform(keys, num):
     return (mix64(counters) >> np.uint64(11)) * 2.0**-53
 
 
-def sample_keys(seed, epoch, sample_ids, view):
+def sample_keys(seed: int, epoch: int, sample_ids: ArrayLike, view: int) -> NDArray[np.uint64]:
     """Keys of one view's random parameters, (n,) uint64: the same for a sample at any topology."""
     ids = np.asarray(sample_ids).astype(np.uint64)
     return mix64(mix64(key64(seed, epoch, VIEWS) ^ ids) ^ key64(view))
 
 
-def share_size(global_batch_size, world_size):
+def share_size(global_batch_size: int, world_size: int) -> int:
     """Images of a global batch that each process has, N / R. UserError when R does not divide N."""
     if global_batch_size % world_size:
         lower = global_batch_size // world_size * world_size
@@ -76,15 +78,27 @@ def share_size(global_batch_size, world_size):
     return global_batch_size // world_size
 
 
-def rank_share(batch_ids, rank, world_size):
+def rank_share(batch_ids: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int64]:
     """Rank r's part of a global batch, ``[r N/R, (r+1) N/R)``; :func:`share_size` raises when R does not divide N."""
     share = share_size(len(batch_ids), world_size)
     return batch_ids[rank * share : (rank + 1) * share]
 
 
-def auto_lanes(global_batch_size):
+def auto_lanes(global_batch_size: int) -> int:
     """The largest divisor of the global batch size up to 64."""
     return max(d for d in range(1, MAX_AUTO_LANES + 1) if global_batch_size % d == 0)
+
+
+def first_ids(counts: ArrayLike) -> NDArray[np.int64]:
+    """The id of each shard's first sample, and after them the number of all: counts (s,) -> int64 (s + 1,)."""
+    return np.concatenate([[0], np.cumsum(np.asarray(counts, np.int64), dtype=np.int64)])
+
+
+def locate(first: NDArray[np.int64], ids: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where samples lie: ids (n,) -> (shard (n,), position in the shard (n,)). ``first``: of :func:`first_ids`."""
+    ids = np.asarray(ids, np.int64)
+    shard = np.searchsorted(first, ids, side="right") - 1  # "right" steps over empty shards
+    return shard, ids - first[shard]
 
 
 class Order:
@@ -95,15 +109,24 @@ class Order:
     Raises UserError when the set is smaller than one global batch or the lanes do not divide it.
     """
 
-    def __init__(self, counts, *, seed, global_batch_size, lanes=0, window=4096):
-        self.counts = np.asarray(counts, np.int64)
-        self.first = np.concatenate([[0], np.cumsum(self.counts)])  # id of each shard's first sample
+    def __init__(
+        self,
+        counts: Iterable[int],
+        *,
+        seed: int,
+        global_batch_size: int,
+        lanes: int = 0,
+        window: int = 4096,
+    ):
+        self.counts = np.asarray(list(counts), np.int64)
+        self.first = first_ids(self.counts)
         self.num_samples = int(self.counts.sum())
         self.seed, self.global_batch_size, self.window = seed, global_batch_size, window
         self._check(lanes)
         self.lanes = lanes or auto_lanes(global_batch_size)
         self.steps_per_epoch = self.num_samples // global_batch_size
-        self._cached = {}  # the last two epochs: at the end of one its successor's shards are fetched ahead
+        # The last two epochs: at the end of one its successor's shards are fetched ahead.
+        self._cached: dict[int, NDArray[np.int64]] = {}
 
     def _check(self, lanes):
         size = self.global_batch_size
@@ -123,7 +146,7 @@ class Order:
                 f"use 0 (it picks {auto_lanes(size)}) or a divisor of {size}"
             )
 
-    def epoch(self, epoch):
+    def epoch(self, epoch: int) -> NDArray[np.int64]:
         """The epoch's sample ids in training order, int64 (T N,), read-only; each N are a global batch."""
         if epoch not in self._cached:
             ids = self._lay_out(epoch)
@@ -150,19 +173,17 @@ class Order:
         lanes = np.concatenate(windows, axis=1).reshape(self.lanes, self.steps_per_epoch, part)
         return np.ascontiguousarray(lanes.transpose(1, 0, 2)).reshape(-1)  # by step, then lane
 
-    def batch(self, step):
+    def batch(self, step: int) -> NDArray[np.int64]:
         """Global batch of a step of the whole run, int64 (N,); its epoch is ``step // steps_per_epoch``."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.global_batch_size
         return self.epoch(epoch)[start : start + self.global_batch_size]
 
-    def locate(self, ids):
-        """Where samples lie: ids (n,) -> (shard (n,), position in the shard (n,)), int64."""
-        ids = np.asarray(ids, np.int64)
-        shard = np.searchsorted(self.first, ids, side="right") - 1  # "right" steps over empty shards
-        return shard, ids - self.first[shard]
+    def locate(self, ids: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where samples lie: ids (n,) -> (shard (n,), position in the shard (n,))."""
+        return locate(self.first, ids)
 
-    def fingerprint(self, shard_hashes):
+    def fingerprint(self, shard_hashes: Sequence[str]) -> str:
         """sha256 (hex) over all that makes the order: shard hashes and counts, seed, lanes, window, N."""
         assert len(shard_hashes) == len(self.counts)
         parts = [list(shard_hashes), self.counts.tolist(), int(self.seed), self.lanes, self.window]

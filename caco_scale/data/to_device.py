@@ -3,11 +3,14 @@
 import contextlib
 import dataclasses
 import itertools
+from collections.abc import Generator
 
 import torch
 
+from caco_scale.data.loader import Batch
 
-def on_device(batches, device):
+
+def on_device(batches: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
     """The :class:`~caco_scale.data.loader.Batch` es of a generator with crops and parameters on ``device``.
 
     On a CPU as they come. On a GPU one batch ahead, so that two batches of uint8 crops are there at a time. Closing

@@ -236,8 +236,8 @@ def check_loader(config, data, environment=os.environ):
 def worker_rate(config, manifest):
     """Images that one loader worker prepares in a second of CPU time, views included, waiting for a store excluded."""
     from caco_scale.data.loader import train_batches
+    from caco_scale.data.object_store import RetryPolicy
     from caco_scale.data.order import Order
-    from caco_scale.data.remote import RetryPolicy
     from caco_scale.data.store import open_store
     from caco_scale.training.assemble import view_specs
 

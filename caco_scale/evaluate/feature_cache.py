@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save
 
 from caco_scale.atomic import write_atomically
 from caco_scale.data.loader import evaluation_batches
+from caco_scale.data.store.subset import Subset
 from caco_scale.errors import UserError
 from caco_scale.evaluate.features import feature_batches
-from caco_scale.evaluate.stores import Subset
 
 BLOCK_IMAGES = (16, 512)  # least and most of a block; about a sixteenth of the set between them
 FOLDER = "features"

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from caco_scale.data.labels import check_same_classes
 from caco_scale.data.loader import evaluation_batches
 from caco_scale.distributed import collectives
 from caco_scale.errors import UserError
 from caco_scale.evaluate.features import extract_features
-from caco_scale.evaluate.stores import check_same_classes
 
 GRID = 2.0**25
 QUERY_ROWS = 1024  # validation images compared at once

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from caco_scale.data.labels import labels_of
 from caco_scale.data.order import permutation
+from caco_scale.data.store.subset import Subset
 from caco_scale.distributed import collectives
 from caco_scale.distributed.syncbn import convert_sync_batchnorm
 from caco_scale.errors import UserError
@@ -26,7 +28,6 @@ from caco_scale.evaluate.heads import INITIAL_STD, MOMENTUM, Score
 from caco_scale.evaluate.loop import NO_LABEL, LabelledImages, check_batch, fit, restore
 from caco_scale.evaluate.results import CONFIDENCE, show
 from caco_scale.evaluate.run_linear import with_intervals
-from caco_scale.evaluate.stores import Subset, labels_of
 from caco_scale.evaluate.task import build_task
 
 LR, BATCH_SIZE = 0.05, 1024
@@ -63,7 +64,7 @@ def run(flags):
     result = folder.finished()
     if result is None:
         began = time.monotonic()
-        names = sample_names(task.train, chosen)
+        names = task.train.names(chosen)
         folder.write_bytes(SAMPLES, ("\n".join(names) + "\n").encode())
         figures = _train(task, folder, labels, chosen, rate, epochs, batch_size)
         more = {"samples": len(chosen), "samples_file": SAMPLES}
@@ -88,16 +89,6 @@ def choose_share(labels, fraction, seed):
         wanted = max(1, round(fraction * len(members)))
         chosen.append(members[permutation(len(members), seed, SHARE, label)[:wanted]])
     return np.sort(np.concatenate(chosen))
-
-
-def sample_names(store, ids):
-    """``shard/key`` of samples by their numbers in the set."""
-    first = np.concatenate([[0], np.cumsum([shard.num_samples for shard in store.manifest.shards])])
-    shards = np.searchsorted(first, ids, side="right") - 1
-    return [
-        f"{store.manifest.shards[shard].name}/{store.index(int(shard)).keys[int(number - first[shard])]}"
-        for number, shard in zip(ids, shards, strict=True)
-    ]
 
 
 class Classifier(nn.Module):

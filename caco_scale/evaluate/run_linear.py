@@ -15,13 +15,14 @@ import time
 import numpy as np
 import torch
 
+from caco_scale.data.labels import labels_of
 from caco_scale.data.order import permutation
+from caco_scale.data.store.subset import Subset
 from caco_scale.errors import UserError
 from caco_scale.evaluate.feature_cache import features_of, remove_features
 from caco_scale.evaluate.heads import LinearHeads, growth, score_features
 from caco_scale.evaluate.loop import NO_LABEL, LabelledImages, check_batch, fit, restore
 from caco_scale.evaluate.results import CONFIDENCE, interval, show
-from caco_scale.evaluate.stores import Subset, labels_of
 from caco_scale.evaluate.task import build_task
 
 AUTHORS_LR = 0.025  # per 256 images, of the command that the authors publish; their parser's default is 0.1

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from caco_scale import weights as weights_module
+from caco_scale.data.labels import check_same_classes
 from caco_scale.data.loader import evaluation_batches
-from caco_scale.data.remote import RetryPolicy
+from caco_scale.data.store import open_store
+from caco_scale.data.store.folder import split_folders
 from caco_scale.distributed.collectives import gather_objects
 from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.errors import UserError
 from caco_scale.evaluate.results import ResultFolder
-from caco_scale.evaluate.stores import check_same_classes, fingerprint, open_images, split_folders
 from caco_scale.run.environment import describe_environment
 
 FULL_NAMES = {"knn": "kNN", "linear": "linear evaluation", "finetune": "fine-tuning"}
@@ -88,8 +89,8 @@ class Task:
         return {
             "weights": self.weights.sha256,
             "encoder": self.weights.encoder,
-            "train": fingerprint(self.train),
-            "val": fingerprint(self.val),
+            "train": self.train.fingerprint(),
+            "val": self.val.fingerprint(),
             "size": self.size,
             "mean": list(self.mean),
             "std": list(self.std),
@@ -138,9 +139,12 @@ def build_task(flags):
     """
     accelerator = _processes(flags)
     train_url, val_url, weights = _sources(flags)
-    options = {"cache_dir": flags.cache_dir, "retry_policy": RetryPolicy()}
-    train = open_images(train_url, "--data", **options)
-    val = open_images(val_url, "--val", **options)
+    train, val = (
+        open_store(url, flags.cache_dir, labelled=True, flag=flag)
+        for url, flag in ((train_url, "--data"), (val_url, "--val"))
+    )
+    train.check()
+    val.check()
     check_same_classes(train, val, FULL_NAMES[flags.command])
     compute = {"fp64": torch.float64}.get(flags.precision, torch.float32)
     task = Task(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from caco_scale.checkpoint.read import load_tensors
 from caco_scale.data.loader import evaluation_batches
-from caco_scale.data.remote import RetryPolicy
+from caco_scale.data.object_store import RetryPolicy
 from caco_scale.data.store import open_store
 from caco_scale.errors import UserError, one_line
 from caco_scale.evaluate.features import extract_features

@@ -3,7 +3,6 @@
 Shapes: N global batch, B this rank's share of it, b a micro-batch, H pixels.
 """
 
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +10,10 @@ import torch
 
 from caco_scale import config as configuration
 from caco_scale.data.augment import augment
+from caco_scale.data.counters import Counters
 from caco_scale.data.loader import train_batches
+from caco_scale.data.object_store import RetryPolicy
 from caco_scale.data.order import Order, share_size
-from caco_scale.data.remote import RetryPolicy
 from caco_scale.data.store import open_store
 from caco_scale.data.views import ViewSpec
 from caco_scale.distributed.strategies import build as strategies
@@ -68,7 +68,9 @@ class TrainingData:
         self.config, self.rank, self.world_size = config, rank, world_size
         data = config.data
         retry_policy = RetryPolicy(data.retries, data.stall_seconds)
-        self.store = open_store(data.shards, data.cache_dir, data.cache_bytes, retry_policy)
+        self.counters = Counters()  # what both stores and their workers did
+        options = (data.cache_dir, data.cache_bytes, retry_policy)
+        self.store = open_store(data.shards, *options, counters=self.counters)
         self.store.check()
         shards = self.store.manifest.shards
         self.order = Order(
@@ -81,7 +83,9 @@ class TrainingData:
         self.fingerprint = self.order.fingerprint([shard.sha256 for shard in shards])
         self.val_store = None
         if data.val_shards and (config.eval.knn_every or config.eval.baselines):
-            self.val_store = open_store(data.val_shards, data.cache_dir, data.cache_bytes, retry_policy)
+            self.val_store = open_store(
+                data.val_shards, *options, labelled=True, flag="data.val_shards", counters=self.counters
+            )
             self.val_store.check()
             check_knn(config.eval.knn_k, self.store.manifest, self.val_store)
         self.batch_size = share_size(data.global_batch_size, world_size)
@@ -97,13 +101,6 @@ class TrainingData:
                 f"data.global_batch_size {data.global_batch_size}"
             )
         self.micro_batch_size = micro
-
-    def take_counters(self):
-        """What this rank's stores and their workers did since the last call: {name: number}."""
-        total = Counter(self.store.take_counters())
-        if self.val_store:
-            total.update(self.val_store.take_counters())
-        return dict(total)
 
     def batches(self, start, end):
         """This rank's :class:`~caco_scale.data.loader.Batch` of every step from ``start`` up to ``end``."""

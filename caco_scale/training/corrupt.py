@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 
 from caco_scale.config import Config
-from caco_scale.data.store import repair_hint
 from caco_scale.errors import UserError
 from caco_scale.run.directory import RunDirectory
 from caco_scale.run.files import JsonLines
@@ -15,10 +14,13 @@ class CorruptImages:
 
     Args:
         num_samples: images of the training set, of which ``data.max_corrupt`` is a share.
+        hint: what to do about them, in words.
     """
 
-    def __init__(self, config: Config, num_samples: int, directory: RunDirectory, telemetry: Telemetry):
-        self._data, self._num_samples = config.data, num_samples
+    def __init__(
+        self, config: Config, num_samples: int, hint: str, directory: RunDirectory, telemetry: Telemetry
+    ):
+        self._data, self._num_samples, self._hint = config.data, num_samples, hint
         self._directory, self._telemetry = directory, telemetry
         self._file = directory.path / "corrupt.jsonl"
         self._errors: dict[str, str] = {}  # key -> why it did not decode
@@ -40,7 +42,7 @@ class CorruptImages:
             raise UserError(
                 f"{len(self._errors)} of {self._num_samples:,} images do not decode, more than data.max_corrupt "
                 f"{self._data.max_corrupt:g}: {shown}{' ...' if len(self._errors) > 10 else ''} (all in {self._file}): "
-                f"{repair_hint(self._data.shards)}, or raise the limit"
+                f"{self._hint}, or raise the limit"
             )
 
     def _record(self, step, entry):

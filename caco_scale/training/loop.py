@@ -19,8 +19,8 @@ from caco_scale import config as configuration
 from caco_scale.checkpoint.contents import restore, training_state
 from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.config import Config
+from caco_scale.data.counters import COUNTERS
 from caco_scale.data.loader import Batch, cache_is_large_enough
-from caco_scale.data.store import COUNTERS
 from caco_scale.data.to_device import on_device
 from caco_scale.distributed.collectives import gather_objects
 from caco_scale.distributed.strategies.base import Strategy
@@ -98,7 +98,9 @@ class Loop:
             note=telemetry.note,
         )
         self.skipped = SkippedSteps(config.run.max_skipped, telemetry)
-        self.corrupt = CorruptImages(config, data.order.num_samples, directory, telemetry)
+        self.corrupt = CorruptImages(
+            config, data.order.num_samples, data.store.repair_hint, directory, telemetry
+        )
         self.health = Health(
             strategy.module.query.backbone,
             self.bank,
@@ -216,7 +218,7 @@ class Loop:
         """
         self._note_complete_save()
         own = self.requests.look(self.evaluations.due(self.step))
-        seen = gather_objects((own, batch.corrupt, self.checkpointer.failed, self.data.take_counters()))
+        seen = gather_objects((own, batch.corrupt, self.checkpointer.failed, self.data.counters.take()))
         requests, corrupt, failed, counters = zip(*seen, strict=True)
         if any(failed):
             self.checkpointer.wait()  # raises

@@ -9,7 +9,7 @@ from caco_scale.checkpoint.folder import read_values
 from caco_scale.checkpoint.resume import checkpoint_to_resume
 from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.config import Config
-from caco_scale.data.loader import start_fork_server
+from caco_scale.data.workers import start_fork_server
 from caco_scale.distributed.collectives import assert_equal_on_all_ranks
 from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.distributed.strategies.build import check_combination

@@ -1,8 +1,5 @@
 """Objects below one address of S3, GCS, Azure or a web server, through obstore, with retries that are counted.
 
-Credentials and endpoints come from where these tools usually look: ``AWS_*`` (``AWS_ENDPOINT_URL``, ``AWS_PROFILE``
-and its files, ``AWS_SKIP_SIGNATURE=true`` for public buckets), ``GOOGLE_*``, ``AZURE_*``.
-
 obstore's own retries are off: ours go on where a body was cut or stalled, end after a budget, and are counted.
 A body that is shorter than what was asked for is a failure like any other, never an end.
 
@@ -10,22 +7,23 @@ obstore hangs in a child that was FORKED after its parent used it. A client is t
 uses it, is never pickled, and refuses to work in such a child; the loader's workers come from a fork server.
 """
 
-import atexit
-import configparser
-import contextlib
 import os
-import queue
 import random
 import re
 import threading
 import time
-from collections import Counter, deque
-from concurrent.futures import Future
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from caco_scale.data.addresses import check_address
+from caco_scale.data.counters import Counters
+from caco_scale.data.credentials import boto3_credentials, s3_config
+from caco_scale.data.threads import Threads
 from caco_scale.errors import UserError
 
-SCHEMES = ("s3", "gs", "az", "http", "https")
 CHUNK_BYTES = 1 << 20
 PART_BYTES = 8 << 20  # of a multipart upload
 PROGRESS_BYTES = 1 << 16  # a failed attempt that brought this much is not counted against the budget
@@ -42,7 +40,7 @@ ENDPOINTS = (
     "AZURE_ENDPOINT",
 )
 
-_user = None  # the process that has used obstore
+_user: int | None = None  # the process that has used obstore
 
 
 @dataclass(frozen=True)
@@ -53,45 +51,23 @@ class RetryPolicy:
     stall_seconds: float = 30.0
 
 
-def is_remote(url):
-    """Is it an address, and no path? UserError for one like ``s3:/bucket``, which nobody means as a folder."""
-    if re.match(rf"({'|'.join(SCHEMES)}):/(?!/)", url):
-        raise UserError(f"{url}: a slash is missing: {url.replace(':/', '://', 1)}")
-    return "://" in url and not url.startswith("file://")
-
-
-def check_address(url):
-    """``(scheme, rest)`` of the address of an object store. UserError: unknown kind, a secret or a query in it."""
-    scheme, rest = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", url, re.DOTALL).groups()
-    if scheme not in SCHEMES:
-        raise UserError(
-            f"{url}: unknown kind of address {scheme}://: give a directory or one of "
-            f"{', '.join(s + '://' for s in SCHEMES)}"
-        )
-    place = rest.split("/")[0]
-    if "@" in place:
-        raise UserError(f"{scheme}://...@{place.split('@')[-1]}: put no password into an address")
-    if not place or any(c in rest for c in "?#|\\") or ".." in rest.split("/") or not rest.isprintable():
-        raise UserError(f"{url} is not an address like {scheme}://bucket/folder")
-    return scheme, rest
-
-
 class Remote:
-    """The objects below ``url``. Picklable; ``counters`` (bytes, requests, retries) are this process's.
+    """The objects below ``url``. Picklable; bytes, requests and retries are added to ``counters``.
 
     Every method raises UserError, one line that names the object: at once for what does not exist or may not be
     read, after the budget of ``retry_policy`` for everything else.
     """
 
-    def __init__(self, url, retry_policy=None):
+    def __init__(self, url: str, retry_policy: RetryPolicy | None = None, counters: Counters | None = None):
         self.url = url.rstrip("/")
         self.scheme, _ = check_address(self.url)
         self.retry_policy = retry_policy or RetryPolicy()
-        self._begin()
+        self._begin(counters or Counters())
 
-    def _begin(self):
-        self.counters = Counter()
-        self._client, self._threads, self._stop = None, None, threading.Event()
+    def _begin(self, counters):
+        self.counters = counters
+        self._client, self._stop = None, threading.Event()
+        self._threads: Threads | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self):
@@ -99,18 +75,10 @@ class Remote:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._begin()
+        self._begin(Counters())
 
-    def count(self, name, number=1):
-        with self._lock:
-            self.counters[name] += number
-
-    def take_counters(self):
-        with self._lock:
-            taken, self.counters = self.counters, Counter()
-        return taken
-
-    def client(self):
+    def client(self) -> Any:
+        """obstore's client of this process."""
         global _user
         if _user not in (None, os.getpid()):
             raise UserError(
@@ -125,14 +93,14 @@ class Remote:
 
     # Reading
 
-    def read(self, name, start, num_bytes):
+    def read(self, name: str, start: int, num_bytes: int) -> bytes:
         """``num_bytes`` of an object from ``start``, whatever happens to the bodies on the way."""
         data = bytearray()
         for chunk in self.stream(name, start, num_bytes):
             data += chunk
         return bytes(data)
 
-    def stream(self, name, start, num_bytes, whole=False):
+    def stream(self, name: str, start: int, num_bytes: int, whole: bool = False) -> Iterator[bytes]:
         """The same in chunks, which are not kept. ``whole``: they are the whole object."""
         got = 0
 
@@ -153,7 +121,7 @@ class Remote:
                     if got + len(chunk) > num_bytes:
                         raise OSError(f"the body has more than the {num_bytes:,} bytes asked for")
                     got += len(chunk)
-                    self.count("bytes", len(chunk))
+                    self.counters.add("bytes", len(chunk))
                     yield chunk
                     if attempts.stop.is_set():
                         raise UserError(f"reading {self.url}/{name} was stopped")
@@ -164,12 +132,12 @@ class Remote:
             except Exception as error:
                 attempts.failed(error, progress=got - before)
 
-    def read_whole(self, name, missing=None):
+    def read_whole(self, name: str, missing: bytes | None = None) -> bytes:
         """A small object of unknown size: its bytes; ``missing`` (if not None) where there is none."""
 
         def get():
             data = bytes(self._get(name, None).bytes())
-            self.count("bytes", len(data))
+            self.counters.add("bytes", len(data))
             return data
 
         try:
@@ -182,15 +150,15 @@ class Remote:
     def _get(self, name, part):
         import obstore
 
-        self.count("requests")
+        self.counters.add("requests")
         return obstore.get(self.client(), name, options={"range": part} if part else None)
 
-    def size(self, name):
+    def size(self, name: str) -> int | None:
         """The size in bytes of an object, or None where there is none."""
         import obstore
 
         def head():
-            self.count("requests")
+            self.counters.add("requests")
             return obstore.head(self.client(), name)["size"]
 
         try:
@@ -198,33 +166,33 @@ class Remote:
         except MissingObject:
             return None
 
-    def sizes(self, names):
+    def sizes(self, names: list[str]) -> dict[str, int | None]:
         """``{name: size or None}`` of many objects: by listing, or one by one on a web server."""
         if self.scheme in ("http", "https"):
             return dict(zip(names, self.concurrently(self.size, names), strict=True))
-        there = self.list()
+        there = self.listing()
         return {name: there.get(name) for name in names}
 
-    def list(self, folder=None):
+    def listing(self, folder: str | None = None) -> dict[str, int]:
         """``{name: size}`` of the objects directly below the address, or below a folder of it."""
         if self.scheme in ("http", "https"):
             raise UserError(f"{self.url}: a web server cannot be listed, give a pattern {{000..012}}.tar")
         import obstore
 
-        def listing():
-            self.count("requests")
+        def entries():
+            self.counters.add("requests")
             return obstore.list_with_delimiter(self.client(), folder)["objects"]
 
-        return {entry["path"]: entry["size"] for entry in self._retried(folder or "", listing)}
+        return {entry["path"]: entry["size"] for entry in self._retried(folder or "", entries)}
 
     # Writing
 
-    def check_writable(self):
+    def check_writable(self) -> None:
         """UserError for an address that never is, before any work is done for it."""
         if self.scheme in ("http", "https"):
             raise UserError(f"{self.url} cannot be written: give s3://, gs:// or az://")
 
-    def write(self, name, data, create=False):
+    def write(self, name: str, data: bytes | Path, create: bool = False) -> None:
         """Store bytes, or the file at a Path in parts; it appears complete or not at all.
 
         ``create``: only if nothing has that name; UserError (:class:`ObjectExists`) otherwise.
@@ -233,20 +201,21 @@ class Remote:
         import obstore
 
         def put():
-            self.count("requests")
+            self.counters.add("requests")
             mode = {"mode": "create"} if create else {"chunk_size": PART_BYTES, "max_concurrency": 2}
             return obstore.put(self.client(), name, data, **mode)
 
-        return self._retried(name, put, verb="written")
+        self._retried(name, put, verb="written")
 
-    def delete(self, names):
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove objects; names that are not there are no error."""
         self.check_writable()
         import obstore
 
         names = list(names)
 
         def delete():
-            self.count("requests")
+            self.counters.add("requests")
             obstore.delete(self.client(), names)
 
         if names:
@@ -269,11 +238,11 @@ class Remote:
 
     # Many at once
 
-    def concurrently(self, function, items):
+    def concurrently(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """``map(function, items)``, up to 16 calls at once, results in order; the first error ends the others."""
         if self._threads is None:
             self._threads = Threads(THREADS, self.cancel)
-        pending = deque()
+        pending: deque = deque()
         try:
             for item in items:
                 pending.append(self._threads.submit(function, item))
@@ -288,7 +257,7 @@ class Remote:
             for future in pending:
                 future.cancel()
 
-    def cancel(self):
+    def cancel(self) -> None:
         """Let what is under way end soon, with an error."""
         self._stop.set()
         self._stop = threading.Event()
@@ -326,7 +295,7 @@ class _Attempts:
                 f"{time.monotonic() - self.start:.0f} s): check network, address and endpoint, or raise "
                 "data.retries, then run the same command again"
             ) from None
-        self.remote.count("retries")
+        self.remote.counters.add("retries")
         delay = min(LAST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** (self.in_a_row - 1))
         if self.stop.wait(delay * random.uniform(0.5, 1.5)):
             raise UserError(f"{self.what} cannot be {self.verb}: {reason}") from None
@@ -389,7 +358,7 @@ def _connect(url, scheme, retry_policy):
     endpoints = [os.environ.get(name, "") for name in ENDPOINTS]
     options, config = {}, {}
     if scheme == "s3":
-        config = _s3_config(os.environ)
+        config = s3_config(os.environ)
         endpoints.append(config.get("endpoint", ""))
     client = {
         "connect_timeout": f"{min(CONNECT_SECONDS, retry_policy.stall_seconds):g}s",
@@ -398,7 +367,7 @@ def _connect(url, scheme, retry_policy):
         "allow_http": scheme == "http" or any(e.startswith("http://") for e in endpoints),
     }
     if config.pop("boto3", None):
-        options["credential_provider"] = _boto3_credentials()
+        options["credential_provider"] = boto3_credentials()
     options |= {"client_options": client, "retry_config": {"max_retries": 0}}
     try:
         if scheme in ("http", "https"):
@@ -410,111 +379,3 @@ def _connect(url, scheme, retry_policy):
         if scheme == "az" and not os.environ.get("AZURE_STORAGE_ACCOUNT_NAME"):
             hint = ": set AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_KEY"
         raise UserError(f"{url} cannot be opened: {_reason(error)}{hint}") from None
-
-
-def _s3_config(environment):
-    """What obstore does not find by itself: the profile's keys, region and endpoint, and a default region."""
-    config = {}
-    if not environment.get("AWS_REGION") and not environment.get("AWS_DEFAULT_REGION"):
-        config["region"] = "us-east-1"
-    if environment.get("AWS_ENDPOINT_URL_S3"):
-        config["endpoint"] = environment["AWS_ENDPOINT_URL_S3"]
-    profile = environment.get("AWS_PROFILE")
-    values = _profile(profile or "default", environment)
-    if profile and values is None:
-        raise UserError(
-            f"AWS_PROFILE is {profile}, which neither ~/.aws/credentials nor ~/.aws/config describes"
-        )
-    values = values or {}
-    if "endpoint_url" in values and not any(environment.get(n) for n in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT")):
-        config.setdefault("endpoint", values["endpoint_url"])
-    if "region" in values and "region" in config:
-        config["region"] = values["region"]
-    skip = environment.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true")
-    if environment.get("AWS_ACCESS_KEY_ID") or skip:
-        return config
-    if "aws_access_key_id" in values:
-        names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
-        return config | {name.removeprefix("aws_"): values[name] for name in names if name in values}
-    if any(name in values for name in ("role_arn", "sso_session", "sso_start_url", "credential_process")):
-        config["boto3"] = True
-    return config
-
-
-def _profile(name, environment):
-    """The values of a profile in the AWS files, or None where neither names it."""
-    home = os.path.expanduser("~/.aws/")
-    values = None
-    for variable, file, section in (
-        ("AWS_CONFIG_FILE", "config", name if name == "default" else f"profile {name}"),
-        ("AWS_SHARED_CREDENTIALS_FILE", "credentials", name),
-    ):
-        parser = configparser.RawConfigParser()
-        path = environment.get(variable) or home + file
-        try:
-            parser.read(path, encoding="utf-8")
-        except (configparser.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-        if parser.has_section(section):
-            values = (values or {}) | dict(parser.items(section))
-    return values
-
-
-def _boto3_credentials():
-    """Roles, single sign-on and credential processes are boto3's business."""
-    try:
-        from obstore.auth.boto3 import Boto3CredentialProvider
-    except ImportError:
-        raise UserError(
-            "this AWS profile takes its keys from a role, single sign-on or a process, which needs boto3: "
-            "pip install boto3"
-        ) from None
-    return Boto3CredentialProvider()
-
-
-# ----------------------------------------------------------------------------------------------------
-
-
-class Threads:
-    """Daemon threads that run what is submitted, first come, first served; an exit does not wait for them.
-
-    concurrent.futures would run everything that is queued before the process may end.
-    """
-
-    def __init__(self, count, stop=lambda: None):
-        self._queue = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
-        for thread in self._threads:
-            thread.start()
-        self._stop = stop
-        atexit.register(self._end)
-
-    def submit(self, function, *args):
-        future = Future()
-        self._queue.put((future, function, args))
-        return future
-
-    def _work(self):
-        while True:
-            job = self._queue.get()
-            if job is None:
-                return
-            future, function, args = job
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function(*args))
-                except BaseException as error:
-                    future.set_exception(error)
-            del job, future, function, args
-
-    def _end(self):
-        """At the interpreter's exit: a thread that came back from obstore's code after it would abort."""
-        self._stop()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._queue.get_nowait()
-        for _ in self._threads:
-            self._queue.put(None)
-        deadline = time.monotonic() + CONNECT_SECONDS
-        for thread in self._threads:
-            thread.join(max(0, deadline - time.monotonic()))

@@ -1,0 +1,223 @@
+"""Folders of images: the files below a folder, and what they mean (splits, classes, images), decided once.
+
+What is listed may be a folder on a disk or any other listing of names with "/" between them (a tar, see data_prep).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from caco_scale.errors import UserError, did_you_mean
+
+# Kinds of files that PIL or simplejpeg read, the usual ones first; what a file IS is decided by its content.
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2"),
+    *("pgm", "jpe", "jfif", "pbm", "pnm"),
+)
+SPLITS = ("train", "val", "valid", "validation", "test")
+
+
+class File(NamedTuple):
+    """A file: name with "/" between folders, size (0: not known), where its bytes begin."""
+
+    name: str
+    num_bytes: int
+    offset: int = 0
+
+
+@dataclass
+class Listing:
+    """Everything a source holds: files, names of folders, and (name, reason) of what is passed over."""
+
+    files: list[File] = field(default_factory=list)
+    folders: set[str] = field(default_factory=set)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, file: File) -> None:
+        """Add a file and the folders that it lies in."""
+        self.files.append(file)
+        self.add_folder(file.name.rpartition("/")[0])
+
+    def add_folder(self, name: str) -> None:
+        """Add a folder and those that it lies in."""
+        parts = name.split("/") if name else []
+        for depth in range(1, min(len(parts), 3) + 1):  # deeper folders decide nothing
+            self.folders.add("/".join(parts[:depth]))
+
+    def top_folders(self) -> list[str]:
+        """The folders that lie in no other: splits in their usual order, then by name."""
+        return sorted((name for name in self.folders if "/" not in name), key=_split_rank)
+
+    def splits(self) -> list[str]:
+        """The top folders if they are splits (train, val, ...) of class folders, else none."""
+        top = self.top_folders()
+        are_splits = set(top) <= set(SPLITS) and any("/" in name for name in self.folders)
+        return top if are_splits else []
+
+
+def hidden(name: str) -> bool:
+    """Is it a file of the system beside the images, such as ``.DS_Store`` and ``__MACOSX/._cat.jpg``?"""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def is_image(name: str) -> bool:
+    """Does the name end as an image's?"""
+    return os.path.splitext(name)[1].lower().removeprefix(".") in IMAGE_EXTENSIONS
+
+
+class FolderSource:
+    """A directory tree. Symbolic links are followed, as torchvision does: the tree is the user's own."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = str(path)
+
+    def scan(self) -> Listing:
+        """Everything below the folder; hidden files are passed over without a word."""
+        listing = Listing()
+        self._scan(self.path, "", listing)
+        return listing
+
+    def _scan(self, path, prefix, listing):
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    name = prefix + entry.name
+                    if hidden(entry.name):
+                        continue
+                    if entry.is_dir():
+                        listing.add_folder(name)
+                        self._scan(entry.path, name + "/", listing)
+                    elif entry.is_file():
+                        listing.add(File(name, entry.stat().st_size))
+                    else:
+                        listing.skipped.append((name, "broken link or not a regular file"))
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from None
+
+    def read(self, file: File) -> bytes:
+        """The bytes of a file."""
+        try:
+            with open(os.path.join(self.path, file.name), "rb") as stream:
+                return stream.read()
+        except OSError as error:
+            raise UserError(f"cannot read {os.path.join(self.path, file.name)}: {error.strerror}") from None
+
+
+class Image(NamedTuple):
+    """One image: its class ("" for none), its name ``class/file`` in the folder, and where its bytes are."""
+
+    class_name: str
+    name: str
+    file: File
+
+
+@dataclass
+class ImageFolder:
+    """One split: classes in label order, images by (class, name), (name, reason) of what is no image."""
+
+    classes: tuple[str, ...]
+    images: list[Image]
+    skipped: list[tuple[str, str]]
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the listing: classes, names, sizes, skipped files; equal for a tree and its tar."""
+        lines = [json.dumps([image.name, image.file.num_bytes]) for image in self.images]
+        return hashlib.sha256(json.dumps([self.classes, self.skipped, lines]).encode()).hexdigest()
+
+
+def all_images(listing: Listing) -> ImageFolder:
+    """Every image of a listing, wherever it lies; its class is the top folder, and none outside of one."""
+    images = [Image(f.name.partition("/")[0] if "/" in f.name else "", f.name, f) for f in listing.files]
+    images = sorted(image for image in images if is_image(image.name))
+    classes = tuple(sorted({image.class_name for image in images if image.class_name}))
+    skipped = [(file.name, "its name is not an image's") for file in listing.files if not is_image(file.name)]
+    return ImageFolder(classes, images, sorted(listing.skipped + skipped))
+
+
+def image_folders(
+    listing: Listing, where: str, split: str | None = None, skip_empty_classes: bool = False
+) -> dict[str | None, ImageFolder]:
+    """The folders of class folders of a listing: ``{None: folder}``, or one per split if the top folders are splits.
+
+    ``where`` names the source in messages. With ``split`` only that one. The labels of every split are the
+    classes of the train split (of all splits when there is none). UserError: no images, no class folders, an
+    empty class folder (unless they are to be skipped), a class that train lacks, no such split.
+    """
+    roots = listing.top_folders()
+    if not any(is_image(file.name) for file in listing.files):
+        raise UserError(f"{where} has no images ({len(listing.files)} other files, {len(roots)} folders)")
+    if not listing.splits():
+        if split is not None:
+            raise UserError(f"{where} has no split {split!r}: its top folders are classes ({_some(roots)})")
+        return {None: _folder(listing, where, "", skip_empty_classes)}
+    if split is not None and split not in roots:
+        raise UserError(f"{where} has no split {split!r}{did_you_mean(split, roots)}, only {_some(roots)}")
+    folders: dict[str | None, ImageFolder] = {
+        root: _folder(listing, where, root + "/", skip_empty_classes)
+        for root in roots
+        if split in (None, root) or root == "train"
+    }
+    labels = folders["train"].classes if "train" in folders else _union(folders.values())
+    for root, folder in folders.items():
+        unknown = sorted(set(folder.classes) - set(labels))
+        if unknown:
+            raise UserError(
+                f"{where}: {root} has {len(unknown)} classes that train lacks ({_some(unknown)}): "
+                "labels come from train, so rename or remove them"
+            )
+        folder.classes = labels
+    return folders if split is None else {None: folders[split]}
+
+
+def _split_rank(name):
+    return (SPLITS.index(name) if name in SPLITS else len(SPLITS), name)
+
+
+def _union(folders: Iterable[ImageFolder]):
+    return tuple(sorted({name for folder in folders for name in folder.classes}))
+
+
+def _folder(listing, where, prefix, skip_empty_classes):
+    """The image folder below ``prefix`` ("" or "train/"): its folders are the classes."""
+    where = os.path.join(where, prefix.rstrip("/")) if prefix else where
+    depth = prefix.count("/")
+    classes = {n[len(prefix) :] for n in listing.folders if n.startswith(prefix) and n.count("/") == depth}
+    # What lies in no split at all, such as "../x" in a tar, is recorded with every split.
+    skipped = [s for s in listing.skipped if s[0].startswith(prefix) or s[0].split("/")[0] not in SPLITS]
+    images, loose = [], 0
+    for file in listing.files:
+        if not file.name.startswith(prefix):
+            continue
+        name = file.name[len(prefix) :]
+        class_name, slash, _ = name.partition("/")
+        if slash and is_image(name):
+            images.append(Image(class_name, name, file))
+        elif is_image(name):
+            loose += 1
+            skipped.append((name, "not in a class folder"))
+        elif slash:
+            skipped.append((name, "its name is not an image's"))
+    if not images:
+        found = (
+            f"its {loose} images lie directly in it"
+            if loose
+            else f"no images in {len(classes)} class folders"
+        )
+        raise UserError(f"{where} is not an image folder ({found}): give a folder of class folders of images")
+    empty = sorted(classes - {image.class_name for image in images})
+    if empty and not skip_empty_classes:
+        raise UserError(
+            f"{where}: {len(empty)} of {len(classes)} class folders have no images ({_some(empty)}): "
+            "remove them or pass --skip-empty-classes"
+        )
+    classes = tuple(sorted(classes - set(empty)))
+    images.sort(key=lambda image: (image.class_name, image.name))
+    return ImageFolder(classes, images, sorted(skipped))
+
+
+def _some(names, most=3):
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

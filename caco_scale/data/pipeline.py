@@ -1,0 +1,229 @@
+"""What a worker does: planned samples -> decoded samples -> batches, as stages of a webdataset pipeline.
+
+The plan, not the workers, decides what is in a batch: worker w of W prepares this rank's share of steps start + w,
+start + w + W, ..., whole batches at a time.
+
+Shapes: h = w a view's crop side.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import get_worker_info
+
+from caco_scale.data.folders import IMAGE_EXTENSIONS
+from caco_scale.data.order import Order, key64, rank_share, sample_keys
+from caco_scale.data.shards import read_sample
+from caco_scale.data.store.base import Store
+from caco_scale.data.views import (
+    CorruptSample,
+    ViewSpec,
+    centre_crop,
+    crop_resize,
+    decode_image,
+    draw_colour,
+    draw_crop,
+)
+from caco_scale.errors import UserError
+
+SUBSTITUTE_STREAM = 0x5B57
+SUBSTITUTE_TRIES = 16
+# Images that a worker holds decoded at once while it draws their crops together.
+CHUNK_IMAGES, CHUNK_BYTES = 64, 64 << 20
+PREFETCH_STEPS = 8  # of a worker's own, whose shards are fetched ahead
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What a worker must know to prepare any training batch of its rank."""
+
+    store: Store
+    order: Order
+    views: tuple[ViewSpec, ...]
+    rank: int
+    world_size: int
+    steps: range
+    seed: int
+    prefetch: bool
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """What a worker must know to read its rank's part of a whole shard set."""
+
+    store: Store
+    size: int
+    batches: tuple[Sequence[int] | NDArray[np.int64], ...]  # sample ids
+
+
+def _mine(items):
+    """The batches that this worker prepares: the DataLoader takes from the workers in turn."""
+    worker = get_worker_info()
+    return items if worker is None else items[worker.id :: worker.num_workers]
+
+
+def planned_samples(job: TrainingJob) -> Iterator[dict]:
+    """webdataset's sample dicts in training order, with ``__step__`` and the sample's number in ``__id__``."""
+    steps, read = _mine(job.steps), functools.partial(_read, job.store)
+    for number, step in enumerate(steps):
+        if job.prefetch:
+            for later in steps[number : number + PREFETCH_STEPS]:
+                job.store.prefetch(np.unique(_places(job, later)[1]).tolist())
+        ids, shards, positions = _places(job, step)
+        places = zip(shards.tolist(), positions.tolist(), strict=True)
+        for sample_id, sample in zip(ids.tolist(), job.store.concurrently(read, places), strict=True):
+            sample.update(__step__=step, __id__=sample_id)
+            yield sample
+
+
+def _places(job, step):
+    """Ids, shards and positions of this rank's samples of a step."""
+    ids = rank_share(job.order.batch(step), job.rank, job.world_size)
+    return ids, *job.order.locate(ids)
+
+
+def decoded_samples(job: TrainingJob, samples: Iterable[dict]) -> Iterator[dict]:
+    """Add the decoded ``image``, the substitute's if need be; ``__corrupt__`` is None or the report."""
+    for sample in samples:
+        sample["__corrupt__"] = None
+        try:
+            sample["image"] = _decode(job.store, sample)
+        except CorruptSample as error:
+            epoch = sample["__step__"] // job.order.steps_per_epoch
+            sample["image"], substitute = _substitute(job, epoch, sample["__id__"], error)
+            report = {"key": _name(sample), "error": str(error), "substitute": substitute}
+            sample["__corrupt__"] = report
+        yield sample
+
+
+def training_batches(job: TrainingJob, samples: Iterable[dict]) -> Iterator[dict]:
+    """Join the samples of each step into one batch: crops, parameters, keys."""
+    samples, size = iter(samples), job.order.global_batch_size // job.world_size
+    for step in _mine(job.steps):
+        epoch, group = step // job.order.steps_per_epoch, itertools.islice(samples, size)
+        crops = [torch.empty(size, spec.size, spec.size, 3, dtype=torch.uint8) for spec in job.views]
+        ids, keys, corrupt = [], [], []
+        for chunk in _chunks(group):
+            rows = range(len(ids), len(ids) + len(chunk))
+            ids += [sample["__id__"] for sample in chunk]
+            keys += [_name(sample) for sample in chunk]
+            corrupt += [sample["__corrupt__"] for sample in chunk if sample["__corrupt__"]]
+            images = [sample["image"] for sample in chunk]
+            heights, widths = np.array([image.shape[:2] for image in images]).T
+            for view, spec in enumerate(job.views):
+                random = sample_keys(job.seed, epoch, ids[rows.start :], view)
+                pixels = crops[view].numpy()
+                for row, image, box in zip(
+                    rows, images, draw_crop(spec, random, heights, widths), strict=True
+                ):
+                    pixels[row] = crop_resize(image, box, spec.size)
+        # As numpy, which travels in the message: every tensor costs the receiver a file descriptor.
+        params = [draw_colour(s, sample_keys(job.seed, epoch, ids, v)) for v, s in enumerate(job.views)]
+        yield {
+            "step": step,
+            "epoch": epoch,
+            "keys": keys,
+            "crops": crops,
+            "params": params,
+            "corrupt": corrupt,
+            "counters": job.store.counters.take(),
+        }
+
+
+def evaluation_reader(job: EvaluationJob) -> Iterator[dict]:
+    """Centre crops, labels and numbers of the job's batches."""
+    for batch in _mine(job.batches):
+        indices, images, labels, corrupt = [], [], [], []
+        shards, positions = job.store.locate(batch)
+        for shard in np.unique(shards).tolist():  # in order: whole shards are read
+            job.store.fetch(shard)
+        places = zip(shards.tolist(), positions.tolist(), strict=True)
+        samples = job.store.concurrently(functools.partial(_read, job.store), places)
+        for index, sample in zip(batch, samples, strict=True):
+            try:
+                images.append(centre_crop(_decode(job.store, sample), job.size))
+            except CorruptSample as error:
+                corrupt.append(f"{_name(sample)}: {error}")
+                continue
+            indices.append(index)
+            labels.append(sample["__label__"])
+        crops = np.stack(images) if images else np.empty((0, job.size, job.size, 3), np.uint8)
+        tensors = {"indices": torch.tensor(indices, dtype=torch.int64), "crops": torch.from_numpy(crops)}
+        more = {"corrupt": corrupt, "counters": job.store.counters.take()}
+        yield {**tensors, "labels": torch.tensor(labels, dtype=torch.int64), **more}
+
+
+def _read(store, place, checked=False):
+    """One webdataset sample dict, with where it is from in ``__place__`` (shard, position) and ``__url__``."""
+    shard, position = place
+    index = store.index(shard)
+    read = store.read_checked if checked else store.read
+    sample = read_sample(index, position, read(shard, *index.span(position)))
+    url = store.manifest.shards[shard].name
+    sample.update(__place__=place, __url__=url, __label__=int(index.labels[position]))
+    return sample
+
+
+def _name(sample):
+    return f"{sample['__url__']}/{sample['__key__']}"
+
+
+def _decode(store, sample):
+    """The sample's image. CorruptSample only if the shard's bytes are the recorded ones, else UserError."""
+    try:
+        return _decode_bytes(sample)
+    except CorruptSample:
+        again = _read(store, sample["__place__"], checked=True)
+        if all(again.get(name) == value for name, value in sample.items() if isinstance(value, bytes)):
+            raise
+    return _decode_bytes(again)  # a cached copy was damaged, or a byte on its way
+
+
+def _decode_bytes(sample):
+    for extension in IMAGE_EXTENSIONS:
+        if extension in sample:
+            return decode_image(sample[extension])
+    found = ", ".join(key for key in sample if not key.startswith("__")) or "nothing"
+    raise CorruptSample(f"no image file (one of {', '.join(IMAGE_EXTENSIONS)}) but {found}")
+
+
+def _substitute(job, epoch, sample_id, error):
+    """The image that stands in for a corrupt sample, and its name: the first candidate of a fixed row to decode."""
+    for attempt in range(SUBSTITUTE_TRIES):
+        key = key64(job.seed, epoch, sample_id, attempt, SUBSTITUTE_STREAM)
+        shard, position = job.order.locate([int(key % np.uint64(job.order.num_samples))])
+        sample = _read(job.store, (int(shard[0]), int(position[0])))
+        try:
+            return _decode(job.store, sample), _name(sample)
+        except CorruptSample:
+            continue
+    raise UserError(
+        f"sample {sample_id} of {job.store.url} does not decode ({error}), nor do {SUBSTITUTE_TRIES} others "
+        f"drawn in its place: {job.store.verify_hint}"
+    )
+
+
+def _chunks(samples):
+    """Lists of decoded samples, bounded by number and bytes."""
+    chunk, num_bytes = [], 0
+    for sample in samples:
+        chunk.append(sample)
+        num_bytes += sample["image"].nbytes
+        if len(chunk) == CHUNK_IMAGES or num_bytes >= CHUNK_BYTES:
+            yield chunk
+            chunk, num_bytes = [], 0
+    if chunk:
+        yield chunk
+
+
+def errors_as_data(payloads: Iterable[dict]) -> Iterator[dict]:
+    """A user's mistake crosses to the trainer as data: torch would wrap it in a worker's traceback."""
+    try:
+        yield from payloads
+    except UserError as error:
+        yield {"user_error": str(error)}

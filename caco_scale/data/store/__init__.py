@@ -1,0 +1,129 @@
+"""The stores of images: a shard set in a directory or an object store, a folder of images, or some of either.
+
+:func:`open_store` takes the address of any of them. All are a :class:`~caco_scale.data.store.base.Store`: who
+reads images knows nothing of where they are. Below are the object store's client, the cache and the format of
+shard sets; the stores know nothing of batches, orders or training.
+"""
+
+import os
+
+from caco_scale.data.addresses import check_address, is_remote, local_path
+from caco_scale.data.counters import Counters
+from caco_scale.data.object_store import RetryPolicy
+from caco_scale.data.shards import MANIFEST_NAME, expand_braces
+from caco_scale.data.store.base import Store
+from caco_scale.data.store.folder import FolderStore, is_shard_set
+from caco_scale.data.store.local import LocalStore
+from caco_scale.data.store.remote import RemoteStore
+from caco_scale.errors import UserError
+
+BUILD = "python -m data_prep build IMAGES"
+
+
+def open_store(
+    url: str | os.PathLike,
+    cache_dir: str = "auto",
+    cache_bytes: int = 0,
+    retry_policy: RetryPolicy | None = None,
+    *,
+    labelled: bool = False,
+    flag: str = "data.shards",
+    counters: Counters | None = None,
+) -> Store:
+    """The store at ``url``: a shard set in a directory or an object store, an indexed brace pattern, or a folder.
+
+    Args:
+        cache_dir: where whole shards of an object store are kept on this node; ``auto`` is a folder of this user's
+            in the node's temporary directory, ``none`` reads ranges only, and a range is checked by its size alone:
+            only a whole shard has a hash.
+        cache_bytes: its limit, 0: four fifths of what is free there.
+        labelled: of a folder, take only images in class folders, none of them empty (see :class:`FolderStore`).
+        flag: the option that gave ``url``, for messages.
+        counters: what the store does is added there; None: to its own.
+
+    Raises:
+        UserError: neither shard set nor images there.
+    """
+    url = os.fspath(url)
+    if not url:
+        raise UserError(
+            f"{flag} is empty: give a folder of images, or a shard set (`{BUILD} SHARDS` makes one in SHARDS)"
+        )
+    if url.startswith("pipe:") or "|" in url:
+        raise UserError(
+            f"{flag} {url!r} is a shell pipe: nothing is run to read data, give the directory or address "
+            f"that holds {MANIFEST_NAME}"
+        )
+    remote = {"cache_dir": cache_dir, "cache_bytes": cache_bytes, "retry_policy": retry_policy}
+    remote["counters"] = counters
+    if "{" in url or "}" in url:
+        return _open_pattern(url, flag, remote)
+    if is_remote(url):
+        return _open_remote(url, remote)
+    path = local_path(url)
+    if not os.path.isdir(path):
+        raise UserError(f"{flag} {url} {_no_directory(url, path)}")
+    if not is_shard_set(path):
+        _refuse_other_sets(url, path)
+        return FolderStore(url, labelled, counters)
+    store = LocalStore(url, counters)
+    return RemoteStore(url, index=store, **remote) if is_remote(store.shards_at) else store
+
+
+def _open_remote(url, options):
+    check_address(url)
+    return RemoteStore(url, **options)
+
+
+def _no_directory(url, path):
+    """What is wrong with a path that is no directory, and what to do."""
+    if not os.path.exists(path):
+        return f"does not exist: give a folder of images, or make a shard set there with `{BUILD} {url}`"
+    folder = os.path.dirname(path)
+    if os.path.basename(path) == MANIFEST_NAME:
+        return f"is a file, not a directory: give {folder}"
+    if path.endswith(".tar"):
+        return (
+            f"is a file, not a directory: `python -m data_prep index {folder}` makes its folder readable, "
+            f"then give {folder}"
+        )
+    return "is a file, not a directory: give a folder of images or a shard set"
+
+
+def _refuse_other_sets(url, path):
+    """UserError for a directory without a manifest that is nevertheless no folder of images."""
+    entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+    splits = [entry.name for entry in entries if os.path.exists(os.path.join(entry.path, MANIFEST_NAME))]
+    if splits:
+        places = " or ".join(os.path.join(url, split) for split in splits[:3])
+        raise UserError(f"{url} has no {MANIFEST_NAME}: did you mean {places}?")
+    tars = [entry.name for entry in entries if entry.name.endswith(".tar")]
+    if tars:
+        raise UserError(
+            f"{url} has {len(tars)} tars but no {MANIFEST_NAME}: `python -m data_prep index {url}` writes one for "
+            f"WebDataset shards, `python -m data_prep build {os.path.join(url, tars[0])} SHARDS` takes a tar of images"
+        )
+
+
+def _open_pattern(pattern, flag, options):
+    """The store of a foreign set by its brace pattern: its manifest lies beside the shards."""
+    folder, names = expand_braces(pattern)
+    unindexed = UserError(
+        f"{flag} {pattern} has no {MANIFEST_NAME}: make one with `python -m data_prep index '{pattern}'`, "
+        "or if you may not write there, elsewhere with --to, and give that directory"
+    )
+    if not is_remote(folder) and not is_shard_set(local_path(folder)):
+        raise unindexed
+    try:
+        store = open_store(folder, flag=flag, **options)
+    except UserError as error:
+        if MANIFEST_NAME not in str(error) and "not exist" not in str(error):
+            raise
+        raise unindexed from None
+    there = [shard.name for shard in store.manifest.shards]
+    if there != names:
+        raise UserError(
+            f"{flag} {pattern} means {len(names)} shards, but the {MANIFEST_NAME} there has {len(there)} "
+            f"({there[0]} to {there[-1]}): give {folder}, or index the pattern to another directory"
+        )
+    return store

@@ -1,0 +1,85 @@
+"""Some images of a store as a store of its own."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from caco_scale.data.shards import ShardIndex
+from caco_scale.data.store.base import Store
+
+PREFETCH_SHARE = 0.5  # of a shard's images that must be wanted before fetching all of it pays
+
+
+class Subset(Store):
+    """Some images of a store, in its order. ``ids``: their numbers in the set, ascending, (n,)."""
+
+    pickled = ("url", "manifest", "_store", "_positions")
+
+    def __init__(self, store: Store, ids: NDArray[np.int64]):
+        assert (np.diff(ids) > 0).all(), "ids must ascend"
+        shards, positions = store.locate(ids)
+        infos = store.manifest.shards
+        self._positions = np.split(positions, np.searchsorted(shards, np.arange(1, len(infos))))
+        kept = zip(infos, self._positions, strict=True)
+        shards = tuple(replace(info, num_samples=len(here)) for info, here in kept)
+        self.url, self._store = store.url, store
+        self.manifest = replace(store.manifest, num_samples=len(ids), shards=shards)
+        self._begin(None)
+
+    def _begin(self, counters):
+        super()._begin(self._store.counters)
+        self.remote, self.cache = self._store.remote, self._store.cache
+        self._chosen: dict[int, ChosenSamples] = {}
+
+    def index(self, shard: int) -> "ChosenSamples":
+        if shard not in self._chosen:
+            self._chosen[shard] = ChosenSamples(self._store.index(shard), self._positions[shard])
+        return self._chosen[shard]
+
+    def read(self, shard: int, start: int, num_bytes: int) -> bytes:
+        return self._store.read(shard, start, num_bytes)
+
+    def read_checked(self, shard: int, start: int, num_bytes: int) -> bytes:
+        return self._store.read_checked(shard, start, num_bytes)
+
+    def concurrently(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        return self._store.concurrently(function, items)
+
+    def can_prefetch(self, shards: Iterable[int]) -> bool:
+        return all(self._most_of(shard) for shard in shards) and self._store.can_prefetch(shards)
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        self._store.prefetch(shards)
+
+    def fetch(self, shard: int) -> None:
+        if self._most_of(shard):
+            self._store.fetch(shard)
+
+    def _most_of(self, shard):
+        return len(self._positions[shard]) >= PREFETCH_SHARE * self._store.manifest.shards[shard].num_samples
+
+
+class ChosenSamples:
+    """Some samples of a shard's index; also the sequence of their keys."""
+
+    def __init__(self, index: ShardIndex, positions: NDArray[np.int64]):
+        self._index, self._positions = index, positions.tolist()
+        self.labels = index.labels[positions]
+        self.keys = self
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, position: int) -> str:
+        return self._index.keys[self._positions[position]]
+
+    def span(self, position: int) -> tuple[int, int]:
+        """(start, size in bytes) of one sample."""
+        return self._index.span(self._positions[position])
+
+    def members(self, position: int) -> list[tuple[str, int, int]]:
+        """The files of one sample: list of (extension, offset in the span, size in bytes)."""
+        return self._index.members(self._positions[position])

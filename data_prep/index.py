@@ -1,0 +1,115 @@
+"""Make a foreign WebDataset set readable: an index of every tar, and a manifest."""
+
+import hashlib
+import os
+import tempfile
+from collections import Counter
+
+from caco_scale.atomic import write_atomically
+from caco_scale.data.addresses import is_remote, local_path
+from caco_scale.data.object_store import Remote
+from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo, expand_braces, index_tar, plain_name
+from caco_scale.errors import UserError
+
+
+def index(pattern: str | os.PathLike, to: str | os.PathLike | None = None) -> tuple[str, Manifest]:
+    """Make a foreign WebDataset set readable: index its tars and write a manifest; returns (place, manifest).
+
+    pattern: ``s3://bucket/set/train-{000..012}.tar``, or a folder, whose tars are all taken. to: where manifest and
+    indexes go; beside the tars if not given. Nothing of the tars is changed, and every byte is read once.
+    UserError: a tar that is missing, cut or damaged, a name that is no plain file name.
+    """
+    pattern = os.fspath(pattern)
+    if pattern.startswith("pipe:") or "|" in pattern:
+        raise UserError(f"{pattern!r} is a shell pipe: nothing is run to read data, give files or an address")
+    if "{" in pattern:
+        folder, names = expand_braces(pattern)
+    else:
+        folder, names = pattern, None
+    if not is_remote(folder):
+        folder = local_path(folder)
+    tars = Remote(folder) if is_remote(folder) else None
+    if names is None:
+        there = tars.listing() if tars else os.listdir(folder) if os.path.isdir(folder) else []
+        names = sorted(plain_name(name) for name in there if name.endswith(".tar"))
+    if not names:
+        raise UserError(f"{pattern} has no tars: give a folder or a pattern like {folder}/{{000..012}}.tar")
+    place = folder if to is None else os.fspath(to)
+    if to is not None and not is_remote(place):
+        place = local_path(place)
+        os.makedirs(place, exist_ok=True)
+    if is_remote(place) and place.rstrip("/") != folder.rstrip("/"):
+        raise UserError(f"--to {place}: give a local directory, or leave it out to write beside the tars")
+    if is_remote(place):
+        Remote(place).check_writable()
+    _refuse_manifest(place)
+    shards, labels = [], Counter()
+    write = (
+        Remote(place).write
+        if is_remote(place)
+        else lambda name, data, **_: write_atomically(os.path.join(place, name), data)
+    )
+    for name in names:
+        info, found, data = _index_one(tars, folder, name)
+        write(info.index_name, data)
+        shards.append(info)
+        labels.update(found)
+    build = {"foreign": True} | ({} if place == folder else {"shards_at": folder})
+    classes = range(max(labels, default=-1) + 1)
+    manifest = Manifest(
+        classes=tuple(str(label) for label in classes),
+        class_counts=tuple(labels[label] for label in classes),
+        num_samples=sum(shard.num_samples for shard in shards),
+        num_bytes=sum(shard.num_bytes for shard in shards),
+        shards=tuple(shards),
+        fixed=[],
+        rejected=[],
+        build=build,
+    )
+    write(MANIFEST_NAME, manifest.to_json().encode(), create=True)
+    return place, manifest
+
+
+def _refuse_manifest(place):
+    there = (
+        Remote(place).size(MANIFEST_NAME) is not None
+        if is_remote(place)
+        else os.path.exists(os.path.join(place, MANIFEST_NAME))
+    )
+    if there:
+        raise UserError(f"{place} has a {MANIFEST_NAME} already: remove it, or write elsewhere with --to")
+
+
+def _index_one(tars, folder, name):
+    """(ShardInfo, labels, bytes of the index) of one tar."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryFile() as file:
+        try:
+            for chunk in _chunks(tars, folder, name):
+                digest.update(chunk)
+                file.write(chunk)
+        except OSError as error:
+            raise UserError(f"cannot read {folder}/{name}: {error.strerror}") from None
+        num_bytes = file.tell()
+        file.seek(0)
+        try:
+            index = index_tar(file)
+        except UserError as error:
+            raise UserError(f"{folder}/{name}: {error}") from None
+    data = index.to_bytes()
+    index_name = name.removesuffix(".tar") + ".idx"
+    sha256 = hashlib.sha256(data).hexdigest()
+    info = ShardInfo(name, len(index), num_bytes, digest.hexdigest(), index_name, len(data), sha256)
+    return info, [int(label) for label in index.labels if label >= 0], data
+
+
+def _chunks(tars, folder, name):
+    if tars:
+        size = tars.size(name)
+        if size is None:
+            raise UserError(f"{folder}/{name} does not exist")
+        yield from tars.stream(name, 0, size, whole=True)
+        return
+    with open(os.path.join(folder, name), "rb") as file:
+        while chunk := file.read(1 << 22):
+            yield chunk

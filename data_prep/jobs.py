@@ -1,0 +1,140 @@
+"""The work of a build: one job per shard, done in this process or in a pool, and the manifest that comes of them."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from caco_scale.data.folders import ImageFolder
+from caco_scale.data.object_store import Remote
+from caco_scale.data.order import permutation
+from caco_scale.data.shards import Manifest, ShardInfo
+from caco_scale.errors import UserError
+from data_prep.destination import FULL_DISK, free_space
+from data_prep.progress import BuildProgress
+from data_prep.tar import Source
+
+if TYPE_CHECKING:
+    from data_prep.shard import Job
+
+PERMUTATION = 77  # sets the order of a build apart from the orders of training
+
+
+def describe_build(folder: ImageFolder, samples_per_shard: int, seed: int, short_side: int = 0) -> dict:
+    """What makes a build the one it is, as its manifest records it."""
+    what = {
+        "seed": seed,
+        "samples_per_shard": samples_per_shard,
+        "num_images": len(folder.images),
+        "listing": folder.fingerprint(),
+    }
+    return what | ({"short_side": short_side} if short_side else {})
+
+
+def plan_shards(
+    source: Source, folder: ImageFolder, dst: str, what: dict, remote: Remote | None = None
+) -> list["Job"]:
+    """The jobs of a build, one per shard, as ``what`` describes it."""
+    # Imported here and not above: it imports torch, and a user's mistakes are told before that.
+    from data_prep.shard import Job
+
+    labels = {name: label for label, name in enumerate(folder.classes)}
+    samples_per_shard, short_side = what["samples_per_shard"], what.get("short_side", 0)
+    order = permutation(len(folder.images), what["seed"], PERMUTATION)
+    jobs = []
+    for number, first in enumerate(range(0, len(order), samples_per_shard)):
+        images = [folder.images[i] for i in order[first : first + samples_per_shard]]
+        images = [(labels[image.class_name], image) for image in images]
+        jobs.append(Job(number, first, images, source, dst, short_side, remote))
+    return jobs
+
+
+def run_jobs(jobs: list["Job"], dst: str, workers: int | None, quiet: bool) -> list[dict]:
+    """Build all shards, in this process or in a pool; returns their records in order."""
+    workers = min(len(os.sched_getaffinity(0)) if workers is None else workers, len(jobs))
+    records = {}
+    num_images = sum(len(job.images) for job in jobs)
+    with BuildProgress(os.path.basename(dst), num_images, quiet) as progress:
+        try:
+            for job, (record, kept) in _results(jobs, workers):
+                records[job.number] = record
+                progress.advance(len(job.images), record["info"]["num_bytes"], kept)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            raise UserError(_full_disk(error, jobs, records)) from None
+        except BrokenProcessPool:
+            raise UserError(
+                f"a worker was killed, perhaps for memory ({len(records)} of {len(jobs)} shards are finished "
+                f"and kept): run the same command again with fewer than --workers {workers}"
+            ) from None
+    return [records[number] for number in sorted(records)]
+
+
+def _full_disk(error, jobs, records):
+    folder = jobs[0].dst  # where shards are made, also on their way into an object store
+    sizes = [job.num_bytes() for job in jobs if job.number not in records]
+    needed = max(sizes) if jobs[0].remote else sum(sizes)  # what is uploaded is gone from here
+    return (
+        f"no space for {folder}: {error.strerror}; {free_space(folder)}, about {needed / 1e6:,.1f} MB more are needed; "
+        f"{len(records)} of {len(jobs)} shards are finished and kept: free some and run it again"
+    )
+
+
+def _results(jobs, workers):
+    """(job, result of build_shard) for every job, as they finish; a failure lets shards in work finish."""
+    from data_prep.shard import build_shard
+
+    if workers <= 1:
+        for job in jobs:
+            yield job, build_shard(job)
+        return
+    # forkserver: its children neither copy this process nor import torch one by one.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data_prep.shard"])
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    try:
+        futures = {pool.submit(build_shard, job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker():
+    """A worker leaves Ctrl-C to its parent and ends with it: after a kill nobody must write on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def manifest_of(records: list[dict], folder: ImageFolder, what: dict) -> Manifest:
+    """The manifest of a build by the records of its shards. UserError where not one image could be used."""
+    shards = tuple(ShardInfo(**record["info"]) for record in records)
+    counts = np.zeros(len(folder.classes), np.int64)
+    fixed = [note for record in records for note in record["fixed"]]
+    lost = [note for record in records for note in record["rejected"]]
+    rejected = [{"key": None, "source": name, "reason": reason} for name, reason in folder.skipped] + lost
+    num_samples = sum(shard.num_samples for shard in shards)
+    if not num_samples:
+        last = rejected[-1]
+        raise UserError(
+            f"none of the {len(folder.images)} images can be used; {last['source']}: {last['reason']}"
+        )
+    labels = {name: label for label, name in enumerate(folder.classes)}
+    lost = {note["source"] for note in lost}
+    for image in folder.images:
+        counts[labels[image.class_name]] += image.name not in lost
+    num_bytes = sum(shard.num_bytes for shard in shards)
+    return Manifest(
+        folder.classes, tuple(counts.tolist()), num_samples, num_bytes, shards, fixed, rejected, what
+    )
