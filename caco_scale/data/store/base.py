@@ -72,7 +72,7 @@ class Store:
     @property
     def verify_hint(self) -> str:
         """How to find out what is damaged, in words."""
-        return f"check the set with `python -m data_prep verify {self.url} --full`"
+        return f"check the set with `python -m data_prep verify --full {self.url}`"
 
     def check(self) -> None:
         """Compare what is there with the manifest. UserError names the first wrong, and a set without an image."""
