@@ -58,33 +58,33 @@ def test_what_must_fit_before_the_end():
 
 def test_a_touch_during_the_save_is_another_request(tmp_path):
     now = 0.0
-    switches, other = (ControlFiles(tmp_path, is_main, clock=lambda: now) for is_main in (True, False))
-    assert switches.look() == (False, False)
+    controls, other = (ControlFiles(tmp_path, is_main, clock=lambda: now) for is_main in (True, False))
+    assert controls.look() == (False, False)
     (tmp_path / "SAVE").touch()
-    assert switches.look() == (False, False)  # not looked for again so soon
+    assert controls.look() == (False, False)  # not looked for again so soon
     now = 2.0
-    assert switches.look() == (False, True)
+    assert controls.look() == (False, True)
     assert other.look() == (False, False)
-    switches.save_begins(10)
+    controls.save_begins(10)
     now = 4.0
-    assert switches.look() == (False, False)  # being answered
-    switches.save_is_complete(5)  # an older one
+    assert controls.look() == (False, False)  # being answered
+    controls.save_is_complete(5)  # an older one
     assert (tmp_path / "SAVE").exists()
     os.utime(tmp_path / "SAVE")
     now = 6.0
-    assert switches.look() == (False, True)
-    switches.save_is_complete(10)
+    assert controls.look() == (False, True)
+    controls.save_is_complete(10)
     assert (tmp_path / "SAVE").exists()
     now = 8.0
-    assert switches.look() == (False, True)
-    switches.save_begins(20)
-    switches.save_is_complete(20)
+    assert controls.look() == (False, True)
+    controls.save_begins(20)
+    controls.save_is_complete(20)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "STOP").touch()
     now = 10.0
-    assert switches.look() == (True, False)
+    assert controls.look() == (True, False)
     with pytest.raises(UserError, match="remove it to train on"):
-        switches.refuse_stop()
+        controls.refuse_stop()
     other.refuse_stop()
 
 

@@ -9,7 +9,7 @@ Legend: N global batch, K bank rows, S steps per epoch, W learning-rate warm-up 
 import math
 from dataclasses import dataclass
 
-RULES = ("caco", "adco", "moco")
+from caco_scale.choices import BANK_RULES, BankRule
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Schedule:
     base_lr: float  # of the encoder, per 256 images
     lr_warmup_epochs: float  # linear warm-up of both learning rates in the main schedule
     bank_size: int  # K
-    bank_rule: str  # caco, adco or moco
+    bank_rule: BankRule
     bank_lr: float  # absolute, constant after the same warm-up
     bank_warmup_epochs: int  # 0: ceil(K / N) steps for caco, none for adco and moco
     bank_warmup_ramp_steps: int  # linear warm-up of base_lr within the bank warm-up; 0: full at once
@@ -34,7 +34,7 @@ class Schedule:
     final_lr_fraction: float = 0.01  # of the peak, at the end of the cosine
 
     def __post_init__(self):
-        assert self.bank_rule in RULES, self.bank_rule
+        assert self.bank_rule in BANK_RULES, self.bank_rule
         assert self.steps_per_epoch == self.num_samples // self.global_batch_size > 0, self
 
     @property
@@ -65,7 +65,7 @@ class HyperParameters:
     parameters <- query parameters and the bank's velocity <- 0."""
 
     step: int
-    rule: str
+    rule: BankRule
     temperature: float
     bank_temperature: float
     lr: float
