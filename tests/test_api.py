@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from launch import SMALL, environment, planned_keys
+from launch import SMALL, by, environment, final_state, launch, planned_keys, relative_difference
 from PIL import Image
 from run_directories import save_run
 from shard_sets import make_shard_set, smooth_image
@@ -118,6 +118,7 @@ def test_an_unknown_name_is_an_attribute_error():
         ([], {"views.scale": (0.5, 0.2)}, "views.scale"),
         ([], {"views.scale": 0.5}, "views.scale"),
         ([], {"optim.epochs": True}, "True"),
+        ([], {"data.shards": "/nowhere"}, "/nowhere"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, flags, words, tmp_path, monkeypatch):
@@ -126,6 +127,118 @@ def test_a_mistake_is_one_line(arguments, flags, words, tmp_path, monkeypatch):
         caco_scale.pretrain(*arguments, **flags)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+TWICE = """
+import json, signal, sys, threading
+import caco_scale
+
+flags, records = json.loads(sys.argv[1]), []
+
+def note(record):
+    records.append(record)
+    if len(records) == 5:
+        signal.raise_signal(signal.SIGINT)
+
+handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+stopped = caco_scale.pretrain("demo", on_metrics=note, **{**flags, "run.dir": "stopped"})
+assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == handlers
+first = [stopped.stopped_by, stopped.step, repr(stopped), len(records)]
+rest = []
+resumed = caco_scale.pretrain("demo", on_metrics=rest.append, run__dir="stopped", **flags)
+again = caco_scale.pretrain("demo", run__dir="stopped", **flags)
+found = []
+thread = threading.Thread(target=lambda: found.append(caco_scale.pretrain(**flags, run__dir="thread")))
+thread.start()
+thread.join()
+print(json.dumps({
+    "first": first,
+    "records": records + rest,
+    "metrics": resumed.metrics(),
+    "runs": [[str(r.path), r.step, r.stopped_by, r.checkpoint.name, repr(r)] for r in (resumed, again, *found)],
+    "curve": found[0].curve("loss"),
+    "size": [resumed.config.bank.size, resumed.load_backbone().num_features],
+}))
+"""
+
+
+@pytest.mark.parametrize("code_by", ["file", "input"])
+def test_runs_in_a_script_equal_the_commands_to_the_last_bit(shards, tmp_path, code_by):
+    flags = {**SMALL, "data.shards": shards}
+    if code_by == "input":  # a notebook has no file that a loader's worker could import again
+        flags |= {"run.max_steps": 6}
+    steps = flags["run.max_steps"]
+    launch({**flags, "run.dir": tmp_path / "command"})
+    said = python(TWICE, json.dumps(flags), cwd=tmp_path, code_by=code_by)
+    assert said["first"][:2] == ["SIGINT", 5]
+    assert said["first"][2] == "Run('stopped', stopped by SIGINT, step 5)"
+    assert [record["step"] for record in said["records"]] == list(range(1, steps + 1))
+    assert said["records"] == said["metrics"]
+    last = f"step_{steps:08d}"
+    assert said["runs"][0] == ["stopped", steps, None, last, f"Run('stopped', finished, step {steps})"]
+    assert said["runs"][1] == said["runs"][0]
+    assert said["runs"][2][:4] == ["thread", steps, None, last]
+    expected, values = final_state(tmp_path / "command")
+    losses = [record["loss"] for record in caco_scale.read_metrics(tmp_path / "command")]
+    assert said["curve"] == [list(range(1, steps + 1)), losses]
+    for name in ("stopped", "thread"):
+        state, found = final_state(tmp_path / name)
+        assert found["step"] == values["step"] == steps
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key]) for key in state)
+        assert [record["loss"] for record in caco_scale.read_metrics(tmp_path / name)] == losses
+    assert said["size"] == [20, 128]
+
+
+LAUNCHED = """
+import json, os, sys
+import caco_scale
+
+records = []
+run = caco_scale.pretrain("demo", on_metrics=records.append, run__dir="launched", **json.loads(sys.argv[1]))
+if os.environ["RANK"] == "0":
+    print(json.dumps([run.step, len(records)]))
+else:
+    assert records == [] and run.step == 15, (records, run)
+"""
+
+
+def test_the_same_script_under_the_launcher_trains_with_all_processes(shards, tmp_path):
+    flags = {**SMALL, "data.shards": shards, "run.world_size": 2}
+    launcher = ["-m", "accelerate.commands.launch", *by("ddp", 2)["launcher"]]
+    assert python(LAUNCHED, json.dumps(flags), cwd=tmp_path, launcher=launcher) == [STEPS, STEPS]
+    launch({**flags, "run.dir": tmp_path / "command"}, num_processes=2)
+    difference, name = relative_difference(
+        final_state(tmp_path / "launched")[0], final_state(tmp_path / "command")[0]
+    )
+    assert difference == 0, name
+
+
+REFUSED = """
+import json, sys
+import caco_scale
+
+flags = json.loads(sys.argv[1])
+caco_scale.pretrain(**flags, run__max_steps=4)
+said = []
+for change in ({"bank.lr": 1.0}, {"bank.momentum": 0.5}):
+    try:
+        caco_scale.pretrain(**flags, **change, run__max_steps=6)
+    except caco_scale.UserError as error:
+        said.append(error)  # as a notebook keeps the last error, with all its frames
+run = caco_scale.pretrain(**flags, run__max_steps=6)
+print(json.dumps([[str(error) for error in said], run.step]))
+"""
+
+
+def test_a_refused_call_leaves_the_run_free_for_the_next(shards, tmp_path):
+    """An error is kept by who asked, and its frames with it: neither the folder's lock nor anything else may stay."""
+    flags = {**SMALL, "data.shards": shards, "run.dir": "run"}
+    del flags["run.max_steps"]
+    said, step = python(REFUSED, json.dumps(flags), cwd=tmp_path)
+    assert "bank.lr: 3.0 -> 1.0" in said[0]
+    assert "bank.momentum" in said[1]
+    assert step == 6
 
 
 def test_figures_of_a_run(tmp_path):

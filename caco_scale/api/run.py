@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from caco_scale import config as configuration
 from caco_scale.config import Config
 from caco_scale.errors import UserError
-from caco_scale.run.directory import read_json_lines
+from caco_scale.run.files import read_json_lines
 
 if TYPE_CHECKING:
     from caco_scale.api.backbone import Backbone
