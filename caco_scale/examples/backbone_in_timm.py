@@ -50,8 +50,11 @@ def main() -> None:
         print(f"timm's features differ from the trained backbone's by {difference:.1e} at most")
         assert difference < 1e-5
 
-        model.reset_classifier(CLASSES)  # to be fine-tuned, with timm's own train.py or any loop
-        print(f"with a new classifier: {tuple(model(images).shape)}")
+        classifier = timm.create_model(  # to be fine-tuned, by timm's own train.py or any loop
+            "resnet18", pretrained=True, pretrained_cfg_overlay={"file": str(file)}, num_classes=CLASSES
+        )
+        assert torch.equal(classifier.state_dict()["conv1.weight"], model.state_dict()["conv1.weight"])
+        print(f"with a new classifier: {tuple(classifier(images).shape)}")
 
 
 if __name__ == "__main__":
