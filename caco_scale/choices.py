@@ -12,6 +12,8 @@ KernelInputs = Literal["fp32", "tf32", "bf16"]
 Stem = Literal["imagenet", "cifar"]
 Optimizer = Literal["lars", "sgd", "adamw"]
 Compute = Literal["auto", "bf16", "fp32", "fp64"]
+Encoder = Literal["query", "key"]
+ExportFormat = Literal["safetensors", "torchvision", "timm"]
 StrategyName = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 BANK_RULES: tuple[str, ...] = get_args(BankRule)
@@ -20,4 +22,6 @@ BANK_KERNELS: tuple[str, ...] = get_args(BankKernel)
 KERNEL_INPUTS: tuple[str, ...] = get_args(KernelInputs)
 STEMS: tuple[str, ...] = get_args(Stem)
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
+ENCODERS: tuple[str, ...] = get_args(Encoder)
+EXPORT_FORMATS: tuple[str, ...] = get_args(ExportFormat)
 STRATEGIES: tuple[str, ...] = get_args(StrategyName)

@@ -4,19 +4,21 @@ A flag is a field's name, dotted where it stands in a section: ``--bank.size 409
 ``-`` are alike, no flag is abbreviated, the last of two wins. A bool's flag stands alone or before ``true`` or
 ``false``. The docstring under a field is its line in ``--help``. A mistake is one line that names the nearest flag.
 
-This file knows dataclasses and errors; which commands there are, and what a recipe is, it does not know.
+This file knows dataclasses, their rules and errors; which commands there are, and what a recipe is, it does not know.
 """
 
 import contextlib
 import dataclasses
 import io
+import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from caco_scale import rules
 from caco_scale.errors import UserError, did_you_mean, unless_nobody_reads
 
 T = TypeVar("T")
@@ -27,6 +29,9 @@ BOOLS = {"true": "True", "false": "False"}  # YAML's words, and Python's
 def shown(metavar: str) -> Any:
     """For ``Annotated``: how ``--help`` shows a value whose docstring says the default itself."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+Switch = Annotated[bool, shown("")]  # a bool that is off until its flag is given
 
 
 def read(
@@ -67,15 +72,51 @@ def read_both(
     return found[1], found[0]
 
 
-def field_types(kind: Any, prefix: str = "") -> dict[str, Any]:
-    """``{"section.field": type with its annotations}`` of all flags and positionals; suppressed fields are none."""
-    found = {}
-    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        if dataclasses.is_dataclass(_bare(hint)):
-            found |= field_types(_bare(hint), f"{prefix}{name}.")
-        elif tyro.conf.Suppress not in _marks(hint):
-            found[f"{prefix}{name}"] = hint
-    return found
+def read_command(
+    commands: Mapping[str, type[Any]], arguments: Sequence[str], prog: str, about: str
+) -> tuple[str, Any]:
+    """A group's command line, ``COMMAND [--flag value ...]``, as (the command's name, its checked dataclass).
+
+    ``commands``: name -> dataclass; ``--help`` in the first place lists them with their docstrings' first lines.
+    """
+    name, rest = pick({name: summary(kind) for name, kind in commands.items()}, arguments, prog, about)
+    found = read(commands[name], rest, f"{prog} {name}")
+    rules.check(found, "--{}".format)
+    return name, found
+
+
+def pick(
+    commands: Mapping[str, str], arguments: Sequence[str], prog: str, about: str
+) -> tuple[str, list[str]]:
+    """The command (one of the names) that the first word is, and the other words; no other one is a UserError."""
+    name, *rest = arguments or [""]
+    if name in ("-h", "--help"):
+        with unless_nobody_reads():
+            print(f"usage: {prog} COMMAND ...\n\n{about.strip()}\n\n{listing(commands)}\n")
+            print(f"{prog} COMMAND --help says more.")
+            sys.exit(0)
+    if name not in commands:
+        what = f"{name!r} is no command{did_you_mean(name, commands)}: give" if name else "give"
+        raise UserError(f"{what} one of {', '.join(commands)}; {prog} --help says what they do")
+    return name, rest
+
+
+def summary(kind: type[Any]) -> str:
+    """The first line of a command's docstring, as a list of commands has it."""
+    return (kind.__doc__ or "").strip().splitlines()[0]
+
+
+def listing(commands: Mapping[str, str]) -> str:
+    """Names and what they do, one a line."""
+    width = max(map(len, commands))
+    return "\n".join(f"  {name:{width}}  {what}" for name, what in commands.items())
+
+
+def flag_types(kind: Any) -> dict[str, Any]:
+    """``{"section.field": type}`` of what a command line can give; suppressed fields are none of it."""
+    return {
+        name: hint for name, hint in rules.field_types(kind).items() if tyro.conf.Suppress not in _marks(hint)
+    }
 
 
 def _marks(hint: Any) -> tuple[Any, ...]:
@@ -109,7 +150,7 @@ def _read(kinds, arguments, prog, about, usage, name_of):
     if "-h" in arguments or "--help" in arguments:
         with unless_nobody_reads():
             tyro.cli(joined, args=["--help"], **options)
-    hints = {name: hint for kind, _ in kinds for name, hint in field_types(kind).items()}
+    hints = {name: hint for kind, _ in kinds for name, hint in flag_types(kind).items()}
     needed = [name for kind, default in kinds if default is None for name in _without_default(kind)]
     words, given = _group(arguments, hints, needed, prog, name_of)
     output = io.StringIO()
@@ -170,7 +211,7 @@ def _group(arguments, hints, needed, prog, name_of):
     ]
     missing += [name for name in needed if name in positional][len(words) :]
     if missing:
-        called = [name.upper() if name in positional else f"--{name}" for name in missing]
+        called = [_metavar(name, hints) if name in positional else f"--{name}" for name in missing]
         raise UserError(f"give {' and '.join(called)}: {prog} --help says what they are")
     return words, given
 
@@ -178,6 +219,10 @@ def _group(arguments, hints, needed, prog, name_of):
 def _stands_alone(rest, has_positionals):
     """Is a bool's flag before these words without a value? A word that is none may be a positional argument."""
     return not rest or rest[0].startswith("--") or (has_positionals and rest[0].lower() not in BOOLS)
+
+
+def _metavar(name, hints):
+    return next((m.metavar for m in _marks(hints[name]) if getattr(m, "metavar", None)), name.upper())
 
 
 def _most_values(hint):
@@ -193,7 +238,8 @@ def _wanted(hint):
     if typing.get_origin(hint) is Literal:
         return f"give one of {', '.join(map(str, parts))}"
     if typing.get_origin(hint) is tuple:
-        return f"give {'numbers' if parts[-1] is ... else f'{len(parts)} numbers'}"
+        count = "" if parts[-1] is ... else f"{len(parts)} "
+        return f"give {count}{'whole ' if _bare(parts[0]) is int else ''}numbers"
     return {int: "give a whole number", float: "give a number", bool: "give true or false"}.get(
         hint, "give one"
     )

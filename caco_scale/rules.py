@@ -27,6 +27,11 @@ class Rule:
     fix: str
 
 
+def at_most(most: float) -> Rule:
+    """The rule of a greatest value."""
+    return Rule(lambda x: x <= most, f"give at most {most}")
+
+
 class FreeAtResume:
     """Mark of a field that changes nothing of what is computed: a resumed run may have another value."""
 
@@ -53,8 +58,9 @@ Free = Annotated[T, FreeAtResume]
 
 def field_types(cls: type, prefix: str = "") -> dict[str, Any]:
     """``{"section.field": type with its rules}`` of a dataclass and of the dataclasses in it, in their order."""
-    found = {}
-    for name, kind in typing.get_type_hints(cls, include_extras=True).items():
+    found, kinds = {}, typing.get_type_hints(cls, include_extras=True)
+    for name in (f.name for f in dataclasses.fields(cls)):
+        kind = kinds[name]
         if dataclasses.is_dataclass(kind):
             found |= field_types(typing.cast(type, kind), f"{prefix}{name}.")
         else:

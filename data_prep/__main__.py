@@ -1,259 +1,210 @@
-"""The command line: ``python -m data_prep {build,verify,repair,index,demo}``, also installed as ``caco-shards``."""
+"""Shard sets: ``python -m data_prep {build,verify,repair,index,demo}``, also installed as ``caco-shards``."""
 
-import argparse
-import os
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from rich.console import Console
+from tyro.conf import Positional
 
-from caco_scale.data.store.local import LocalStore
-from caco_scale.errors import UserError, did_you_mean, exit_on_user_error
-from data_prep.build import build
-from data_prep.progress import print_summary, printable
-from data_prep.verify import histogram, verify
+from caco_scale.errors import UserError, exit_on_user_error, unless_nobody_reads
+from caco_scale.flags import Switch, read_command, shown
+from caco_scale.rules import Rule
 
+PROG = "python -m data_prep"
+ONE_PER_CLASS = Rule(lambda x: x >= 10, "give at least 10, one image per class")
 
-class Parser(argparse.ArgumentParser):
-    """Errors of the command line are one line, like all others."""
-
-    def error(self, message):
-        raise UserError(f"{message} (see `{self.prog} --help`)")
-
-
-def parser():
-    """The commands and their flags."""
-    main = Parser(prog="python -m data_prep", description=__doc__, allow_abbrev=False)
-    commands = main.add_subparsers(dest="command", required=True, metavar="{build,verify,repair,index,demo}")
-    defaults = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-
-    make = commands.add_parser(
-        "build", help="build a shard set from a folder of class folders or a tar", **defaults
-    )
-    _add_source(make)
-    make.add_argument(
-        "dst",
-        help="directory or s3://, gs://, az:// folder of the set; splits (train, val, test) get one each",
-    )
-    make.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="images per shard")
-    make.add_argument("--seed", type=int, default=0, help="seed of the order in which images fill the shards")
-    make.add_argument("--workers", type=int, metavar="N", help="processes; one per CPU if not given")
-    make.add_argument(
-        "--short-side",
-        type=int,
-        default=0,
-        metavar="PIXELS",
-        help="shrink larger images to it; 0 = keep all bytes",
-    )
-    make.add_argument(
-        "--part",
-        metavar="I/N",
-        help="build every N-th shard only, from the I-th: N processes with I = 1 to N share a build, on any nodes",
-    )
-    make.add_argument("--dry-run", action="store_true", help="say what would be written, and how large")
-
-    mend = commands.add_parser(
-        "repair", help="build the bad shards of a set again from its source", **defaults
-    )
-    _add_source(mend)
-    mend.add_argument("dst", help="directory or address of the set")
-    mend.add_argument(
-        "--workers", type=int, metavar="N", help="processes that check; one per CPU if not given"
-    )
-
-    foreign = commands.add_parser("index", help="make a foreign WebDataset set readable", **defaults)
-    foreign.add_argument("src", help="folder of tars, or a pattern like s3://bucket/train-{000..012}.tar")
-    foreign.add_argument(
-        "--to", metavar="DIR", help="directory for manifest and indexes; beside the tars if not given"
-    )
-
-    check = commands.add_parser("verify", help="check a shard set against its manifest", **defaults)
-    check.add_argument("dst", help="directory or address of a shard set, or of sets named by split")
-    check.add_argument(
-        "--expect", metavar="NAME", help="imagenet1k-train or imagenet1k-val: must be that, complete"
-    )
-    check.add_argument("--full", action="store_true", help="also hash every shard and decode every image")
-    check.add_argument(
-        "--workers", type=int, metavar="N", help="processes for --full; one per CPU if not given"
-    )
-
-    demo = commands.add_parser(
-        "demo", help="draw the demo's ten classes of textures into DST/train, DST/val", **defaults
-    )
-    demo.add_argument("dst", help="directory for the two shard sets")
-    demo.add_argument("--train", type=int, default=4096, metavar="N", help="training images")
-    demo.add_argument("--val", type=int, default=2000, metavar="N", help="validation images")
-    return main
+# What a command imports stands in its ``run``: --help and a typo are answered at once.
 
 
-def _add_source(command):
-    command.add_argument(
-        "src",
-        help="folder of class folders, a tar of one (.tar, .tar.gz, .tar.bz2, .tar.xz), ILSVRC2012_img_train.tar, "
-        "ILSVRC2012_img_val.tar (with --labels), or a folder of parquet files (with --format parquet)",
-    )
-    command.add_argument("--format", choices=["auto", "parquet"], default="auto", help="kind of the source")
-    command.add_argument(
-        "--labels",
-        metavar="FILE",
-        help="classes of a tar without folders: ImageNet's devkit, or a text of WNIDs",
-    )
-    command.add_argument(
-        "--md5",
-        default="auto",
-        metavar="HEX",
-        help="of the source; auto = ImageNet's own, for its size; none",
-    )
-    command.add_argument("--split", metavar="NAME", help="take only this split, straight into DST")
-    command.add_argument(
-        "--skip-empty-classes", action="store_true", help="leave out class folders without images"
-    )
+@dataclass(frozen=True, kw_only=True)
+class FromSource:
+    """What commands that read a source are asked."""
+
+    src: Positional[Annotated[str, shown("SRC")]]
+    """Folder of class folders, a tar of one (.tar, .tar.gz, .tar.bz2, .tar.xz), ILSVRC2012_img_train.tar,
+    ILSVRC2012_img_val.tar (with --labels), or a folder of parquet files (with --format parquet)."""
+    format: Literal["auto", "parquet"] = "auto"
+    """Kind of the source."""
+    labels: Annotated[str | None, shown("FILE")] = None
+    """Classes of a tar without folders: ImageNet's devkit, or a text of WNIDs."""
+    md5: Annotated[str, shown("HEX")] = "auto"
+    """Of the source (default: auto = ImageNet's own, for its size; none = unchecked)."""
+    split: Annotated[str | None, shown("NAME")] = None
+    """Take only this split, straight into DST."""
+    skip_empty_classes: Switch = False
+    """Leave out class folders without images."""
+    workers: Annotated[int | None, shown("N")] = None
+    """Processes (default: one per CPU)."""
+
+    def source_options(self) -> dict[str, Any]:
+        """As :func:`data_prep.sources.open_source` takes them."""
+        split = self.split if self.format == "parquet" else None
+        return {"kind": self.format, "labels": self.labels, "md5": self.md5, "split": split}
+
+    def split_folder(self) -> str | None:
+        """The split that is a folder of the source: parquet files have theirs in their names."""
+        return None if self.format == "parquet" else self.split
 
 
-def _source_options(options):
-    split = options.split if options.format == "parquet" else None
-    return {"kind": options.format, "labels": options.labels, "md5": options.md5, "split": split}
+@dataclass(frozen=True, kw_only=True)
+class Build(FromSource):
+    """Build a shard set from a folder of class folders or a tar."""
+
+    dst: Positional[Annotated[str, shown("DST")]]
+    """Directory or s3://, gs://, az:// folder of the set; splits (train, val, test) get one each."""
+    samples_per_shard: int = 1000
+    """Images per shard."""
+    seed: int = 0
+    """Seed of the order in which images fill the shards."""
+    short_side: int = 0
+    """Shrink larger images to this many pixels; 0 = keep all bytes."""
+    part: Annotated[str | None, shown("I/N")] = None
+    """Build every N-th shard only, from the I-th: N processes with I = 1 to N share a build, on any nodes."""
+    dry_run: Switch = False
+    """Say what would be written, and how large."""
+
+    def run(self) -> None:
+        from data_prep.build import build
+        from data_prep.progress import print_summary, say
+
+        start = time.monotonic()
+        results = build(
+            self.src,
+            self.dst,
+            samples_per_shard=self.samples_per_shard,
+            seed=self.seed,
+            workers=self.workers,
+            split=self.split_folder(),
+            skip_empty_classes=self.skip_empty_classes,
+            short_side=self.short_side,
+            source_options=self.source_options(),
+            dry_run=self.dry_run,
+            part=parse_part(self.part),
+        )
+        if self.dry_run:
+            before = f" before images are made {self.short_side} pixels small" if self.short_side else ""
+            for path, images, shards, num_bytes in results:
+                size = f"{images:,} images in {shards:,} shards, about {num_bytes / 1e6:,.1f} MB"
+                say(f"{path}: would write {size}{before}")
+            return
+        print_summary([(path, made) for path, made, _ in results if made], time.monotonic() - start)
+        for path, made, was_there in results:
+            if not made:
+                say(f"{path}: part {self.part} is finished, others are not")
+            elif was_there:
+                say(f"{path} was finished already, by the same build")
 
 
-def parse(arguments):
-    """The parsed command line. UserError with the nearest flag for an unknown one."""
-    # "--samples_per_shard" and "--samples-per-shard" both work.
-    flags = [a.split("=", 1) if a.startswith("--") else [a] for a in arguments]
-    arguments = ["=".join([f[0].replace("_", "-"), *f[1:]]) if f[0].startswith("--") else f[0] for f in flags]
-    commands = parser()
-    options, unknown = commands.parse_known_args(arguments)
-    if unknown:
-        known = [
-            "--" + name.replace("_", "-") for name in vars(options) if name not in ("command", "src", "dst")
-        ]
-        hint = did_you_mean(unknown[0].split("=")[0], known)
-        raise UserError(f"unknown argument {unknown[0]!r}{hint}: {options.command} knows {', '.join(known)}")
-    return options
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check a shard set against its manifest."""
+
+    dst: Positional[Annotated[str, shown("DST")]]
+    """Directory or address of a shard set, or of sets named by split."""
+    expect: Annotated[str | None, shown("NAME")] = None
+    """imagenet1k-train or imagenet1k-val: must be that, complete."""
+    full: Switch = False
+    """Also hash every shard and decode every image."""
+    workers: Annotated[int | None, shown("N")] = None
+    """Processes for --full (default: one per CPU)."""
+
+    def run(self) -> None:
+        from data_prep.progress import say
+        from data_prep.verify import histogram, verify
+
+        checked = "every byte and image checked" if self.full else "sizes, indexes and counts checked"
+        for path, manifest in verify(self.dst, self.full, self.workers, self.expect):
+            if self.full:
+                say(*histogram(manifest))
+            samples = f"{manifest.num_samples:,} samples in {len(manifest.shards):,} shards"
+            say(f"{path}: fine, {samples} ({checked})")
 
 
-def parse_part(text):
+@dataclass(frozen=True, kw_only=True)
+class Repair(FromSource):
+    """Build the bad shards of a set again from its source."""
+
+    dst: Positional[Annotated[str, shown("DST")]]
+    """Directory or address of the set."""
+
+    def run(self) -> None:
+        from data_prep.progress import say
+        from data_prep.repair import repair
+
+        options = (self.source_options(), self.skip_empty_classes, self.split_folder())
+        manifest, repaired = repair(self.src, self.dst, self.workers, *options)
+        which = ", ".join(repaired) or "none"
+        say(f"{self.dst}: {len(repaired)} of {len(manifest.shards):,} shards built again: {which}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """Make a foreign WebDataset set readable."""
+
+    src: Positional[Annotated[str, shown("SRC")]]
+    """Folder of tars, or a pattern like s3://bucket/train-{000..012}.tar."""
+    to: Annotated[str | None, shown("DIR")] = None
+    """Directory for manifest and indexes (default: beside the tars)."""
+
+    def run(self) -> None:
+        from data_prep.index import index
+        from data_prep.progress import say
+
+        place, manifest = index(self.src, self.to)
+        say(
+            f"{place}: {manifest.num_samples:,} samples ({sum(manifest.class_counts):,} with a label) in "
+            f"{len(manifest.shards):,} shards, {manifest.num_bytes / 1e6:,.1f} MB; give it as data.shards"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Draw the demo's ten classes of textures into DST/train and DST/val."""
+
+    dst: Positional[Annotated[str, shown("DST")]]
+    """Directory for the two shard sets."""
+    train: Annotated[int, ONE_PER_CLASS] = 4096
+    """Training images."""
+    val: Annotated[int, ONE_PER_CLASS] = 2000
+    """Validation images."""
+
+    def run(self) -> None:
+        from caco_scale.data.store.local import LocalStore
+        from data_prep.demo import build_demo
+        from data_prep.progress import print_summary
+
+        start = time.monotonic()
+        paths = build_demo(self.dst, self.train, self.val, workers=None)
+        print_summary([(path, LocalStore(path).manifest) for path in paths], time.monotonic() - start)
+
+
+COMMANDS = {"build": Build, "verify": Verify, "repair": Repair, "index": Index, "demo": Demo}
+
+
+def parse_part(text: str | None) -> tuple[int, int] | None:
     """``I/N`` -> (I, N), or None where it is not given."""
     if text is None:
         return None
     numbers = text.split("/")
-    if (
-        len(numbers) != 2
-        or not all(n.isdigit() for n in numbers)
-        or not 1 <= int(numbers[0]) <= int(numbers[1])
-    ):
-        raise UserError(
-            f"--part {text} is not I/N with I from 1 to N: give 1/4, 2/4, 3/4 and 4/4 to four processes"
-        )
-    return int(numbers[0]), int(numbers[1])
-
-
-def run_build(options):
-    start = time.monotonic()
-    results = build(
-        options.src,
-        options.dst,
-        samples_per_shard=options.samples_per_shard,
-        seed=options.seed,
-        workers=options.workers,
-        split=None if options.format == "parquet" else options.split,
-        skip_empty_classes=options.skip_empty_classes,
-        short_side=options.short_side,
-        source_options=_source_options(options),
-        dry_run=options.dry_run,
-        part=parse_part(options.part),
+    if len(numbers) == 2 and all(n.isdigit() for n in numbers) and 1 <= int(numbers[0]) <= int(numbers[1]):
+        return int(numbers[0]), int(numbers[1])
+    raise UserError(
+        f"--part {text} is not I/N with I from 1 to N: give 1/4, 2/4, 3/4 and 4/4 to four processes"
     )
-    if options.dry_run:
-        _say(
-            *(
-                f"{path}: would write {images:,} images in {shards:,} shards, about {num_bytes / 1e6:,.1f} MB"
-                + (f" before images are made {options.short_side} pixels small" if options.short_side else "")
-                for path, images, shards, num_bytes in results
-            )
-        )
-        return
-    finished = [(path, manifest) for path, manifest, _ in results if manifest]
-    print_summary(finished, time.monotonic() - start)
-    _say(
-        *(
-            f"{path}: part {options.part} is finished, others are not"
-            for path, manifest, _ in results
-            if not manifest
-        )
-    )
-    _say(*(f"{path} was finished already, by the same build" for path, _, was_there in results if was_there))
-
-
-def run_verify(options):
-    results = verify(options.dst, options.full, options.workers, options.expect)
-    for path, manifest in results:
-        if options.full:
-            _say(*histogram(manifest))
-        checked = "every byte and image checked" if options.full else "sizes, indexes and counts checked"
-        _say(f"{path}: fine, {manifest.num_samples:,} samples in {len(manifest.shards):,} shards ({checked})")
-
-
-def run_repair(options):
-    from data_prep.repair import repair
-
-    manifest, mended = repair(
-        options.src,
-        options.dst,
-        options.workers,
-        _source_options(options),
-        options.skip_empty_classes,
-        None if options.format == "parquet" else options.split,
-    )
-    _say(
-        f"{options.dst}: {len(mended)} of {len(manifest.shards):,} shards built again: {', '.join(mended) or 'none'}"
-    )
-
-
-def run_index(options):
-    from data_prep.index import index
-
-    place, manifest = index(options.src, options.to)
-    labelled = sum(manifest.class_counts)
-    _say(
-        f"{place}: {manifest.num_samples:,} samples ({labelled:,} with a label) in {len(manifest.shards):,} shards, "
-        f"{manifest.num_bytes / 1e6:,.1f} MB; give it as data.shards"
-    )
-
-
-def run_demo(options):
-    from data_prep.demo import build_demo  # not above: it needs torch, the other commands answer at once
-
-    if min(options.train, options.val) < 10:
-        raise UserError(
-            f"--train {options.train} and --val {options.val} must be at least 10, one image per class"
-        )
-    start = time.monotonic()
-    paths = build_demo(options.dst, options.train, options.val, workers=None)
-    print_summary([(path, LocalStore(path).manifest) for path in paths], time.monotonic() - start)
-
-
-def _say(*lines):
-    console = Console(markup=False, highlight=False)
-    for line in lines:
-        console.print(printable(line), soft_wrap=True)
 
 
 @exit_on_user_error
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     """Run a command; exit code 0, or 2 with one line on stderr."""
-    options = parse(sys.argv[1:] if arguments is None else arguments)
+    _, command = read_command(COMMANDS, sys.argv[1:] if arguments is None else arguments, prog, __doc__ or "")
     try:
-        {
-            "build": run_build,
-            "verify": run_verify,
-            "repair": run_repair,
-            "index": run_index,
-            "demo": run_demo,
-        }[options.command](options)
+        with unless_nobody_reads():
+            command.run()
     except KeyboardInterrupt:
         print("interrupted: finished shards are kept, the same command continues", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output is gone, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

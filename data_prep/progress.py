@@ -85,3 +85,10 @@ def print_summary(results: Sequence[tuple[str, Manifest]], seconds: float) -> No
                 more = f"... {len(notes) - MOST_EXAMPLES:,} more {what}: see {path}/manifest.json"
                 console.print(printable(more), soft_wrap=True)
     console.print(f"{seconds:,.1f} seconds")
+
+
+def say(*lines: str) -> None:
+    """Print lines as they are, whatever a file's name holds."""
+    console = Console(markup=False, highlight=False)
+    for line in lines:
+        console.print(printable(line), soft_wrap=True)

@@ -122,7 +122,7 @@ def test_the_run_on_paper_counts_this_projects_encoder():
     ("words", "said"),
     [
         (["bank", "--rounds", "0"], "--rounds is 0"),
-        (["bank", "--sizes", "3"], "unknown argument --sizes"),
+        (["bank", "--sizes", "3"], "unknown flag --sizes"),
         (["step", "dmo"], "did you mean demo?"),
         (["step", "demo", "--bank.sise", "3"], "--bank.size"),
     ],

@@ -530,16 +530,16 @@ def test_a_full_disk_while_decompressing(tree, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["build", "a", "b", "--sed", "1"], "unknown argument '--sed' (did you mean --seed?)"),
-        (["build", "a", "b", "--sample_per_shard=1"], "did you mean --samples-per-shard?"),
-        (["build", "a", "b", "--zzz"], "build knows --format"),
-        (["build", "a", "b", "--seed", "x"], "invalid int value: 'x'"),
-        (["build", "a"], "required: dst"),
+        (["build", "a", "b", "--sed", "1"], "unknown flag --sed (did you mean --seed?)"),
+        (["build", "a", "b", "--sample_per_shard=1"], "did you mean --samples_per_shard?"),
+        (["build", "a", "b", "--zzz"], "unknown flag --zzz: python -m data_prep build --help lists them all"),
+        (["build", "a", "b", "--seed", "x"], "--seed is 'x', which is not int"),
+        (["build", "a"], "give DST: python -m data_prep build --help"),
         (["build", "a", "b", "--samples-per-shard", "0"], "--samples-per-shard 0 must be at least 1"),
         (["build", "a", "b", "--workers", "-1"], "--workers -1"),
         (["bild", "a", "b"], "'bild'"),
-        ([], "required: {build,verify,repair,index,demo}"),
-        (["demo", "x", "--train", "3"], "--train 3"),
+        ([], "give one of build, verify, repair, index, demo"),
+        (["demo", "x", "--train", "3"], "--train is 3: give at least 10"),
         (["verify", "no/such/set"], "does not exist"),
     ],
 )

@@ -12,7 +12,6 @@ from shard_sets import make_shard_set
 from caco_scale.config import load_recipe, recipe_names, replace
 from caco_scale.doctor import checks as doctor
 from caco_scale.doctor.memory import estimate_memory
-from caco_scale.errors import UserError
 
 
 def failures(findings):
@@ -196,6 +195,4 @@ def test_a_plan_that_cannot_be():
     assert "give one of ddp, zero1" in failures(doctor.check_plan(config, "zero9", 8)[0])[0]
     config = replace(config, precision__compute="fp64")
     assert len(failures(doctor.check_plan(config, "zero2", 8)[0])) == 1
-    assert doctor.parse_plan(["demo", "--run.seed", "1"]) == (None, ["demo", "--run.seed", "1"])
-    with pytest.raises(UserError, match="give at least 1"):
-        doctor.parse_plan(["demo", "--processes", "0"])
+    assert examine(["demo", "--processes", "0"]).stderr == "error: --processes is 0: give at least 1\n"

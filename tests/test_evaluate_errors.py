@@ -168,24 +168,24 @@ def test_one_class_and_no_labels(capsys, tmp_path, place, command):
 
 WRONG_FLAGS = [
     (("--size", "0"), "--size is 0: give a number above 0"),
-    (("--size", "x"), "invalid int value: 'x'"),
+    (("--size", "x"), "--size is 'x', which is not int: give a whole number"),
     (("--size", "100000"), "--size is 100000: give at most 8192"),
-    (("--mean", "0.5", "0.5"), "--mean: expected 3 arguments"),
-    (("--std", "0.2", "0.2", "0"), "--std is 0.0: give a number above 0"),
+    (("--mean", "0.5", "0.5"), "--mean is 0.5 0.5: give 3 numbers"),
+    (("--std", "0.2", "0.2", "0"), "--std is 0.2 0.2 0.0: give a number above 0"),
     (("--mean", "nan", "0", "0"), "--mean is nan"),
-    (("--precision", "fp8"), "invalid choice: 'fp8'"),
+    (("--precision", "fp8"), "--precision is 'fp8': give one of fp32, bf16, fp64"),
     (("--workers", "-1"), "--workers is -1: give a number from 0 up"),
     (("--images-at-once", "0"), "--images_at_once is 0"),
     (("--seed", "99999999999999999999"), "--seed is 99999999999999999999"),
     (("--world_size", "2"), "world_size asks for 2 processes but training sees 1"),
-    (("--wich", "key"), "unknown argument --wich (did you mean --which?)"),
+    (("--wich", "key"), "unknown flag --wich (did you mean --which?)"),
     (("--step", "3"), "--step chooses one of a run's checkpoints"),
     (("--arch", "resnet5"), "no architecture 'resnet5' (did you mean resnet50?)"),
     (("--arch", "resnet18"), "nearest is resnet18"),
-    (("--stem", "vgg"), "invalid choice: 'vgg'"),
-    (("--which", "both"), "invalid choice: 'both'"),
+    (("--stem", "vgg"), "--stem is 'vgg': give one of imagenet, cifar"),
+    (("--which", "both"), "--which is 'both': give one of query, key"),
     (("--timeout_seconds", "0"), "--timeout_seconds is 0.0"),
-    (("--data",), "--data: expected one argument"),
+    (("--data",), "--data has no value"),
     (("surplus",), "unknown argument surplus"),
 ]
 
@@ -199,10 +199,10 @@ def test_wrong_flags(capsys, tmp_path, place, command):
 WRONG_NUMBERS = [
     ("knn", ("--k", "0"), "--k is 0"),
     ("knn", ("--k", "5", "65"), "--k 65 needs as many training images, but there are 64"),
-    ("knn", ("--k", "many"), "invalid int value"),
+    ("knn", ("--k", "many"), "--k is 'many': give whole numbers"),
     ("knn", ("--temperature", "0"), "--temperature is 0.0"),
     ("knn", ("--temperature", "inf"), "--temperature is inf"),
-    ("knn", ("--fraction", "1"), "unknown argument --fraction"),
+    ("knn", ("--fraction", "1"), "unknown flag --fraction"),
     ("linear", ("--lr", "0.1", "0.2"), "--lr names 2 learning rates"),
     ("linear", ("--lr", "0"), "--lr is 0.0"),
     ("linear", ("--lr", "-1"), "--lr is -1.0"),
@@ -212,7 +212,7 @@ WRONG_NUMBERS = [
         ("--batch_size", "65"),
         "--batch_size 65 is more than the 64 training images: give 64 or less",
     ),
-    ("linear", ("--batch_size", "1.5"), "invalid int value"),
+    ("linear", ("--batch_size", "1.5"), "--batch_size is '1.5', which is not int"),
     ("linear-fast", ("--batch_size", "100"), "--batch_size 100 is more than the 64 training images"),
     ("linear-fast", ("--lr", "1e300"), "--lr is 1e+300: give at most 1000000.0"),
     ("finetune", ("--fraction", "0"), "--fraction is 0.0: give a number above 0"),
@@ -225,7 +225,7 @@ WRONG_NUMBERS = [
     ),
     ("finetune", ("--batch_size", "1"), "BatchNorm needs at least 2"),
     ("finetune", ("--lr", "1e6", "--epochs", "9"), "the loss is not finite: give a lower --lr"),
-    ("finetune", ("--k", "3"), "unknown argument --k"),
+    ("finetune", ("--k", "3"), "unknown flag --k"),
 ]
 
 

@@ -30,6 +30,7 @@ from caco_scale.checkpoint.state import State
 from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.errors import UserError
 from caco_scale.export import write as export
+from caco_scale.export.__main__ import main
 from caco_scale.export.library_names import to_timm
 from caco_scale.method.encoders import RESNETS, build_backbone
 
@@ -46,7 +47,7 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("which", ["query", "key"])
 @pytest.mark.parametrize("file_format", ["torchvision", "safetensors"])
 def test_torchvision_loads_the_file_and_gives_the_trained_features(run, tmp_path, file_format, which):
-    export.main([str(run), "--to", str(tmp_path / "w"), "--format", file_format, "--which", which])
+    main([str(run), "--to", str(tmp_path / "w"), "--format", file_format, "--which", which])
     read = load_file if file_format == "safetensors" else torch.load
     state = read(tmp_path / "w")
     model = torchvision.models.resnet18()
@@ -185,7 +186,7 @@ def test_timm_has_every_backbone_under_the_same_shapes(arch):
 @pytest.mark.parametrize("file_format", ["safetensors", "torchvision"])
 def test_the_demos_own_resnet_loads_by_this_project_alone_and_the_card_says_so(tmp_path, file_format, capsys):
     model = save_run(tmp_path / "run", "tiny", "cifar")
-    export.main([str(tmp_path / "run"), "--to", str(tmp_path / "w"), "--format", file_format])
+    main([str(tmp_path / "run"), "--to", str(tmp_path / "w"), "--format", file_format])
     assert "loaded back into caco_scale's tiny, features equal bit for bit" in capsys.readouterr().out
     loaded, _ = build_backbone("tiny", "cifar")
     loaded.load_state_dict((load_file if file_format == "safetensors" else torch.load)(tmp_path / "w"))
@@ -340,16 +341,24 @@ MISTAKES = {
     "a step of a file": (None, "mine TO FORMAT --step 3", "--step chooses one of a run's checkpoints"),
     "a name that no file can have": (None, f"{'x' * 300} TO FORMAT", "does not exist"),
     "a directory without a run": (None, "empty TO FORMAT", "no complete checkpoint in"),
-    "no run at all": (None, "TO FORMAT", "the following arguments are required: RUN_OR_WEIGHTS"),
-    "two runs": (None, "RUN RUN TO FORMAT", "unrecognized arguments"),
+    "no run at all": (None, "TO FORMAT", "give RUN_OR_WEIGHTS: python -m caco_scale.export --help"),
+    "two runs": (None, "RUN RUN TO FORMAT", "unknown argument"),
     "no target": (None, "RUN FORMAT", "--to"),
     "no format": (None, "RUN TO", "--format"),
-    "an unknown format": (None, "RUN TO --format onnx", "invalid choice: 'onnx'"),
-    "a detectron2 file": (None, "RUN TO --format detectron2", "invalid choice: 'detectron2'"),
-    "an unknown encoder": (None, "RUN TO FORMAT --which both", "invalid choice: 'both'"),
-    "a typo": (None, "RUN TO FORMAT --whihc key", "unrecognized arguments: --whihc key"),
-    "an abbreviated flag": (None, "RUN TO FORMAT --forc", "unrecognized arguments: --forc"),
-    "a step that is no number": (None, "RUN TO FORMAT --step last", "invalid int value: 'last'"),
+    "an unknown format": (
+        None,
+        "RUN TO --format onnx",
+        "--format is 'onnx': give one of safetensors, torchvision, timm",
+    ),
+    "a detectron2 file": (
+        None,
+        "RUN TO --format detectron2",
+        "--format is 'detectron2': give one of safetensors",
+    ),
+    "an unknown encoder": (None, "RUN TO FORMAT --which both", "--which is 'both': give one of query, key"),
+    "a typo": (None, "RUN TO FORMAT --whihc key", "unknown flag --whihc (did you mean --which?)"),
+    "an abbreviated flag": (None, "RUN TO FORMAT --forc", "unknown flag --forc (did you mean --force?)"),
+    "a step that is no number": (None, "RUN TO FORMAT --step last", "--step is 'last', which is not int"),
     "a step that was not saved": (None, "RUN TO FORMAT --step 15", "no checkpoint of step 15"),
     "a step below zero": (None, "RUN TO FORMAT --step -1", "no checkpoint of step -1"),
     "another step than the checkpoint's": (
@@ -428,7 +437,7 @@ def test_a_mistake_is_one_line(tiny_run, tmp_path, capsys, monkeypatch, name):
         fault(run)
     words = words.replace("RUN", str(run)).replace("TO", "--to w").replace("FORMAT", "--format safetensors")
     with pytest.raises(SystemExit) as caught:
-        export.main(words.split())
+        main(words.split())
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

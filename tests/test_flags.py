@@ -10,7 +10,7 @@ import tyro
 from launch import environment
 
 from caco_scale.errors import UserError
-from caco_scale.flags import field_types, read, read_both, shown
+from caco_scale.flags import flag_types, read, read_both, shown
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def test_every_spelling_of_a_flag_is_the_same():
         ("here --to w --step x", "--step is 'x', which is not int: give a whole number"),
         ("here --to w --step 1.5", "--step is '1.5', which is not int"),
         ("here --to w --kind both", "--kind is 'both': give one of query, key"),
-        ("here --to w --k 1 x", "--k is '1' 'x': give numbers"),
+        ("here --to w --k 1 x", "--k is '1' 'x': give whole numbers"),
         ("here --to w --part.scale 1", "--part.scale is 1: give 2 numbers"),
         ("here --to w --part.scale 1 x", "--part.scale is '1' 'x': give 2 numbers"),
         ("here --to", "--to has no value"),
@@ -115,7 +115,7 @@ def test_a_commands_own_flags_stand_beside_a_recipes(capsys):
 
 
 def test_the_names_of_all_flags():
-    assert list(field_types(Command)) == [
+    assert list(flag_types(Command)) == [
         *("place", "to", "k", "kind", "step", "dry_run"),
         *("part.short_side", "part.scale", "part.on"),
     ]

@@ -6,146 +6,153 @@ Every figure that matters is a ratio, so that it can be repeated on any machine.
 """
 
 import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-from caco_scale.benchmark.report import describe_machine, publish, show
-from caco_scale.errors import Parser, UserError, exit_on_user_error
+from caco_scale.errors import exit_on_user_error
+from caco_scale.flags import pick, read, shown, summary
+from caco_scale.rules import PositiveFloat, PositiveInt, check
 
+PROG = "python -m caco_scale.benchmark"
+Measured = tuple[dict[str, Any], list[str]]  # figures for the JSON, "rows" for the table; notes below it
 
-def _numbers(command, **defaults):
-    """Options of whole numbers from 1 up: name -> (default, what it is)."""
-    for name, (default, words) in defaults.items():
-        command.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=f"{words} (default {default:,})"
-        )
-
-
-def _parser():
-    parser = Parser(prog="python -m caco_scale.benchmark", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    cores = len(os.sched_getaffinity(0))
-
-    bank = commands.add_parser("bank", help="a step of the sharded bank against dense banks")
-    _numbers(
-        bank,
-        samples=(2048, "samples, each in two views"),
-        size=(65536, "bank rows"),
-        dim=(256, "size of an embedding"),
-        rounds=(3, "times that each is measured, in turn"),
-        threads=(cores, "threads of each contender"),
-    )
-    bank.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where it runs (default cpu)")
-
-    step = commands.add_parser(
-        "step",
-        help="the training step of a recipe against the same in fp32, eager, with a dense bank",
-        epilog="further flags are the recipe's: --data.global_batch_size 64 --precision.compute bf16",
-    )
-    step.add_argument("recipe", nargs="?", default="demo", help="name or YAML file (default demo)")
-    _numbers(
-        step,
-        steps=(4, "steps in a round"),
-        rounds=(3, "times that each is measured, in turn"),
-        threads=(cores, "threads of each contender"),
-    )
-
-    scale = commands.add_parser(
-        "scale", help="bytes that the bank sends as rows and ranks grow (gloo), and a run on paper"
-    )
-    _numbers(
-        scale,
-        samples=(240, "samples of the global batch, each in two views"),
-        dim=(128, "size of an embedding"),
-        ranks=(4, "most ranks"),
-        rounds=(2, "times that each step is timed; the least counts"),
-    )
-    scale.add_argument(
-        "--gpu-images-per-second",
-        type=float,
-        default=2500.0,
-        metavar="X",
-        help="for the run on paper: what one of your GPUs trains of a supervised ResNet-50 (2,500 is an assumption)",
-    )
-    scale.add_argument(
-        "--sizes", type=int, nargs="+", default=[4096, 16384, 65536], metavar="N", help="bank rows"
-    )
-
-    loader = commands.add_parser(
-        "loader", help="two views of JPEGs against torchvision's ImageFolder and PIL"
-    )
-    loader.add_argument(
-        "--images", metavar="DIR", help="folder of class folders; drawn (240 JPEGs) if not given"
-    )
-    _numbers(
-        loader,
-        rounds=(3, "times that each is measured, in turn"),
-        batch=(60, "images per batch"),
-        size=(224, "side of a view in pixels"),
-    )
-    for command in commands.choices.values():
-        command.add_argument("--save", metavar="DIR", help="write the JSON there, too, under a dated name")
-    return parser
+# What a measurement imports stands in its ``run``: --help and a typo are answered at once.
 
 
-def _bank(options):
-    from caco_scale.benchmark.bank import measure
-
-    title = "one step of the bank: loss, gradients, update"
-    return title, measure(
-        options.samples, options.size, options.dim, options.rounds, options.threads, options.device
-    )
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
-def _step(options):
-    import torch
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What all benchmarks are asked."""
 
-    from caco_scale.benchmark.step import measure
-    from caco_scale.config import parse
-    from caco_scale.training.assemble import check_temperatures, resolve_precision
-
-    config = parse([options.recipe, *options.flags], prog="python -m caco_scale.benchmark step")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = resolve_precision(config, device)
-    check_temperatures(config)
-    title = "one training step, augmentation included"
-    return title, measure(config, options.steps, options.rounds, options.threads, device.type)
+    save: Annotated[str | None, shown("DIR")] = None
+    """Write the JSON there, too, under a dated name."""
 
 
-def _scale(options):
-    from caco_scale.benchmark.paper import Inputs, work_out
-    from caco_scale.benchmark.scale import measure
+@dataclass(frozen=True, kw_only=True)
+class Bank(Benchmark):
+    """A step of the sharded bank against dense banks."""
 
-    title = "what a rank sends for the bank in one step"
-    result, notes = measure(options.samples, options.sizes, options.dim, options.ranks, options.rounds)
-    inputs = Inputs(supervised_images_per_second=options.gpu_images_per_second)
-    result |= {"paper_inputs": vars(inputs), "paper": work_out(inputs)}
-    return title, (result, notes)
+    samples: PositiveInt = 2048
+    """Samples, each in two views."""
+    size: PositiveInt = 65536
+    """Bank rows."""
+    dim: PositiveInt = 256
+    """Size of an embedding."""
+    rounds: PositiveInt = 3
+    """Times that each is measured, in turn."""
+    threads: PositiveInt = field(default_factory=_cores)
+    """Threads of each contender."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where it runs."""
+
+    def run(self) -> tuple[str, Measured]:
+        from caco_scale.benchmark.bank import measure
+
+        case = (self.samples, self.size, self.dim, self.rounds, self.threads, self.device)
+        return "one step of the bank: loss, gradients, update", measure(*case)
 
 
-def _loader(options):
-    from caco_scale.benchmark.loader import measure
+@dataclass(frozen=True, kw_only=True)
+class Step(Benchmark):
+    """The training step of a recipe against the same in fp32, eager, with a dense bank."""
 
-    title = "two views per image, one process"
-    return title, measure(options.images, options.rounds, options.batch, options.size)
+    steps: PositiveInt = 4
+    """Steps in a round."""
+    rounds: PositiveInt = 3
+    """Times that each is measured, in turn."""
+    threads: PositiveInt = field(default_factory=_cores)
+    """Threads of each contender."""
+
+    def run(self, config: Any) -> tuple[str, Measured]:
+        import torch
+
+        from caco_scale.benchmark.step import measure
+        from caco_scale.training.assemble import check_temperatures, resolve_precision
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config = resolve_precision(config, device)
+        check_temperatures(config)
+        case = (config, self.steps, self.rounds, self.threads, device.type)
+        return "one training step, augmentation included", measure(*case)
 
 
-COMMANDS = {"bank": _bank, "step": _step, "scale": _scale, "loader": _loader}
+@dataclass(frozen=True, kw_only=True)
+class Scale(Benchmark):
+    """Bytes that the bank sends as rows and ranks grow (gloo), and a run on paper."""
+
+    samples: PositiveInt = 240
+    """Samples of the global batch, each in two views."""
+    dim: PositiveInt = 128
+    """Size of an embedding."""
+    ranks: PositiveInt = 4
+    """Most ranks."""
+    rounds: PositiveInt = 2
+    """Times that each step is timed; the least counts."""
+    sizes: tuple[PositiveInt, ...] = (4096, 16384, 65536)
+    """Bank rows."""
+    gpu_images_per_second: PositiveFloat = 2500.0
+    """For the run on paper: what one of your GPUs trains of a supervised ResNet-50 (2,500 is an assumption)."""
+
+    def run(self) -> tuple[str, Measured]:
+        from caco_scale.benchmark.paper import Inputs, work_out
+        from caco_scale.benchmark.scale import measure
+
+        result, notes = measure(self.samples, self.sizes, self.dim, self.ranks, self.rounds)
+        inputs = Inputs(supervised_images_per_second=self.gpu_images_per_second)
+        result |= {"paper_inputs": vars(inputs), "paper": work_out(inputs)}
+        return "what a rank sends for the bank in one step", (result, notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loader(Benchmark):
+    """Two views of JPEGs against torchvision's ImageFolder and PIL."""
+
+    images: Annotated[str | None, shown("DIR")] = None
+    """Folder of class folders (default: 240 JPEGs are drawn)."""
+    rounds: PositiveInt = 3
+    """Times that each is measured, in turn."""
+    batch: PositiveInt = 60
+    """Images per batch."""
+    size: PositiveInt = 224
+    """Side of a view in pixels."""
+
+    def run(self) -> tuple[str, Measured]:
+        from caco_scale.benchmark.loader import measure
+
+        return "two views per image, one process", measure(self.images, self.rounds, self.batch, self.size)
+
+
+COMMANDS: dict[str, type[Any]] = {"bank": Bank, "step": Step, "scale": Scale, "loader": Loader}
 
 
 @exit_on_user_error
-def main(arguments=None):
-    parser = _parser()
-    options, options.flags = parser.parse_known_args(arguments)
-    if options.flags and options.command != "step":
-        raise UserError(f"unknown argument {options.flags[0]}; see {parser.prog} {options.command} --help")
-    for name, value in vars(options).items():
-        if isinstance(value, int) and value < 1:
-            raise UserError(f"--{name} is {value}: give at least 1")
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
+    """One benchmark; exit code 2 on a user's mistake."""
+    listed = {name: summary(kind) for name, kind in COMMANDS.items()}
+    name, rest = pick(listed, sys.argv[1:] if arguments is None else arguments, prog, __doc__ or "")
+    kind, more = COMMANDS[name], []
+    if kind is Step:  # its flags stand beside the recipe's
+        from caco_scale.config import parse
+
+        config, options = parse(rest, f"{prog} {name}", Step)
+        more = [config]
+    else:
+        options = read(kind, rest, f"{prog} {name}")
+    check(options, "--{}".format)
+
+    from caco_scale.benchmark.report import describe_machine, publish, show
+
     machine = describe_machine()
-    title, (result, notes) = COMMANDS[options.command](options)
+    title, (result, notes) = options.run(*more)
     show(title, result["rows"], machine, notes)
     if "paper" in result:
         show("ResNet-50, 800 epochs, batch 4,096, 32 GPUs, on paper: nothing of it was run", result["paper"])
-    publish(options.command, machine, result, options.save)
+    publish(name, machine, result, options.save)
 
 
 if __name__ == "__main__":

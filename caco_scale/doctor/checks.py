@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
-from caco_scale.errors import Parser, UserError, exit_on_user_error, one_line
+from caco_scale.errors import UserError, one_line
 
 REQUIRED = (
     *("torch", "torchvision", "accelerate", "webdataset", "obstore", "numpy", "simplejpeg"),
@@ -333,19 +333,6 @@ def examine(config, plan=None):
     return findings + arithmetic + check_storage(config)
 
 
-def parse_plan(arguments):
-    """Take ``--processes`` and ``--strategy`` out of a command line -> (plan or None, the other arguments)."""
-    flags = Parser(prog="python -m caco_scale.doctor", allow_abbrev=False, add_help=False)
-    flags.add_argument("--processes", type=int)
-    flags.add_argument("--strategy", default="ddp")
-    options, others = flags.parse_known_args(arguments)
-    if options.processes is None:
-        return None, others
-    if options.processes < 1:
-        raise UserError(f"--processes {options.processes}: give at least 1")
-    return (options.strategy, options.processes), others
-
-
 def everywhere(findings):
     """This rank's findings, and the failures of other ranks that it does not have itself. Collective."""
     from caco_scale.distributed.collectives import gather_objects
@@ -354,23 +341,3 @@ def everywhere(findings):
         failures = [f for f in others if f.status == "FAIL" and f not in findings]
         findings = findings + [fail(f"rank {rank}: {f.text}") for f in failures]
     return findings
-
-
-@exit_on_user_error
-def main(arguments=None):
-    """Print the findings; exit code 1 if any of them is a failure, 2 on a typo."""
-    from caco_scale.config import parse
-
-    plan, arguments = parse_plan(sys.argv[1:] if arguments is None else arguments)
-    config = parse(arguments, prog="python -m caco_scale.doctor")
-    findings = everywhere(examine(config, plan))
-    failures = sum(f.status == "FAIL" for f in findings)
-    if int(os.environ.get("RANK", 0)):
-        sys.exit(0)  # rank 0 answers for all; a failure here would have it ended before it speaks
-    for finding in findings:
-        print(f"{finding.status:5}{finding.text}")
-    print(
-        f"{config.recipe}: {failures} finding(s) to mend" if failures else f"{config.recipe}: ready",
-        flush=True,
-    )
-    sys.exit(1 if failures else 0)

@@ -8,13 +8,19 @@ Measured is what the run's own ``metrics.jsonl`` says; on another number of GPUs
 import math
 import statistics
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated
 
 from caco_scale.checkpoint import folder
-from caco_scale.errors import Parser, UserError, exit_on_user_error
+from caco_scale.errors import UserError, exit_on_user_error
+from caco_scale.flags import shown
+from caco_scale.rules import ABOVE_0, PositiveInt, check
 from caco_scale.run.files import read_json_lines
 
+PROG = "python -m caco_scale.doctor.estimate"
 IMAGENET = 1_281_167  # training images; what is counted with where no shard set is named
 RECENT_LINES = 20
 
@@ -77,21 +83,26 @@ def estimate(config, gpus, images_per_second=None, price=None):
     return [*lines, f"{rate}: {hours:,.1f} hours on {gpus} GPU(s) = {hours * gpus:,.1f} GPU-hours{cost}"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run will cost: steps, hours, GPU-hours and their price."""
+
+    gpus: PositiveInt
+    """GPUs of the run."""
+    images_per_second: Annotated[float | None, ABOVE_0, shown("X")] = None
+    """Of all GPUs together (default: as measured by the run's metrics.jsonl, in proportion to the GPUs)."""
+    price: Annotated[float | None, ABOVE_0, shown("X")] = None
+    """Of a GPU-hour (default: no price)."""
+
+
 @exit_on_user_error
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     """Print the estimate; exit code 2 on a user's mistake."""
     from caco_scale.config import parse
 
-    flags = Parser(prog="python -m caco_scale.doctor.estimate", allow_abbrev=False, add_help=False)
-    flags.add_argument("--gpus", type=int, required=True)
-    flags.add_argument("--images-per-second", type=float)
-    flags.add_argument("--price", type=float)
-    options, others = flags.parse_known_args(sys.argv[1:] if arguments is None else arguments)
-    for name, value in vars(options).items():
-        if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: give more than 0")
-    config = parse(others, prog="python -m caco_scale.doctor.estimate")
-    for line in estimate(config, **vars(options)):
+    config, flags = parse(sys.argv[1:] if arguments is None else arguments, prog, Estimate)
+    check(flags, "--{}".format)
+    for line in estimate(config, flags.gpus, flags.images_per_second, flags.price):
         print(line)
 
 

@@ -6,196 +6,133 @@ transfer to another data set is the same command. One label an image: multi-labe
 Several processes: accelerate launch --config_file ds_configs/ddp.yaml --num_processes N -m caco_scale.evaluate ...
 """
 
-import argparse
 import importlib
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
 
-from caco_scale.errors import Parser, UserError, did_you_mean, exit_on_user_error, run_command
+from tyro.conf import Positional
+
+from caco_scale.choices import Encoder, Stem
+from caco_scale.errors import exit_on_user_error, run_command
+from caco_scale.flags import Switch, read_command, shown
+from caco_scale.rules import ABOVE_0, FROM_0, SEED, Count, PositiveFloat, PositiveInt, at_most
+
+PROG = "python -m caco_scale.evaluate"
+Colours = tuple[Annotated[float, FROM_0], Annotated[float, FROM_0], Annotated[float, FROM_0]]
+Deviations = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+LearningRate = Annotated[float, ABOVE_0, at_most(1e6)]
 
 
-def parse(arguments):
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What all evaluations are asked."""
+
+    command: ClassVar[str]
+
+    weights: Positional[Annotated[str, shown("RUN_OR_WEIGHTS")]]
+    """Run directory, checkpoint directory, or file of weights."""
+    data: Annotated[str | None, shown("TRAIN")] = None
+    """Training images, one label each (multi-label sets, VOC07, are out of scope): shard set or image folder (default:
+    those of the run)."""
+    val: Annotated[str | None, shown("VAL")] = None
+    """Validation images (default: those of the run, or the val/ beside train/ in --data)."""
+    which: Annotated[Encoder | None, shown("{query,key}")] = None
+    """Encoder (default: query; of DINO key, its teacher)."""
+    step: Annotated[int | None, FROM_0, shown("N")] = None
+    """Checkpoint of the run (default: the newest)."""
+    arch: Annotated[str | None, shown("ARCH")] = None
+    """Architecture in a file of weights (default: found out)."""
+    stem: Annotated[Stem | None, shown("{imagenet,cifar}")] = None
+    """First layer in a file of weights (default: found out)."""
+    size: Annotated[int | None, ABOVE_0, at_most(8192), shown("PIXELS")] = None
+    """Side of the images (default: the run's, else 224)."""
+    mean: Annotated[Colours | None, shown("R G B")] = None
+    """Mean of the colours (default: the run's)."""
+    std: Annotated[Deviations | None, shown("R G B")] = None
+    """Standard deviation of the colours (default: the run's)."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """Number format of the encoder."""
+    images_at_once: Annotated[int, ABOVE_0, at_most(2**20)] = 256
+    """Images per forward and process."""
+    workers: Annotated[int, FROM_0, at_most(1024)] = field(
+        default_factory=lambda: min(4, len(os.sched_getaffinity(0)))
+    )
+    """Loader processes per process."""
+    cache_dir: str = "auto"
+    """Where whole shards of an object store are kept."""
+    seed: Annotated[int, SEED] = 0
+    """Seed of everything drawn at random."""
+    to: Annotated[str | None, shown("DIR")] = None
+    """Folder for progress and result (default: in the run, else runs/evaluate)."""
+    world_size: Count = 0
+    """Processes that must be there; 0 = unchecked."""
+    timeout_seconds: PositiveFloat = 1800
+    """Wait for another process, or for the loader."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knn(Evaluation):
+    """Weighted k-nearest-neighbour accuracy of features and embeddings, exact."""
+
+    command = "knn"
+
+    k: Annotated[tuple[PositiveInt, ...], shown("N [N ...]")] = ()
+    """Neighbours that vote (default: 10 20 100 200)."""
+    temperature: tuple[PositiveFloat, ...] = (0.07, 0.1, 0.2)
+    """Of the votes' weights exp(similarity / T)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Evaluation):
+    """What evaluations that train are asked."""
+
+    epochs: Annotated[int | None, ABOVE_0, at_most(100_000), shown("N")] = None
+    """Epochs (default: linear 100, with --fast 10 but at least 2000 steps; finetune 30, of less than 5% of the labels
+    60)."""
+    batch_size: Annotated[int | None, ABOVE_0, at_most(2**24), shown("N")] = None
+    """Images per step over all processes (default: linear 4096, with --fast at most 256; finetune 1024)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Training):
+    """A linear classifier on frozen features, as the paper trains it, or --fast."""
+
+    command = "linear"
+
+    fast: Switch = False
+    """Sweep many learning rates in one pass over the images."""
+    lr: Annotated[tuple[LearningRate, ...], shown("LR [LR ...]")] = ()
+    """Per 256 images (default: 0.025, the authors' command; --fast: 0.001 to 30, the best on held-out images)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Training):
+    """Encoder and classifier trained on a share of the labels (SimCLR's protocol)."""
+
+    command = "finetune"
+
+    fraction: Annotated[float, ABOVE_0, at_most(1)] = 1.0
+    """Of the labels, class by class, at least one of each: 0.01, 0.1, 1.0."""
+    lr: Annotated[float | None, ABOVE_0, at_most(1e6), shown("LR")] = None
+    """Per 256 images (default: 0.05)."""
+
+
+COMMANDS: dict[str, type[Evaluation]] = {kind.command: kind for kind in (Knn, Linear, Finetune)}
+
+
+def parse(arguments: Sequence[str], prog: str = PROG) -> Evaluation:
     """Flags of the command line, checked as far as they can be without looking at anything else."""
-    arguments = [_with_underscores(argument) for argument in arguments]
-    flags, unknown = parser().parse_known_args(arguments)
-    if unknown:
-        known = [f"--{name}" for name in vars(flags)]
-        meant = did_you_mean(unknown[0], known) if unknown[0].startswith("-") else ""
-        raise UserError(
-            f"unknown argument {unknown[0]}{meant}: evaluate {flags.command} --help lists them all"
-        )
-    check(flags)
-    return flags
-
-
-def _with_underscores(argument):
-    """``--batch-size`` and ``--batch_size`` are the same flag."""
-    name, equals, value = argument.partition("=")
-    return (
-        name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
-    )
-
-
-def parser():
-    top = Parser(
-        prog="python -m caco_scale.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    commands = top.add_subparsers(dest="command", required=True)
-    knn = _command(commands, "knn", "weighted k-nearest-neighbour accuracy of features and embeddings, exact")
-    knn.add_argument(
-        "--k", type=int, nargs="+", metavar="N", help="neighbours that vote (default: 10 20 100 200)"
-    )
-    knn.add_argument(
-        "--temperature",
-        type=float,
-        nargs="+",
-        metavar="T",
-        default=[0.07, 0.1, 0.2],
-        help="of the votes' weights exp(similarity / T) (default: 0.07 0.1 0.2)",
-    )
-    linear = _command(
-        commands, "linear", "a linear classifier on frozen features, as the paper trains it, or --fast"
-    )
-    linear.add_argument(
-        "--fast",
-        action="store_true",
-        help="sweep many learning rates in one pass over the images",
-    )
-    linear.add_argument(
-        "--lr",
-        type=float,
-        nargs="+",
-        metavar="LR",
-        help="per 256 images (default: 0.025, the authors' command; --fast: 0.001 to 30, the best on held-out images)",
-    )
-    _add_training(
-        linear, epochs="100; --fast: 10, at least 2000 steps", batch_size="4096; --fast: at most 256"
-    )
-    finetune = _command(
-        commands, "finetune", "encoder and classifier trained on a share of the labels (SimCLR's protocol)"
-    )
-    finetune.add_argument(
-        "--fraction",
-        type=float,
-        default=1.0,
-        metavar="SHARE",
-        help="of the labels, class by class, at least one of each: 0.01, 0.1, 1.0 (default: 1.0)",
-    )
-    finetune.add_argument("--lr", type=float, metavar="LR", help="per 256 images (default: 0.05)")
-    _add_training(finetune, epochs="60 for less than 5%% of the labels, else 30", batch_size="1024")
-    return top
-
-
-def _add_training(command, epochs, batch_size):
-    command.add_argument("--epochs", type=int, metavar="N", help=f"(default: {epochs})")
-    command.add_argument(
-        "--batch_size",
-        type=int,
-        metavar="N",
-        help=f"images per step over all processes (default: {batch_size})",
-    )
-
-
-def _command(commands, name, words):
-    """A command with the flags that all have."""
-    command = commands.add_parser(
-        name,
-        help=words,
-        description=f"{words}. Multi-label data sets (VOC07) are out of scope.",
-        allow_abbrev=False,
-    )
-    add = command.add_argument
-    add("weights", metavar="RUN_OR_WEIGHTS", help="run directory, checkpoint directory, or file of weights")
-    add(
-        "--data",
-        metavar="TRAIN",
-        help="training images: shard set or image folder (default: those of the run)",
-    )
-    add(
-        "--val",
-        metavar="VAL",
-        help="validation images (default: those of the run, or the val/ beside train/ in --data)",
-    )
-    add("--which", choices=("query", "key"), help="encoder (default: query; of DINO key, its teacher)")
-    add("--step", type=int, metavar="N", help="checkpoint of the run (default: the newest)")
-    add("--arch", help="architecture in a file of weights (default: found out)")
-    add("--stem", choices=("imagenet", "cifar"), help="first layer in a file of weights (default: found out)")
-    add("--size", type=int, metavar="PIXELS", help="side of the images (default: the run's, else 224)")
-    for what in ("mean", "std"):
-        add(
-            f"--{what}",
-            type=float,
-            nargs=3,
-            metavar=("R", "G", "B"),
-            help=f"{what} of the colours (default: the run's)",
-        )
-    add(
-        "--precision", choices=("fp32", "bf16", "fp64"), default="fp32", help="of the encoder (default: fp32)"
-    )
-    add(
-        "--images_at_once",
-        type=int,
-        default=256,
-        metavar="N",
-        help="images per forward and process (default: 256)",
-    )
-    workers = min(4, len(os.sched_getaffinity(0)))
-    add(
-        "--workers",
-        type=int,
-        default=workers,
-        metavar="N",
-        help=f"loader processes per process (default: {workers})",
-    )
-    add("--cache_dir", default="auto", help="where whole shards of an object store are kept (default: auto)")
-    add("--seed", type=int, default=0, metavar="N", help="of everything drawn at random (default: 0)")
-    add(
-        "--to", metavar="DIR", help="folder for progress and result (default: in the run, else runs/evaluate)"
-    )
-    add(
-        "--world_size",
-        type=int,
-        default=0,
-        metavar="N",
-        help="processes that must be there (default: unchecked)",
-    )
-    add(
-        "--timeout_seconds",
-        type=float,
-        default=1800,
-        metavar="S",
-        help="wait for another process, or for the loader (default: 1800)",
-    )
-    return command
-
-
-MAY_BE_ZERO = ("workers", "seed", "world_size", "step", "mean")
-MOST = {"size": 8192, "seed": 2**63 - 1, "workers": 1024, "images_at_once": 2**20, "batch_size": 2**24}
-MOST |= {"epochs": 100_000, "lr": 1e6, "fraction": 1}
-
-
-def check(flags):
-    """Refuse numbers that no evaluation can have."""
-    for name, value in vars(flags).items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                continue
-            least = "a number from 0 up" if name in MAY_BE_ZERO else "a number above 0"
-            if not (0 < number < float("inf") or (number == 0 and name in MAY_BE_ZERO)):
-                raise UserError(f"--{name} is {number}: give {least}")
-            if number > MOST.get(name, number):
-                raise UserError(f"--{name} is {number}: give at most {MOST[name]}")
+    return read_command(COMMANDS, arguments, prog, __doc__ or "")[1]
 
 
 @exit_on_user_error
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     """One evaluation; exit code 0 with ``result.json`` written, 2 on a user's mistake."""
-    flags = parse(sys.argv[1:] if arguments is None else arguments)
-    module = importlib.import_module(f"caco_scale.evaluate.run_{flags.command}")
-    module.run(flags)
+    flags = parse(sys.argv[1:] if arguments is None else arguments, prog)
+    importlib.import_module(f"caco_scale.evaluate.run_{flags.command}").run(flags)
 
 
 if __name__ == "__main__":

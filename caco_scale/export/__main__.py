@@ -1,6 +1,51 @@
 """Command: ``python -m caco_scale.export RUN --to FILE --format FORMAT``; see :mod:`caco_scale.export.write`."""
 
-from caco_scale.export.write import main
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional
+
+from caco_scale.choices import Encoder, ExportFormat
+from caco_scale.errors import exit_on_user_error
+from caco_scale.flags import Switch, read, shown
+
+PROG = "python -m caco_scale.export"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Export a backbone for use without this program: of a run, of one checkpoint, or of a file of weights."""
+
+    run: Positional[Annotated[str, shown("RUN_OR_WEIGHTS")]]
+    """Run directory, one of its checkpoints, or a file of weights."""
+    to: str
+    """File to write; its model card goes to FILE.md."""
+    format: ExportFormat
+    """Format of the file."""
+    which: Annotated[Encoder | None, shown("{query,key}")] = None
+    """Encoder (default: query; of DINO the teacher)."""
+    step: Annotated[int | None, shown("N")] = None
+    """Step of the checkpoint (default: the newest)."""
+    force: Switch = False
+    """Replace an existing file."""
+
+
+@exit_on_user_error
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
+    """Write the file and its model card; exit code 2 on a user's mistake."""
+    flags = read(Export, sys.argv[1:] if arguments is None else arguments, prog)
+
+    from caco_scale.export.write import export
+
+    metadata = export(flags.run, flags.to, flags.format, flags.which, flags.step, flags.force)
+    size = Path(flags.to).stat().st_size / 1e6
+    of_step = f" of step {metadata['step']}" if metadata["step"] else ""
+    what = "{encoder} backbone {arch} (stem {stem}){0}; {compared}".format(of_step, **metadata)
+    print(f"wrote {flags.to} ({size:.1f} MB, {flags.format}) and {flags.to}.md: {what}")
+
 
 if __name__ == "__main__":
     main()

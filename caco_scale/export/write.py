@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 from caco_scale import config as configuration
 from caco_scale.atomic import write_atomically
 from caco_scale.checkpoint.folder import read_values
-from caco_scale.errors import Parser, UserError, exit_on_user_error
+from caco_scale.choices import EXPORT_FORMATS
+from caco_scale.errors import UserError
 from caco_scale.export.library_names import check_library, library_model, to_timm
 from caco_scale.export.model_card import write_card
 from caco_scale.run.scores import evaluation_scores, logged_scores
 from caco_scale.weights import load_weights, read_tensors
 
-FORMATS = ("safetensors", "torchvision", "timm")
 TOLERANCE = 1e-5  # of features, relative to the greatest where that is above one
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 
@@ -88,8 +88,8 @@ def describe(weights):
 
 def _check_target(to, card, file_format, force):
     """Refuse a format or a target that cannot be meant (UserError)."""
-    if file_format not in FORMATS:
-        raise UserError(f"unknown format {file_format!r}: use one of {', '.join(FORMATS)}")
+    if file_format not in EXPORT_FORMATS:
+        raise UserError(f"unknown format {file_format!r}: use one of {', '.join(EXPORT_FORMATS)}")
     if to.suffix == ".safetensors" and file_format == "torchvision":
         raise UserError(
             f"{to}: format torchvision is a torch file, name it .pth, or use --format safetensors"
@@ -178,32 +178,3 @@ def _compare(path, weights, library):
 
 def _version(library):
     return f"{library} {distributions.version(library)}" if library != "caco_scale" else library
-
-
-def _parse(arguments):
-    parser = Parser(
-        prog="python -m caco_scale.export", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    parser.add_argument(
-        "run", metavar="RUN_OR_WEIGHTS", help="run directory, one of its checkpoints, or a file of weights"
-    )
-    parser.add_argument("--to", required=True, metavar="FILE", help="file to write")
-    parser.add_argument(
-        "--format", required=True, choices=FORMATS, dest="file_format", help="format of the file"
-    )
-    parser.add_argument(
-        "--which", choices=("query", "key"), help="encoder (default: query; of DINO the teacher)"
-    )
-    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
-    parser.add_argument("--force", action="store_true", help="replace an existing file")
-    return parser.parse_args(arguments)
-
-
-@exit_on_user_error
-def main(arguments=None):
-    flags = _parse(arguments)
-    metadata = export(**vars(flags))
-    size = Path(flags.to).stat().st_size / 1e6
-    of_step = f" of step {metadata['step']}" if metadata["step"] else ""
-    what = "{encoder} backbone {arch} (stem {stem}){0}; {compared}".format(of_step, **metadata)
-    print(f"wrote {flags.to} ({size:.1f} MB, {flags.file_format}) and {flags.to}.md: {what}")

@@ -9,12 +9,21 @@ Nothing in the run's directory changes but the page, which by default is RUN/rep
 
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from caco_scale.errors import Parser, UserError, exit_on_user_error
+from tyro.conf import Positional
+
+from caco_scale.errors import UserError, exit_on_user_error
+from caco_scale.flags import read, shown
+from caco_scale.rules import FROM_0, check
 
 
-def write_report(directories, to=None, images=None):
+def write_report(
+    directories: Sequence[str | Path], to: str | Path | None = None, images: int | None = None
+) -> Path:
     """Write the page about the runs in ``directories`` to the file ``to`` -> its Path.
 
     ``images``: how many of each shard set are looked at for the pictures, 0 for no pictures, None for a number
@@ -56,29 +65,26 @@ def write_report(directories, to=None, images=None):
     return target
 
 
-def _count(text):
-    number = int(text)
-    if number < 0:
-        raise ValueError(text)
-    return number
+PROG = "python -m caco_scale.report"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A run, or several side by side, as one HTML page that needs no network."""
+
+    runs: Positional[Annotated[tuple[str, ...], shown("RUN [RUN ...]")]]
+    """Run directory; several are shown side by side."""
+    to: Annotated[str | None, shown("FILE")] = None
+    """File to write (default: report.html in the first RUN)."""
+    images: Annotated[int | None, FROM_0, shown("N")] = None
+    """Images of each shard set looked at for the pictures, 0 = no pictures (default: what fits a moderate memory)."""
 
 
 @exit_on_user_error
-def main(arguments=None):
-    parser = Parser(
-        prog="python -m caco_scale.report", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run directory; several are shown side by side"
-    )
-    parser.add_argument("--to", metavar="FILE", help="file to write (default: report.html in the first RUN)")
-    parser.add_argument(
-        "--images",
-        type=_count,
-        metavar="N",
-        help="images of each shard set looked at for the pictures; 0: no pictures",
-    )
-    flags = parser.parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
+    """Write the page; exit code 2 on a user's mistake."""
+    flags = read(Report, sys.argv[1:] if arguments is None else arguments, prog)
+    check(flags, "--{}".format)
     target = write_report(flags.runs, flags.to, flags.images)
     print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
 

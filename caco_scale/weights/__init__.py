@@ -32,12 +32,12 @@ from torch import nn
 
 from caco_scale.checkpoint.folder import latest, read_values, step_path, steps
 from caco_scale.checkpoint.read import load_tensors
+from caco_scale.choices import ENCODERS
 from caco_scale.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from caco_scale.errors import UserError, one_line
 from caco_scale.method.encoders import ARCHITECTURES, build_backbone
 from caco_scale.method.projector import build_projector
 
-ENCODERS = ("query", "key")
 # Values beside tensors that published checkpoints hold: records of plain values, which run nothing when they are made.
 PLAIN_RECORDS = [
     argparse.Namespace,
