@@ -17,7 +17,7 @@ from caco_scale.evaluate.__main__ import parse
 from caco_scale.evaluate.loop import LabelledBatch
 from caco_scale.evaluate.run_finetune import FineTuned, choose_share, usual_epochs
 from caco_scale.evaluate.task import build_task
-from caco_scale.weights import load_weights
+from caco_scale.weights.load import load_weights
 
 SHORT = ("--fraction", 0.5, "--epochs", 3, "--batch_size", 12, "--lr", 0.5, "--precision", "fp64")
 

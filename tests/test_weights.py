@@ -27,7 +27,7 @@ from caco_scale.errors import UserError
 from caco_scale.export import write as export
 from caco_scale.method.encoders import build_backbone
 from caco_scale.method.model import Encoder, QueryKeyModel
-from caco_scale.weights import load_weights
+from caco_scale.weights.load import load_weights
 
 
 def images(size=64):

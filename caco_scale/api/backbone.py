@@ -14,7 +14,7 @@ from torch import nn
 from caco_scale.data.augment import normalise
 from caco_scale.data.views import CorruptSample, centre_crop, decode_image
 from caco_scale.errors import UserError
-from caco_scale.weights import load_weights
+from caco_scale.weights.load import load_weights
 
 
 class Backbone(nn.Module):

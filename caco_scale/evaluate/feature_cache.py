@@ -13,31 +13,33 @@ from safetensors.torch import load_file, save
 
 from caco_scale.atomic import write_atomically
 from caco_scale.data.loader import evaluation_batches
+from caco_scale.data.store.base import Store
 from caco_scale.data.store.subset import Subset
 from caco_scale.errors import UserError
 from caco_scale.evaluate.features import feature_batches
+from caco_scale.evaluate.results import ResultFolder
+from caco_scale.evaluate.task import Task
 
 BLOCK_IMAGES = (16, 512)  # least and most of a block; about a sixteenth of the set between them
 FOLDER = "features"
 
 
-def block_ranges(num_samples):
+def block_ranges(num_samples: int) -> list[range]:
     """The blocks of a set: list of ranges of sample numbers."""
     size = min(max(num_samples // 16, BLOCK_IMAGES[0]), BLOCK_IMAGES[1])
     return [range(start, min(start + size, num_samples)) for start in range(0, num_samples, size)]
 
 
-def features_of(task, store, folder, name):
+def features_of(
+    task: Task, store: Store, folder: ResultFolder, name: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """This rank's features of ``store``, centre crops: (features (n, F), labels (n,), sample numbers (n,)).
 
     Args:
-        task: :class:`~caco_scale.evaluate.task.Task`.
-        folder: :class:`~caco_scale.evaluate.results.ResultFolder` that keeps the blocks, under ``name``.
+        folder: keeps the blocks, under ``name``.
     """
-    blocks = block_ranges(store.manifest.num_samples)
-    mine = blocks[
-        len(blocks) * task.rank // task.world_size : len(blocks) * (task.rank + 1) // task.world_size
-    ]
+    blocks, ranks = block_ranges(store.manifest.num_samples), task.world_size
+    mine = blocks[len(blocks) * task.rank // ranks : len(blocks) * (task.rank + 1) // ranks]
     place = folder.path / FOLDER / name
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -48,13 +50,15 @@ def features_of(task, store, folder, name):
         _extract(task, store, place, missing)
     parts = [_load(_file(place, block)) for block in mine]
     if not parts:
-        return torch.empty(0, task.weights.num_features), *(
-            torch.empty(0, dtype=torch.int64) for _ in range(2)
-        )
-    return tuple(torch.cat([part[key] for part in parts]) for key in ("features", "labels", "ids"))
+        none = torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, task.weights.num_features), none, none
+    features, labels, ids = (
+        torch.cat([part[key] for part in parts]) for key in ("features", "labels", "ids")
+    )
+    return features, labels, ids
 
 
-def remove_features(folder):
+def remove_features(folder: ResultFolder) -> None:
     """The blocks have served: they can be many gigabytes."""
     if folder.is_main:
         shutil.rmtree(folder.path / FOLDER, ignore_errors=True)

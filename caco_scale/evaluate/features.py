@@ -5,16 +5,19 @@ Shapes: n images of this rank, F features, s pixels on a side.
 
 import contextlib
 import random
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from caco_scale.data.augment import normalise
 
 
 @contextlib.contextmanager
-def evaluation_mode(module):
+def evaluation_mode(module: nn.Module | None) -> Generator[None, None, None]:
     """``module`` (None: nothing) in eval mode; afterwards every submodule in the mode it was in."""
     modes = [(part, part.training) for part in (module.modules() if module is not None else ())]
     try:
@@ -27,7 +30,7 @@ def evaluation_mode(module):
 
 
 @contextlib.contextmanager
-def kept_random_state(device):
+def kept_random_state(device: torch.device) -> Generator[None, None, None]:
     """Python's, numpy's and torch's random states are afterwards as before."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -38,7 +41,9 @@ def kept_random_state(device):
             np.random.set_state(numpy_state)
 
 
-def extract_features(encode, batches, *, names=None, **how):
+def extract_features(
+    encode: Callable, batches: Iterable, *, names: Sequence[str] | None = None, **how: Any
+) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """Features of all images: (features (n, F) fp32, labels (n,), sample ids (n,)), on the CPU.
 
     Args:
@@ -63,18 +68,18 @@ def extract_features(encode, batches, *, names=None, **how):
 
 @torch.no_grad()
 def feature_batches(
-    encode,
-    batches,
+    encode: Callable,
+    batches: Iterable,
     *,
-    mean,
-    std,
-    device,
-    module=None,
-    autocast_dtype=None,
-    dtype=torch.float32,
-    channels_last=False,
-    unit_norm=True,
-):
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str,
+    module: nn.Module | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    unit_norm: bool = True,
+) -> Iterator[tuple[Any, torch.Tensor, torch.Tensor]]:
     """Yield features fp32, labels and sample ids batch by batch, on the CPU; batches without an image are passed over.
 
     Args:
@@ -102,6 +107,6 @@ def feature_batches(
             yield encoded, torch.as_tensor(labels), torch.as_tensor(ids)
 
 
-def pixels(images):
+def pixels(images: torch.Tensor) -> torch.Tensor:
     """The images themselves as features (b, 3·s·s): the figure that an encoder must beat."""
     return images.flatten(1)

@@ -3,6 +3,9 @@
 Shapes: H heads, C classes, F features, B samples of this rank, N of the global batch.
 """
 
+from collections.abc import Iterable
+from typing import Self
+
 import torch
 from torch.nn import functional as F
 
@@ -25,7 +28,17 @@ class LinearHeads:
     authors'), or ``sgd``; both with momentum 0.9 and without weight decay. Every rank holds all heads.
     """
 
-    def __init__(self, rates, num_classes, num_features, optimizer, *, device, dtype, seed):
+    def __init__(
+        self,
+        rates: Iterable[float],
+        num_classes: int,
+        num_features: int,
+        optimizer: str,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        seed: int,
+    ):
         assert optimizer in ("lars", "sgd"), optimizer
         generator = torch.Generator().manual_seed(seed)
         start = INITIAL_STD * torch.randn(num_classes, num_features, generator=generator, dtype=torch.float64)
@@ -34,11 +47,13 @@ class LinearHeads:
         self.bias = torch.zeros(len(self.rates), num_classes, device=device, dtype=dtype)
         self.velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
 
-    def logits(self, features):
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
         """(B, F) -> (H, B, C)."""
         return torch.matmul(features, self.weight.transpose(1, 2)) + self.bias[:, None]
 
-    def gradients(self, features, labels, shares):
+    def gradients(
+        self, features: torch.Tensor, labels: torch.Tensor, shares: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean cross-entropy over all ranks' samples and its gradients: (H,), (H, C, F), (H, C).
 
         ``features`` (B, F), ``labels`` (B,), ``shares`` (H, B): what a sample counts in each head's mean; over all
@@ -59,25 +74,25 @@ class LinearHeads:
         losses, weight, bias = packed.split([len(losses), weight.numel(), bias.numel()])
         return losses, weight.view_as(self.weight), bias.view_as(self.bias)
 
-    def step(self, features, labels, shares, factor):
+    def step(
+        self, features: torch.Tensor, labels: torch.Tensor, shares: torch.Tensor, factor: float
+    ) -> torch.Tensor:
         """One step at ``factor`` times the peak rates -> the losses before it (H,). See :meth:`gradients`."""
         losses, *gradients = self.gradients(features, labels, shares)
         for head, rate in enumerate(self.rates):
-            update = lars_update if self.optimizer == "lars" else momentum_update
-            more = (
-                {"weight_decay": 0.0, "trust_coefficient": TRUST_COEFFICIENT} if update is lars_update else {}
-            )
-            update(
-                [self.weight[head], self.bias[head]],
+            own = [self.weight[head], self.bias[head]]
+            moving = (
                 [gradient[head] for gradient in gradients],
                 [velocity[head] for velocity in self.velocity],
-                lr=rate * factor,
-                momentum=MOMENTUM,
-                **more,
             )
+            how = {"lr": rate * factor, "momentum": MOMENTUM}
+            if self.optimizer == "lars":
+                lars_update(own, *moving, weight_decay=0.0, trust_coefficient=TRUST_COEFFICIENT, **how)
+            else:
+                momentum_update(own, *moving, **how)
         return losses
 
-    def tensors(self):
+    def tensors(self) -> dict[str, torch.Tensor]:
         """All state, by name; loading into them is restoring the heads."""
         return {
             "weight": self.weight,
@@ -86,12 +101,12 @@ class LinearHeads:
             "bias_velocity": self.velocity[1],
         }
 
-    def finite(self):
+    def finite(self) -> list[bool]:
         """Which heads still are numbers: list of H bools."""
         return (self.weight.flatten(1).isfinite().all(1) & self.bias.isfinite().all(1)).tolist()
 
 
-def growth(rates, num_steps):
+def growth(rates: Iterable[float], num_steps: int) -> list[float]:
     """By which power of e LARS can let a tensor grow in ``num_steps`` of a cosine from these rates: a list.
 
     A step of LARS moves a tensor by at most lr * 0.001 of its norm, momentum repeats it 1 / (1 - 0.9) times.
@@ -106,12 +121,12 @@ class Score:
     ``top1``, ``top5`` (H, C) counts; ``images`` (C,) how many there are; ``loss`` (H,) sums of cross-entropies.
     """
 
-    def __init__(self, num_heads, num_classes):
+    def __init__(self, num_heads: int, num_classes: int):
         self.top1, self.top5 = (torch.zeros(num_heads, num_classes, dtype=torch.int64) for _ in range(2))
         self.images = torch.zeros(num_classes, dtype=torch.int64)
         self.loss = torch.zeros(num_heads, dtype=torch.float64)
 
-    def add(self, logits, labels):
+    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Logits (H, B, C) of images with ``labels`` (B,), on whatever device."""
         best = logits.topk(min(TOP, logits.shape[2]), dim=2).indices
         right = (best == labels[None, :, None]).cpu()
@@ -122,13 +137,13 @@ class Score:
         self.top5.index_add_(1, labels, right.any(2).long())
         self.images += torch.bincount(labels, minlength=len(self.images))
 
-    def over_ranks(self, device):
+    def over_ranks(self, device: torch.device | str) -> Self:
         """Sum over the ranks; collective. Returns itself."""
         for name in ("top1", "top5", "images", "loss"):
             setattr(self, name, collectives.all_reduce_(getattr(self, name).to(device)).cpu())
         return self
 
-    def percent(self, head=0):
+    def percent(self, head: int = 0) -> dict[str, float]:
         """{top1, top5, mean_per_class (of the classes that there are), loss} of a head, and the counts behind them."""
         total, there = int(self.images.sum()), self.images > 0
         if total == 0:
@@ -145,7 +160,9 @@ class Score:
         }
 
 
-def score_features(heads, features, labels, num_classes):
+def score_features(
+    heads: LinearHeads, features: torch.Tensor, labels: torch.Tensor, num_classes: int
+) -> Score:
     """:class:`Score` of all heads on features (n, F) of this rank, summed over the ranks. Collective."""
     device, dtype = heads.weight.device, heads.weight.dtype
     score = Score(len(heads.rates), num_classes)

@@ -13,7 +13,9 @@ Shapes: N training and M validation images of all ranks, n and m this rank's, F 
 
 import functools
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from torch.nn import functional as F
 
 from caco_scale.data.labels import check_same_classes
 from caco_scale.data.loader import evaluation_batches
+from caco_scale.data.store.base import Store
 from caco_scale.distributed import collectives
 from caco_scale.errors import UserError
 from caco_scale.evaluate.features import extract_features
@@ -39,14 +42,14 @@ class Candidates:
     labels: torch.Tensor
 
     @classmethod
-    def none(cls, rows, k, device):
+    def none(cls, rows: int, k: int, device: torch.device) -> "Candidates":
         return cls(
             torch.full((rows, k), -torch.inf, dtype=torch.float64, device=device),
             torch.full((rows, k), NO_ID, device=device),
             torch.zeros((rows, k), dtype=torch.int64, device=device),
         )
 
-    def merged(self, other, k):
+    def merged(self, other: "Candidates", k: int) -> "Candidates":
         """The k best of two lists: by similarity, the lowest id first among equals."""
         both = [torch.cat(pair, dim=1) for pair in zip(self.packed(), other.packed(), strict=True)]
         by_id = both[1].argsort(dim=1)
@@ -54,16 +57,16 @@ class Candidates:
         order = both[0].argsort(dim=1, descending=True, stable=True)[:, :k]
         return Candidates(*(part.gather(1, order) for part in both))
 
-    def packed(self):
+    def packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.similarities, self.ids, self.labels
 
 
-def on_grid(features):
+def on_grid(features: torch.Tensor) -> torch.Tensor:
     """Unit-norm rows in fp64, rounded to the grid on which cosine similarities are exact."""
     return (F.normalize(features.double(), dim=1) * GRID).round_().div_(GRID)
 
 
-def best_columns(similarities, k):
+def best_columns(similarities: torch.Tensor, k: int) -> torch.Tensor:
     """Columns of each row's k greatest similarities (b, columns), the lowest columns where equals compete."""
     values, columns = similarities.topk(k, dim=1)
     # topk takes any of several equal values: where not all at the k-th place get in, a stable sort decides.
@@ -74,7 +77,14 @@ def best_columns(similarities, k):
     return columns
 
 
-def nearest(queries, train_features, train_labels, train_ids, k, chunk):
+def nearest(
+    queries: torch.Tensor,
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    train_ids: torch.Tensor,
+    k: int,
+    chunk: int,
+) -> Candidates:
     """Candidates (b, k) for fp32 queries (b, F) among this rank's training images, whose ids ascend.
 
     The training features may lie on another device than the queries: a chunk of them travels at a time, once.
@@ -94,22 +104,26 @@ def nearest(queries, train_features, train_labels, train_ids, k, chunk):
     return Candidates(*(torch.cat(column) for column in columns))
 
 
-def gather_candidates(candidates, k, owner, group):
+def gather_candidates(
+    candidates: Candidates, k: int, owner: int, group: dist.ProcessGroup | None
+) -> Candidates | None:
     """The best k over all ranks' candidates, on rank ``owner``; None on the others."""
     if collectives.world_size(group) == 1:
         return candidates
     # One message: fp64 similarities travel as the int64 of the same bits.
     packed = torch.stack([candidates.similarities.view(torch.int64), candidates.ids, candidates.labels])
     is_owner = collectives.rank(group) == owner
-    received = [torch.empty_like(packed) for _ in range(collectives.world_size(group))] if is_owner else None
-    dist.gather(packed, received, group=group, group_dst=owner)
+    received = [torch.empty_like(packed) for _ in range(collectives.world_size(group))] if is_owner else []
+    dist.gather(packed, received or None, group=group, group_dst=owner)
     if not is_owner:
         return None
     lists = [Candidates(part[0].view(torch.float64), part[1], part[2]) for part in received]
     return functools.reduce(lambda best, more: best.merged(more, k), lists)
 
 
-def correct_votes(candidates, labels, ks, temperature, num_classes):
+def correct_votes(
+    candidates: Candidates, labels: torch.Tensor, ks: list[int], temperature: float, num_classes: int
+) -> torch.Tensor:
     """How many of the images (b,) the first k candidates classify rightly: (len(ks),) int64.
 
     Votes are added neighbour by neighbour, best first, so that their sums do not depend on the device's
@@ -177,19 +191,19 @@ def _sizes(train_features, train_labels, features, labels, num_classes):
 
 @torch.no_grad()
 def knn_accuracy(
-    train_features,
-    train_labels,
-    features,
-    labels,
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    features: torch.Tensor,
+    labels: torch.Tensor,
     *,
-    k=20,
-    temperature=0.2,
-    num_classes,
-    train_ids=None,
-    group=None,
-    chunk=8192,
-    device=None,
-):
+    k: int | Sequence[int] = 20,
+    temperature: float | Sequence[float] = 0.2,
+    num_classes: int,
+    train_ids: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    chunk: int = 8192,
+    device: torch.device | str | None = None,
+) -> Any:
     """Top-1 accuracy in percent of a weighted kNN classifier over all ranks' images, the same on every rank.
 
     Args:
@@ -223,7 +237,7 @@ def knn_accuracy(
             continue
         queries = _broadcast_features(features, (part["val"], part["val_width"]), owner, device, group)
         found = gather_candidates(nearest(queries, *train, max(ks), chunk), max(ks), owner, group)
-        if owner == collectives.rank(group):
+        if found is not None:
             for row, t in enumerate(temperatures):
                 correct[row] = correct_votes(found, labels.to(device), ks, t, num_classes)
     collectives.all_reduce_(correct, group=group)
@@ -254,22 +268,22 @@ def _broadcast_features(features, shape, owner, device, group):
 
 
 def evaluate_knn(
-    encode,
-    train_store,
-    val_store,
+    encode: Callable,
+    train_store: Store,
+    val_store: Store,
     *,
-    size,
-    k=20,
-    temperature=0.2,
-    device="cpu",
-    rank=0,
-    world_size=1,
-    workers=0,
-    batch_size=256,
-    group=None,
-    names=None,
-    **how,
-):
+    size: int,
+    k: int | Sequence[int] = 20,
+    temperature: float | Sequence[float] = 0.2,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    batch_size: int = 256,
+    group: dist.ProcessGroup | None = None,
+    names: Sequence[str] | None = None,
+    **how: Any,
+) -> Any:
     """kNN top-1 accuracy in percent of ``encode``'s features: training against validation shard set.
 
     Images are centre crops of ``size`` pixels without augmentation; ``encode=pixels`` gives the raw images'
@@ -284,10 +298,11 @@ def evaluate_knn(
         UserError: class lists that differ between the two sets, and as :func:`knn_accuracy`.
     """
     check_same_classes(train_store, val_store, "kNN")
-    reading = {"rank": rank, "world_size": world_size, "batch_size": batch_size, "workers": workers}
 
     def extract(store):
-        batches = evaluation_batches(store, size, **reading)
+        batches = evaluation_batches(
+            store, size, rank=rank, world_size=world_size, batch_size=batch_size, workers=workers
+        )
         return extract_features(encode, batches, device=device, names=names, **how)
 
     def accuracy(train_features, features):

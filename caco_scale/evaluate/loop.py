@@ -15,7 +15,7 @@ import torch
 from caco_scale.data.augment import normalise
 from caco_scale.data.loader import train_batches
 from caco_scale.data.order import Order, rank_share
-from caco_scale.data.store import Store
+from caco_scale.data.store.base import Store
 from caco_scale.data.views import ViewSpec
 from caco_scale.distributed.collectives import assert_equal_on_all_ranks, gather_objects
 from caco_scale.errors import UserError

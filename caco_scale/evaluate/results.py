@@ -7,7 +7,9 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -23,7 +25,7 @@ RESAMPLES = 10_000
 CONFIDENCE = 95
 
 
-def interval(correct, total, seed=0):
+def interval(correct: int, total: int, seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of an accuracy over the images: (low, high) in percent.
 
     Drawing ``total`` images with replacement, of which ``correct`` of ``total`` are right, makes the number of right
@@ -31,7 +33,8 @@ def interval(correct, total, seed=0):
     """
     drawn = np.random.default_rng(seed).binomial(total, correct / total, RESAMPLES)
     tail = (100 - CONFIDENCE) / 2
-    return tuple(float(x) for x in 100 / total * np.percentile(drawn, [tail, 100 - tail]))
+    low, high = 100 / total * np.percentile(drawn, [tail, 100 - tail])
+    return float(low), float(high)
 
 
 class ResultFolder:
@@ -45,15 +48,18 @@ class ResultFolder:
         UserError: on every rank: the folder holds another evaluation, is in use, or cannot be written.
     """
 
-    def __init__(self, to, base, name, settings, is_main):
+    def __init__(
+        self,
+        to: str | Path | None,
+        base: str | Path,
+        name: str,
+        settings: Mapping[str, Any],
+        is_main: bool,
+    ):
         digest = hashlib.sha256(to_json(settings, sort_keys=True).encode()).hexdigest()
         self.path = Path(to) if to else Path(base) / f"{name}-{digest[:8]}"
-        self.settings, self.is_main, self._lock, complaint = (
-            json.loads(to_json(settings)),
-            is_main,
-            None,
-            None,
-        )
+        self.settings, self.is_main, self._lock = json.loads(to_json(settings)), is_main, None
+        complaint = None
         try:
             if is_main:
                 self._open()
@@ -93,15 +99,15 @@ class ResultFolder:
             ) from None
         return content if isinstance(content, dict) else {}
 
-    def finished(self):
+    def finished(self) -> dict[str, Any] | None:
         """The result that a former start of the same command has left, or None. Any rank may ask."""
         return self._read("result.json")
 
-    def write(self, name, content):
+    def write(self, name: str, content: Any) -> None:
         """A JSON file of the folder, atomically; on the main rank."""
         self.write_bytes(name, (to_json(content, indent=1) + "\n").encode())
 
-    def write_bytes(self, name, data):
+    def write_bytes(self, name: str, data: bytes) -> None:
         if not self.is_main:
             return
         try:
@@ -112,7 +118,7 @@ class ResultFolder:
             ) from None
 
 
-def show(title, rows, notes=()):
+def show(title: str, rows: Sequence[Mapping[str, Any]], notes: Iterable[str] = ()) -> None:
     """A table with a column for every figure of ``rows`` (dicts), and lines below it."""
     table = Table(title=title, title_justify="left")
     columns = list(dict.fromkeys(name for row in rows for name in row))

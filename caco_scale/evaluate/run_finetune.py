@@ -11,6 +11,7 @@ Shapes: B this rank's batch, C classes, F features.
 """
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +26,10 @@ from caco_scale.distributed.syncbn import convert_sync_batchnorm
 from caco_scale.errors import UserError
 from caco_scale.evaluate.features import feature_batches
 from caco_scale.evaluate.heads import INITIAL_STD, MOMENTUM, Score
-from caco_scale.evaluate.loop import NO_LABEL, LabelledImages, check_batch, fit, restore
+from caco_scale.evaluate.loop import NO_LABEL, LabelledBatch, LabelledImages, check_batch, fit, restore
 from caco_scale.evaluate.results import CONFIDENCE, show
 from caco_scale.evaluate.run_linear import with_intervals
-from caco_scale.evaluate.task import build_task
+from caco_scale.evaluate.task import Task, build_task
 
 LR, BATCH_SIZE = 0.05, 1024
 EPOCHS, EPOCHS_OF_FEW, FEW = 30, 60, 0.05
@@ -36,7 +37,7 @@ SHARE = 97  # keeps these random numbers apart from others
 SAMPLES = "samples.txt"
 
 
-def run(flags):
+def run(flags: Any) -> dict[str, Any]:
     """``evaluate finetune`` -> the result's content."""
     task = build_task(flags)
     labels = labels_of(task.train, "fine-tuning")
@@ -76,12 +77,12 @@ def run(flags):
     return result
 
 
-def usual_epochs(fraction):
+def usual_epochs(fraction: float) -> int:
     """SimCLR's number of epochs for a share of the labels."""
     return EPOCHS_OF_FEW if fraction < FEW else EPOCHS
 
 
-def choose_share(labels, fraction, seed):
+def choose_share(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Sample numbers of ``fraction`` of every class, at least one: ascending int64; the same for equal arguments."""
     chosen = []
     for label in np.unique(labels):
@@ -94,7 +95,7 @@ def choose_share(labels, fraction, seed):
 class Classifier(nn.Module):
     """A backbone with a linear classifier on its features: images (B, 3, s, s) -> logits (B, C)."""
 
-    def __init__(self, backbone, num_features, num_classes, seed):
+    def __init__(self, backbone: nn.Module, num_features: int, num_classes: int, seed: int):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(num_features, num_classes)
@@ -103,14 +104,14 @@ class Classifier(nn.Module):
             self.head.weight.normal_(0, INITIAL_STD, generator=generator)
             self.head.bias.zero_()
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(self.backbone(images))
 
 
 class FineTuned:
     """A classifier that trains as a whole, as :func:`fit` trains it; every rank holds all of it."""
 
-    def __init__(self, task, rate, batch_size):
+    def __init__(self, task: Task, rate: float, batch_size: int):
         self.task, self.rate, self.batch_size = task, rate * batch_size / 256, batch_size
         weights, num_classes = task.weights, len(task.train.manifest.classes)
         model = Classifier(
@@ -122,7 +123,7 @@ class FineTuned:
         for p in self.parameters:  # there from the start, so that a resume finds where to load it
             self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
-    def update(self, batch, factor):
+    def update(self, batch: LabelledBatch, factor: float) -> float:
         """One step; gradients are summed over micro-batches and ranks, each sample counting 1 / global batch."""
         images, labels = batch.images, batch.labels
         self.model.train()
@@ -151,7 +152,7 @@ class FineTuned:
             logits = self.model(images)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def tensors(self):
+    def tensors(self) -> dict[str, torch.Tensor]:
         velocity = {
             f"velocity.{name}": self.optimizer.state[p]["momentum_buffer"]
             for name, p in self.model.named_parameters()
@@ -194,8 +195,8 @@ def _score(task, model):
     """:class:`Score` of the classifier on all validation images. Collective."""
     score = Score(1, len(task.val.manifest.classes))
     batches = task.evaluation_batches(task.val)
-    options = {**task.extraction(), "module": model, "unit_norm": False}
-    for logits, labels, _ in feature_batches(model, batches, **options):
+    stream = feature_batches(model, batches, module=model, unit_norm=False, **task.extraction())
+    for logits, labels, _ in stream:
         score.add(logits[None], labels)
     return score.over_ranks(task.device)
 

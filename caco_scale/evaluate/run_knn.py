@@ -1,24 +1,26 @@
 """The command ``evaluate knn``: k nearest neighbours of features and embeddings, all k and temperatures in one pass."""
 
 import time
+from typing import Any
 
 from caco_scale.errors import UserError
 from caco_scale.evaluate.knn import evaluate_knn
 from caco_scale.evaluate.results import CONFIDENCE, interval, show
 from caco_scale.evaluate.task import build_task
-from caco_scale.weights import digest
+from caco_scale.weights.build import digest
 
 USUAL_NEIGHBOURS = [10, 20, 100, 200]
 
 
-def run(flags):
+def run(flags: Any) -> dict[str, Any]:
     """``evaluate knn``: both kinds of features, every k, every temperature in one pass -> the result's content."""
     task = build_task(flags)
     ks = _neighbours(flags.k, task)
-    names = ("features", "embeddings") if task.weights.projector is not None else ("features",)
-    if len(names) == 1:
+    names, projector = ("features",), None
+    if task.weights.projector is None:
         task.say("no embeddings: the source has no projector of ours")
-    projector = None if len(names) == 1 else digest(task.weights.projector)
+    else:
+        names, projector = ("features", "embeddings"), digest(task.weights.projector)
     settings = {"k": ks, "temperature": flags.temperature, "projector": projector}
     folder = task.folder(flags, "knn", settings)
     result = folder.finished()

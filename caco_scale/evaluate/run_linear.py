@@ -11,6 +11,8 @@ Shapes: H rates, B this rank's batch, N global, F features.
 
 import math
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +22,10 @@ from caco_scale.data.order import permutation
 from caco_scale.data.store.subset import Subset
 from caco_scale.errors import UserError
 from caco_scale.evaluate.feature_cache import features_of, remove_features
-from caco_scale.evaluate.heads import LinearHeads, growth, score_features
-from caco_scale.evaluate.loop import NO_LABEL, LabelledImages, check_batch, fit, restore
+from caco_scale.evaluate.heads import LinearHeads, Score, growth, score_features
+from caco_scale.evaluate.loop import NO_LABEL, LabelledBatch, LabelledImages, check_batch, fit, restore
 from caco_scale.evaluate.results import CONFIDENCE, interval, show
-from caco_scale.evaluate.task import build_task
+from caco_scale.evaluate.task import Task, build_task
 
 AUTHORS_LR = 0.025  # per 256 images, of the command that the authors publish; their parser's default is 0.1
 FAST_LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -35,7 +37,7 @@ HELD_OUT = 83  # keeps these random numbers apart from others
 LEAST_GROWTH, FEW_STEPS = 5, 1000
 
 
-def run(flags):
+def run(flags: Any) -> dict[str, Any]:
     """``evaluate linear`` -> the result's content."""
     task = build_task(flags)
     usual = (
@@ -66,7 +68,7 @@ def run(flags):
     return result
 
 
-def fast_lengths(num_images, batch_size=None):
+def fast_lengths(num_images: int, batch_size: int | None = None) -> tuple[int, int]:
     """The usual (batch size, epochs) of ``--fast``: 256 and 10 on ImageNet, smaller batches and more epochs of less.
 
     ``batch_size``: the one that is asked for, if any.
@@ -116,11 +118,11 @@ class FrozenEncoder:
     from those samples, the second H learn from all.
     """
 
-    def __init__(self, task, heads, held_out=None):
+    def __init__(self, task: Task, heads: LinearHeads, held_out: np.ndarray | None = None):
         self.task, self.heads, self.held_out = task, heads, held_out
 
     @torch.no_grad()
-    def update(self, batch, factor):
+    def update(self, batch: LabelledBatch, factor: float) -> float:
         """-> the lowest loss of the heads that learn from all samples."""
         known = batch.labels != NO_LABEL
         features = self._features(batch.images[known])
@@ -131,10 +133,10 @@ class FrozenEncoder:
         return finite.min().item() if len(finite) else float("nan")
 
     @property
-    def num_rates(self):
+    def num_rates(self) -> int:
         return len(self.heads.rates) // (1 if self.held_out is None else 2)
 
-    def tensors(self):
+    def tensors(self) -> dict[str, torch.Tensor]:
         return self.heads.tensors()
 
     def _shares(self, batch):
@@ -186,7 +188,7 @@ def _evaluate(task, folder, labels, rates, epochs, batch_size, fast):
         folder=folder,
         end_epoch=end_epoch,
     )
-    if fast:
+    if held_out is not None:
         unseen = features_of(task, Subset(task.train, np.flatnonzero(held_out)), folder, "held_out")
         scores = (score_features(heads, *part[:2], num_classes) for part in (unseen, val))
         figures = choose(rates, *scores, heads.finite())
@@ -214,23 +216,23 @@ def _warn_of_few_steps(task, rate, num_steps, fast):
         )
 
 
-def choose_held_out(num_samples, seed):
+def choose_held_out(num_samples: int, seed: int) -> np.ndarray:
     """A tenth of the samples, at least one: (n,) bool by sample number."""
     held_out = np.zeros(num_samples, bool)
     held_out[permutation(num_samples, seed, HELD_OUT)[: max(1, num_samples // 10)]] = True
     return held_out
 
 
-def choose(rates, held_out, val, finite):
+def choose(rates: Sequence[float], held_out: Score, val: Score, finite: Sequence[bool]) -> dict[str, Any]:
     """The figures of a sweep; the rate is the one whose first head is best on the images that it never saw.
 
     ``held_out``, ``val``: :class:`~caco_scale.evaluate.heads.Score` of 2H heads; ``finite``: of each, whether it still
     is numbers. Of equal ones the one with the lowest loss there. UserError: every head diverged.
     """
     num_rates = len(rates)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for head, rate in enumerate(rates):
-        row = {"lr": rate, "held_out_top1": None}
+        row: dict[str, Any] = {"lr": rate, "held_out_top1": None}
         if finite[head] and finite[num_rates + head]:
             unseen = held_out.percent(head)
             row |= {"held_out_top1": unseen["top1"], "held_out_loss": unseen["loss"]}
@@ -253,7 +255,7 @@ def choose(rates, held_out, val, finite):
     }
 
 
-def with_intervals(score):
+def with_intervals(score: dict[str, Any]) -> dict[str, Any]:
     """A score with bootstrap intervals of top-1 and top-5."""
     kept = {name: score[name] for name in ("top1", "top5", "mean_per_class", "images")}
     return {

@@ -1,22 +1,27 @@
 """What every evaluation begins with: the processes, the encoder, the two sets of images."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from caco_scale import weights as weights_module
 from caco_scale.data.labels import check_same_classes
 from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.store import open_store
+from caco_scale.data.store.base import Store
 from caco_scale.data.store.folder import split_folders
 from caco_scale.distributed.collectives import gather_objects
 from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.errors import UserError
 from caco_scale.evaluate.results import ResultFolder
 from caco_scale.run.environment import describe_environment
+from caco_scale.weights.load import Weights, describe, load_weights
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 FULL_NAMES = {"knn": "kNN", "linear": "linear evaluation", "finetune": "fine-tuning"}
 
@@ -29,13 +34,13 @@ class Task:
     ``autocast_dtype``: of the forward pass, None: the same.
     """
 
-    accelerator: object
-    weights: weights_module.Weights
-    train: object
-    val: object
+    accelerator: "Accelerator"
+    weights: Weights
+    train: Store
+    val: Store
     size: int
-    mean: tuple
-    std: tuple
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     dtype: torch.dtype
     autocast_dtype: torch.dtype | None
     images_at_once: int
@@ -43,26 +48,26 @@ class Task:
     seed: int
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.accelerator.device
 
     @property
-    def rank(self):
+    def rank(self) -> int:
         return self.accelerator.process_index
 
     @property
-    def world_size(self):
+    def world_size(self) -> int:
         return self.accelerator.num_processes
 
     @property
-    def is_main(self):
+    def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
-    def say(self, line):
+    def say(self, line: str) -> None:
         if self.is_main:
             print(line, flush=True)
 
-    def extraction(self):
+    def extraction(self) -> dict[str, Any]:
         """How :func:`~caco_scale.evaluate.features.extract_features` is to treat images."""
         return {
             "mean": self.mean,
@@ -73,7 +78,7 @@ class Task:
             "channels_last": self.device.type == "cuda",
         }
 
-    def evaluation_batches(self, store):
+    def evaluation_batches(self, store: Store) -> Iterable:
         """This process's share of a whole set, centre-cropped."""
         return evaluation_batches(
             store,
@@ -84,7 +89,7 @@ class Task:
             workers=self.workers,
         )
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         """What decides an evaluation's result, as far as all evaluations share it: plain values."""
         return {
             "weights": self.weights.sha256,
@@ -97,7 +102,7 @@ class Task:
             "compute": str(self.autocast_dtype or self.dtype).removeprefix("torch."),
         }
 
-    def folder(self, flags, name, settings):
+    def folder(self, flags: Any, name: str, settings: dict[str, Any]) -> ResultFolder:
         """The :class:`ResultFolder` of this evaluation with ``settings`` of its own."""
         source = Path(self.weights.path)
         step = f"{source.name}-{self.weights.encoder}"
@@ -105,13 +110,13 @@ class Task:
         settings = {"evaluation": name, **self.describe(), **settings}
         return ResultFolder(flags.to, base, f"{name}-{step}", settings, self.is_main)
 
-    def report(self, folder, seconds, **result):
+    def report(self, folder: ResultFolder, seconds: float, **result: Any) -> dict[str, Any]:
         """Write ``result.json``: the figures, and all that one needs to trust them -> its content. Collective."""
         places = gather_objects((str(self.device), os.uname().nodename))
         content = {
             **result,
             "settings": folder.settings,
-            "weights": weights_module.describe(self.weights),
+            "weights": describe(self.weights),
             "data": {
                 name: {
                     "url": store.url,
@@ -131,7 +136,7 @@ class Task:
         return content
 
 
-def build_task(flags):
+def build_task(flags: Any) -> Task:
     """The :class:`Task` that the flags of a command name. Collective.
 
     Raises:
@@ -182,10 +187,7 @@ def _processes(flags):
 
 def _sources(flags):
     """(address of the training images, of the validation images, weights)."""
-    load = partial(
-        weights_module.load_weights, flags.weights, flags.which, flags.step, flags.arch, flags.stem
-    )
-    weights = load()
+    weights = load_weights(flags.weights, flags.which, flags.step, flags.arch, flags.stem)
     train, val = flags.data, flags.val
     if train is not None and val is None and (both := split_folders(train)):
         return *both, weights

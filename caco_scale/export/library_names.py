@@ -5,7 +5,7 @@ said, not hidden: ``tiny`` loads into this project's own module and is refused f
 the ``cifar`` stem stand in the model card.
 """
 
-import re
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -13,39 +13,24 @@ from torchvision import models
 
 from caco_scale.errors import UserError
 from caco_scale.method.encoders import build_backbone
+from caco_scale.weights.recognise import timm_vit_names
 
 TIMM_NAMES = {"vit_b_16": "vit_base_patch16_224"}  # the ResNets have the same name in both
-TIMM_VIT = (  # torchvision's name of a tensor, timm's
-    (r"^class_token$", "cls_token"),
-    (r"^encoder\.pos_embedding$", "pos_embed"),
-    (r"^conv_proj\.", "patch_embed.proj."),
-    (r"^encoder\.ln\.", "norm."),
-    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
-    (r"\.ln_([12])\.", r".norm\1."),
-    (r"\.self_attention\.in_proj_(weight|bias)$", r".attn.qkv.\1"),
-    (r"\.self_attention\.out_proj\.", ".attn.proj."),
-    (r"\.mlp\.0\.", ".mlp.fc1."),
-    (r"\.mlp\.3\.", ".mlp.fc2."),
-)
 STEM_LINES = [  # what library_model does, for people
     "model.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)  # the stem for small images",
     "model.maxpool = torch.nn.Identity()",
 ]
 
 
-def to_timm(state, arch):
+def to_timm(state: Mapping[str, torch.Tensor], arch: str) -> dict[str, torch.Tensor]:
     """A state dict in torchvision's names under timm's; the tensors are the same."""
     if arch not in TIMM_NAMES:
         return dict(state)
-    renamed = {}
-    for name, tensor in state.items():
-        for pattern, replacement in TIMM_VIT:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
-    return renamed
+    names = timm_vit_names()
+    return {names[name]: tensor for name, tensor in state.items()}
 
 
-def library_model(library, arch, stem):
+def library_model(library: str, arch: str, stem: str) -> nn.Module:
     """The library's own model without its classifier, on the meta device: images -> features (B, F).
 
     ``library``: torchvision, timm, or caco_scale (whose ``tiny`` is). UserError where the
@@ -68,7 +53,7 @@ def library_model(library, arch, stem):
     return model
 
 
-def check_library(library, arch):
+def check_library(library: str, arch: str) -> None:
     """Refuse what the library cannot build (UserError)."""
     if library != "timm":
         return
@@ -82,7 +67,7 @@ def check_library(library, arch):
         raise UserError("timm has no model tiny, it is this project's own: use --format safetensors")
 
 
-def loading_code(library, arch, stem, file_name):
+def loading_code(library: str, arch: str, stem: str, file_name: str) -> str:
     """Python lines with which a user builds the model from the file: ``model`` gives features afterwards."""
     is_safetensors = file_name.endswith(".safetensors")
     stem_lines = STEM_LINES if stem == "cifar" and arch != "tiny" else []

@@ -2,14 +2,27 @@
 
 import hashlib
 import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from caco_scale.export.library_names import loading_code
-from caco_scale.run.scores import is_percent
+from caco_scale.run.scores import LoggedScore, is_percent
 
 
 def write_card(
-    name, data, library, metadata, values, *, source, config, environment, logged, evaluated, compared
-):
+    name: str,
+    data: bytes,
+    library: str,
+    metadata: Mapping[str, str],
+    values: Mapping[str, Any],
+    *,
+    source: str,
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    logged: tuple[dict | None, dict | None],
+    evaluated: Sequence[LoggedScore],
+    compared: str,
+) -> str:
     """The card as Markdown text; what is not known is said to be unknown.
 
     Args:

@@ -26,16 +26,24 @@ from caco_scale.errors import UserError
 from caco_scale.export.library_names import check_library, library_model, to_timm
 from caco_scale.export.model_card import write_card
 from caco_scale.run.scores import evaluation_scores, logged_scores
-from caco_scale.weights import load_weights, read_tensors
+from caco_scale.weights.files import read_tensors
+from caco_scale.weights.load import Weights, load_weights
 
 TOLERANCE = 1e-5  # of features, relative to the greatest where that is above one
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 
-def export(run, to, file_format, which=None, step=None, force=False):
+def export(
+    run: str | Path,
+    to: str | Path,
+    file_format: str,
+    which: str | None = None,
+    step: int | None = None,
+    force: bool = False,
+) -> dict[str, str]:
     """Write the backbone of ``run`` (a run's or a checkpoint's directory, or weights) to the file ``to`` -> metadata.
 
-    ``which``: the query or the key (momentum) encoder, None: as :func:`~caco_scale.weights.load_weights` has it;
+    ``which``: the query or the key (momentum) encoder, None: as :func:`~caco_scale.weights.load.load_weights` has it;
     ``step``: which checkpoint of the run, default the newest. The model card goes to ``<to>.md``. Raises UserError: no
     run, no such checkpoint, damaged, not finite, unknown format, a library without the model, no or an existing target
     without ``force``, and where the file read back does not give the trained backbone's features.
@@ -52,7 +60,7 @@ def export(run, to, file_format, which=None, step=None, force=False):
     if weights.arch == "tiny" and library == "torchvision":
         library = "caco_scale"  # torchvision has no such model; the card and the last line say so
     check_library(library, weights.arch)
-    metadata = describe(weights)
+    metadata = file_metadata(weights)
     state = weights.backbone.state_dict()
     temporary = to.with_name(f"{to.name}.tmp{os.getpid()}")
     try:
@@ -69,7 +77,7 @@ def export(run, to, file_format, which=None, step=None, force=False):
     return {**metadata, "compared": compared}
 
 
-def describe(weights):
+def file_metadata(weights: Weights) -> dict[str, str]:
     """Where a backbone comes from and what images it wants, as safetensors' metadata: names and strings."""
     metadata = {
         "arch": weights.arch,

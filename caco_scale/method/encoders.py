@@ -15,7 +15,7 @@ from torchvision import models
 from torchvision.models import vision_transformer
 from torchvision.models.resnet import BasicBlock
 
-from caco_scale.choices import STEMS, Stem
+from caco_scale.choices import STEMS
 from caco_scale.errors import UserError, did_you_mean
 
 RESNETS = tuple(
@@ -26,7 +26,7 @@ RESNETS = tuple(
 ARCHITECTURES = (*RESNETS, "vit_b_16", "tiny")
 
 
-def build_backbone(arch: str, stem: Stem = "imagenet") -> tuple[nn.Module, int]:
+def build_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
     """A randomly initialised backbone: ``(module giving (B, F) features, F)``.
 
     ``arch``: a torchvision ResNet, ResNeXt or Wide ResNet, ``vit_b_16``, or ``tiny``. ``stem``: ``imagenet``,

@@ -9,14 +9,16 @@ import io
 import json
 import math
 import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from caco_scale.report.runs import is_number
+from caco_scale.report.runs import Run, is_number
 from caco_scale.run.diagnostics import LOW_RANKME, LOW_SPREAD
 
 MAX_POINTS = 400  # of a drawn line; longer ones are averaged, with a band from least to greatest
@@ -42,7 +44,7 @@ class Panel:
     digits: int = 4
     factor: float = 1.0
     from_zero: bool = False
-    reference: object = None
+    reference: Callable[[Run], tuple[float, str] | None] | None = None
 
 
 def _raw_pixels(run):
@@ -108,14 +110,16 @@ HEALTH = (
 NOT_FURTHER = {"skipped", "corrupt", "skipped_step", "knn_top1_raw_pixels"}
 
 
-def further_panels(runs):
+def further_panels(runs: Sequence[Run]) -> list[Panel]:
     """A panel for every other figure that the metrics hold."""
     known = {panel.figure for panel in TRAINING + HEALTH} | NOT_FURTHER
     names = dict.fromkeys(name for run in runs for name in run.figures())
     return [Panel(name, name.replace("_", " ")) for name in names if name not in known]
 
 
-def draw_panels(panels, runs, resumes):
+def draw_panels(
+    panels: Iterable[Panel], runs: Sequence[Run], resumes: Sequence[Sequence[float]]
+) -> list[dict[str, Any]]:
     """The charts that at least one run has figures for -> list of dicts for the page.
 
     ``resumes``: for every run the epochs at which it was resumed.
@@ -155,7 +159,7 @@ def _plain(values, digits):
     return [float(f"{v:.{digits + 2}g}") if math.isfinite(v) else None for v in values]
 
 
-def write_number(value, digits, unit=""):
+def write_number(value: float, digits: int, unit: str = "") -> str:
     """A figure for people: so many significant digits, thousands apart, the unit behind it."""
     if value == 0:
         text = "0"
@@ -191,7 +195,7 @@ def _thinned(series, factor):
 
 def _draw(panel, runs, lines, resumes, end):
     """The chart as SVG text, and where its axes are: shares of width and height, and the epochs they span."""
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": panel.figure,
         "font.size": 9.5,
@@ -260,7 +264,7 @@ def _for_page(svg, panel):
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     head, rest = svg.split(">", 1)
-    box = re.search(r'viewBox="([^"]*)"', head)[1]
+    box = re.findall(r'viewBox="([^"]*)"', head)[0]
     rest = re.sub(r"<style.*?</style>", "", rest, flags=re.DOTALL)  # it would hold for the whole page
     svg = f'<svg viewBox="{box}" role="img" aria-label="{html.escape(panel.title)} over epochs">{rest}'
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)

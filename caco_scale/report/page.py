@@ -1,5 +1,6 @@
 """The page: one HTML file that needs nothing but itself. Jinja escapes the text; style sheet and script are ours."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata, resources
 
@@ -8,7 +9,8 @@ import numpy as np
 
 from caco_scale import config as configuration
 from caco_scale.report.curves import HEALTH, TRAINING, draw_panels, further_panels, write_number
-from caco_scale.report.runs import incidents
+from caco_scale.report.pictures import Pictures
+from caco_scale.report.runs import Run, incidents
 from caco_scale.run.scores import evaluation_scores
 
 KINDS = {  # of incidents, in words
@@ -21,7 +23,7 @@ KINDS = {  # of incidents, in words
 }
 
 
-def build_page(runs, pictures):
+def build_page(runs: Sequence[Run], pictures: Sequence[Pictures]) -> str:
     """The HTML text about some runs. ``pictures``: of each run, by :func:`~.pictures.draw_pictures`."""
     files = resources.files("caco_scale.report")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)

@@ -22,7 +22,8 @@ from caco_scale.data.store import open_store
 from caco_scale.errors import UserError, one_line
 from caco_scale.evaluate.features import extract_features
 from caco_scale.method.model import Encoder
-from caco_scale.weights import load_weights
+from caco_scale.report.runs import Run
+from caco_scale.weights.load import load_weights
 
 NUM_NEAREST = 8
 NUM_QUERIES = 8  # validation images
@@ -43,10 +44,10 @@ class Images:
     ids: torch.Tensor
     crops: torch.Tensor
     labels: torch.Tensor
-    classes: tuple
+    classes: tuple[str, ...]
     total: int
 
-    def name(self, number):
+    def name(self, number: int) -> str:
         """The class of an image in words, "" where it has none."""
         label = int(self.labels[number])
         return self.classes[label] if 0 <= label < len(self.classes) else ""
@@ -56,18 +57,18 @@ class Images:
 class Pictures:
     """What the page shows of one run's images; ``notes`` says in words what cannot be shown and why."""
 
-    notes: list
+    notes: list[str]
     step: int = 0  # of the checkpoint
     num_train: int = 0  # images looked at, and of how many
     total_train: int = 0
     num_val: int = 0
     total_val: int = 0
-    rows: list = field(default_factory=list)
-    neighbours: list = field(default_factory=list)
+    rows: list[dict] = field(default_factory=list)
+    neighbours: list[dict] = field(default_factory=list)
     map: dict | None = None
 
 
-def draw_pictures(run, limit=None):
+def draw_pictures(run: Run, limit: int | None = None) -> Pictures:
     """The :class:`Pictures` of a run's newest checkpoint; what is away or damaged is a note and no error.
 
     ``limit``: images looked at in each shard set, spread over it; None: as many as fit a moderate memory.
@@ -101,7 +102,7 @@ def draw_pictures(run, limit=None):
 # Data
 
 
-def spread_ids(total, limit):
+def spread_ids(total: int, limit: int) -> np.ndarray:
     """At most ``limit`` of ``total`` sample ids, ascending: runs of neighbours, evenly spread over the set.
 
     Runs and not single images, because few shards are read then.
@@ -114,7 +115,7 @@ def spread_ids(total, limit):
     return np.concatenate([np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)])
 
 
-def data_address(run, address):
+def data_address(run: Run, address: str) -> str:
     """A shard set's address as seen from here: a relative one may count from where the run was started."""
     if "://" in address or os.path.isabs(address) or os.path.exists(address):
         return address
@@ -127,7 +128,7 @@ def data_address(run, address):
     return address
 
 
-def read_images(run, address, limit):
+def read_images(run: Run, address: str, limit: int | None) -> Images:
     """A sample of a shard set as :class:`Images`. UserError where the set is away or damaged."""
     store = open_store(data_address(run, address), cache_dir="none", retry_policy=RETRY_POLICY)
     size = run.config.views.size
@@ -155,20 +156,28 @@ class Encoders:
     as they were saved; ``step``: finished steps.
     """
 
-    def __init__(self, normalisation, step, query, key, rows, assignments):
+    def __init__(
+        self,
+        normalisation: tuple,
+        step: int,
+        query: Encoder,
+        key: Encoder,
+        rows: torch.Tensor,
+        assignments: torch.Tensor,
+    ):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.normalisation, self.step = normalisation, step
         self.query, self.key = query.to(self.device), key.to(self.device)
         self.rows, self.assignments = rows, assignments
         self._features = {}
 
-    def features(self, images):
+    def features(self, images: Images) -> torch.Tensor:
         """The query encoder's backbone features (n, F), unit norm, computed once per set of images."""
         if id(images) not in self._features:
             self._features[id(images)] = self._extract(self.query, self.query.features, images)
         return self._features[id(images)]
 
-    def keys(self, images):
+    def keys(self, images: Images) -> torch.Tensor:
         """The key encoder's embeddings (n, D), unit norm: what picks positives in training."""
         return self._extract(self.key, self.key, images)
 
@@ -178,12 +187,15 @@ class Encoders:
         return extract_features(encode, batches, mean=mean, std=std, device=self.device, module=module)[0]
 
 
-def read_encoders(path):
+def read_encoders(path: Path) -> Encoders:
     """The :class:`Encoders` of a checkpoint's folder. UserError where it is damaged or not finite."""
     query, key = (load_weights(path, which) for which in ("query", "key"))
     bank = load_tensors(path, ["bank.rows", "bank.assignments"])
     rows = F.normalize(bank["bank.rows"].float(), dim=1)
-    sides = (Encoder(side.backbone, side.projector) for side in (query, key))
+    sides = []
+    for side in (query, key):
+        assert side.projector is not None, path
+        sides.append(Encoder(side.backbone, side.projector))
     return Encoders((query.mean, query.std), query.metadata["step"], *sides, rows, bank["bank.assignments"])
 
 
@@ -191,7 +203,7 @@ def read_encoders(path):
 # Pictures
 
 
-def choose_rows(assignments, rule):
+def choose_rows(assignments: torch.Tensor, rule: str) -> list[tuple[int, str]]:
     """Bank rows to show -> list of (row, words): of the most used, the middle and the least; a queue's evenly."""
     size, count = len(assignments), sum(NUM_ROWS.values())
     if rule != "caco" or not assignments.any():
@@ -207,7 +219,7 @@ def choose_rows(assignments, rule):
     return list(chosen.items())
 
 
-def bank_rows(encoders, train, rule):
+def bank_rows(encoders: Encoders, train: Images, rule: str) -> list[dict]:
     """For some bank rows the training images whose keys are nearest -> list of dicts for the page."""
     keys = encoders.keys(train)
     total = int(encoders.assignments.sum())
@@ -228,7 +240,7 @@ def bank_rows(encoders, train, rule):
     return shown
 
 
-def neighbours(encoders, train, val):
+def neighbours(encoders: Encoders, train: Images, val: Images) -> list[dict]:
     """For some validation images their nearest training images in feature space -> list of dicts for the page."""
     train_features, features = encoders.features(train), encoders.features(val)
     shown = []
@@ -245,7 +257,7 @@ def neighbours(encoders, train, val):
     return shown
 
 
-def spread_over_classes(labels, count):
+def spread_over_classes(labels: torch.Tensor, count: int) -> list[int]:
     """Numbers of ``count`` images: of classes evenly spread over those there are, the first image of each."""
     classes = labels.unique().tolist()
     chosen = np.unique(np.linspace(0, len(classes) - 1, min(count, len(classes))).astype(int))
@@ -254,7 +266,7 @@ def spread_over_classes(labels, count):
     return first + [number for number, _ in zip(others, range(count - len(first)), strict=False)]
 
 
-def picture(images, number, caption, same=None):
+def picture(images: Images, number: int, caption: str, same: bool | None = None) -> dict:
     """One image for the page. ``same``: whether it is of the class it is compared with, None if unknown."""
     return {
         "uri": data_uri(images.crops[number].numpy()),
@@ -265,7 +277,7 @@ def picture(images, number, caption, same=None):
     }
 
 
-def data_uri(pixels):
+def data_uri(pixels: np.ndarray) -> str:
     """Pixels (s, s, 3) uint8 as a data URI: small images as they are, others as a JPEG of THUMBNAIL pixels."""
     image, file = Image.fromarray(pixels), io.BytesIO()
     if max(image.size) <= 64:
@@ -281,11 +293,11 @@ def data_uri(pixels):
 # The map
 
 
-def embed_in_plane(features):
+def embed_in_plane(features: torch.Tensor) -> tuple[np.ndarray, str] | tuple[None, None]:
     """(coordinates (m, 2), name of the method), by UMAP if it is installed, else t-SNE; None without either."""
     rows = features.numpy()
     try:
-        from umap import UMAP
+        from umap import UMAP  # ty: ignore[import-not-found]
 
         return UMAP(metric="cosine", random_state=0).fit_transform(rows), "UMAP"
     except ImportError:
@@ -300,7 +312,7 @@ def embed_in_plane(features):
     ), "t-SNE"
 
 
-def feature_map(encoders, images):
+def feature_map(encoders: Encoders, images: Images) -> tuple[dict | None, str]:
     """A map of the images' features as (dict for the page or None, note or "")."""
     if len(images.ids) < 16:
         return None, f"No map of the features: {len(images.ids)} images are too few."

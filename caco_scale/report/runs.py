@@ -9,8 +9,10 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +34,7 @@ class Series:
     epoch: np.ndarray
     value: np.ndarray
 
-    def last(self):
+    def last(self) -> float | None:
         """The last finite value, or None."""
         finite = self.value[np.isfinite(self.value)]
         return float(finite[-1]) if len(finite) else None
@@ -55,48 +57,48 @@ class Run:
     name: str
     config: configuration.Config
     environment: dict
-    attempts: list
-    metrics: list
-    corrupt: list
+    attempts: list[dict]
+    metrics: list[dict]
+    corrupt: list[dict]
     done: dict | None
     interrupted: dict | None
     is_training: bool
     checkpoint: Path | None
 
     @property
-    def last_step(self):
+    def last_step(self) -> int:
         return max(record["step"] for record in self.metrics)
 
     @property
-    def steps_per_epoch(self):
+    def steps_per_epoch(self) -> float | None:
         """From the last line that has both, or None."""
         for record in reversed(self.metrics):
             if record["step"] and is_number(record.get("epoch")) and record["epoch"] > 0:
                 return record["step"] / record["epoch"]
         return None
 
-    def epoch(self, step):
+    def epoch(self, step: float) -> float:
         return step / self.steps_per_epoch if self.steps_per_epoch else float(step)
 
-    def figures(self):
+    def figures(self) -> list[str]:
         """Names of all numeric figures in the metrics, in order of appearance."""
         names = dict.fromkeys(name for record in self.metrics for name in record)
         skip = ("step", "epoch", "phase")
         return [n for n in names if n not in skip and any(is_number(r.get(n)) for r in self.metrics)]
 
-    def series(self, name):
+    def series(self, name: str) -> Series:
         """The :class:`Series` of one figure, steps ascending; empty where the run does not have it."""
         lines = sorted((r for r in self.metrics if name in r), key=lambda record: record["step"])
         steps = np.array([r["step"] for r in lines], dtype=float)
         values = np.array([r[name] if is_number(r[name]) else math.nan for r in lines], dtype=float)
         return Series(steps, np.array([self.epoch(step) for step in steps]), values)
 
-    def warmup_end(self):
+    def warmup_end(self) -> float | None:
         """Epoch at which the bank warm-up was last logged, or None for a run without."""
         steps = [r["step"] for r in self.metrics if r.get("phase") == "bank warm-up"]
         return self.epoch(max(steps)) if steps else None
 
-    def status(self):
+    def status(self) -> tuple[str, str]:
         """(word, sentence): how the run stands."""
         if self.is_training:
             return "training", f"training now, {self.last_step:,} steps logged"
@@ -111,7 +113,7 @@ class Run:
         )
 
 
-def is_number(value):
+def is_number(value: Any) -> bool:
     """Is it a finite number that a float can hold? JSON in Python knows NaN and integers of any length."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
@@ -121,7 +123,7 @@ def _step_of(record, unknown=0, name="step"):
     return int(record[name]) if is_number(record.get(name)) else unknown
 
 
-def read_run(path):
+def read_run(path: str | Path) -> Run:
     """The :class:`Run` in a directory. UserError: no run there, damaged config, no metrics yet."""
     path = Path(path)
     if not os.path.exists(path):  # False, too, for a name that no file can have
@@ -163,7 +165,7 @@ def read_run(path):
     )
 
 
-def read_runs(paths):
+def read_runs(paths: Iterable[str | Path]) -> list[Run]:
     """The runs of several directories, each with a name of its own: as much of the path as tells them apart."""
     runs = [read_run(path) for path in paths]
     parts = [run.path.absolute().parts for run in runs]
@@ -202,7 +204,7 @@ def _is_locked(path):
 # Incidents
 
 
-def incidents(run):
+def incidents(run: Run) -> list[Incident]:
     """What a smooth run does not have, in the order of steps -> list of :class:`Incident`."""
     found = [*_resumes(run), *_skips(run), *_corrupt(run), *_collapses(run), *_store_trouble(run)]
     if run.interrupted:

@@ -1,0 +1,118 @@
+"""Modules out of state dicts: on the CPU, in fp32, in eval mode, complete and finite or refused."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from caco_scale.errors import UserError
+from caco_scale.method.encoders import build_backbone
+from caco_scale.method.projector import build_projector
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a module's parameters and buffers."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def expected_shapes(arch: str, stem: str) -> dict[str, tuple[int, ...]]:
+    """Those of a backbone."""
+    with torch.device("meta"):
+        return shapes(build_backbone(arch, stem)[0])
+
+
+def differences(
+    expected: Mapping[str, tuple[int, ...]], state: Mapping[str, torch.Tensor]
+) -> tuple[list[str], list[str], list[str]]:
+    """(names missing, names too many, names of another shape); a BatchNorm's count of batches may be missing."""
+    missing = [n for n in expected if n not in state and not n.endswith("num_batches_tracked")]
+    return (
+        missing,
+        [n for n in state if n not in expected],
+        [n for n in expected if n in state and tuple(state[n].shape) != expected[n]],
+    )
+
+
+def folded(names: Iterable[str]) -> str:
+    """Every name, those of one module together: ``bn1.{bias, weight}, conv1.weight``."""
+    groups = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        groups.setdefault(parent, []).append(last)
+    return ", ".join(
+        f"{parent}.{{{', '.join(last)}}}"
+        if len(last) > 1 and parent
+        else ", ".join(f"{parent}.{x}".strip(".") for x in last)
+        for parent, last in groups.items()
+    )
+
+
+def fill_backbone(
+    arch: str, stem: str, state: Mapping[str, torch.Tensor], path: str
+) -> tuple[nn.Module, int, list[str]]:
+    """A backbone with the tensors of a state dict in fp32: (module, F, names of the dict that it has no place for)."""
+    with torch.device("meta"):  # nothing to initialise: every tensor comes from the state dict
+        backbone, num_features = build_backbone(arch, stem)
+    expected = shapes(backbone)
+    missing, unexpected, wrong = differences(expected, state)
+    if missing or wrong:
+        raise UserError(
+            f"{path} does not hold a whole {arch} (stem {stem}): missing or of another shape: "
+            f"{folded([*missing, *wrong])}"
+        )
+    filled = {name: state.get(name, torch.zeros((), dtype=torch.int64)) for name in expected}
+    _assign(backbone, filled, path)
+    return backbone, num_features, unexpected
+
+
+def fill_projector(num_features: int, state: Mapping[str, torch.Tensor]) -> nn.Sequential | None:
+    """A projector with the tensors of a state dict, or None where they are those of another kind of head."""
+    try:
+        hidden, embedding_dim = state["0.weight"].shape[0], state["6.weight"].shape[0]
+        with torch.device("meta"):
+            projector = build_projector(num_features, hidden, embedding_dim)
+    except (KeyError, IndexError, RuntimeError):
+        return None
+    expected = shapes(projector)
+    if any(differences(expected, state)):
+        return None
+    filled = {name: state.get(name, torch.zeros((), dtype=torch.int64)) for name in expected}
+    _assign(projector, filled, "projector")
+    return projector
+
+
+def _assign(module, state, path):
+    """Put a complete state dict into a module on the meta device, in fp32; UserError for what is not finite."""
+    kept = {}
+    for name, reference in module.state_dict().items():
+        tensor = state[name]
+        if (
+            tensor.layout != torch.strided
+            or tensor.is_complex()
+            or tensor.is_quantized
+            or tensor.device.type != "cpu"
+        ):
+            raise UserError(f"{path}: {name} is no plain dense tensor ({tensor.dtype}, {tensor.layout})")
+        if reference.is_floating_point() != tensor.is_floating_point():
+            raise UserError(f"{path}: {name} is {tensor.dtype}, {reference.dtype} expected")
+        kept[name] = tensor.to(reference.dtype).contiguous()
+    bad = [
+        name for name, tensor in kept.items() if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
+    if bad:
+        raise UserError(
+            f"{path}: {len(bad)} of {len(kept)} tensors are not finite ({folded(bad)}): its training diverged or the "
+            "file is damaged, give an earlier checkpoint"
+        )
+    module.load_state_dict(kept, assign=True)
+    module.eval().requires_grad_(False)
+
+
+def digest(module: nn.Module) -> str:
+    """sha256 (hex) of a module's tensors, names included."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        sha256.update(name.encode())
+        sha256.update(tensor.cpu().numpy().tobytes())
+    return sha256.hexdigest()

@@ -1,0 +1,196 @@
+"""RUN_OR_WEIGHTS to an encoder: of a run, of one of its checkpoints, or of a file."""
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from caco_scale.checkpoint.folder import read_values, step_path, steps
+from caco_scale.checkpoint.read import load_tensors
+from caco_scale.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from caco_scale.errors import UserError, one_line
+from caco_scale.weights.build import digest, fill_backbone, fill_projector
+from caco_scale.weights.files import read_tensors
+from caco_scale.weights.recognise import HEADS, choose_encoder, find_architecture, timm_vit_renamed, within
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An encoder out of a run or a file, on the CPU in fp32, in eval mode.
+
+    ``projector`` is None where the source has none that fits. ``kind``: what the source was taken for; ``encoder``:
+    query or key; ``size`` (pixels), ``mean``, ``std``: of the images that it was trained on, ImageNet's where the
+    source does not say. ``unmatched``: the keys of the source that went nowhere. ``sha256``: of the backbone's tensors.
+    ``metadata``: recipe, step, epoch, ... as far as the source says; ``config``: of a run, as nested plain values.
+    """
+
+    path: str
+    kind: str
+    encoder: str
+    arch: str
+    stem: str
+    num_features: int
+    backbone: nn.Module
+    projector: nn.Module | None
+    unmatched: tuple[str, ...]
+    sha256: str
+    size: int = 224
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    metadata: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+
+
+def load_weights(
+    path: str | Path,
+    which: str | None = None,
+    step: int | None = None,
+    arch: str | None = None,
+    stem: str | None = None,
+) -> Weights:
+    """The encoder that a user means by RUN_OR_WEIGHTS -> :class:`Weights`.
+
+    Args:
+        which: ``query`` or ``key``; None: query, except for DINO, whose teacher is the one to use.
+        step: of a run's checkpoints, None: the newest.
+        arch, stem: what the file holds; None: found out. For a run they are known.
+    Raises:
+        UserError: no such place, damaged, more than tensors in it, no encoder that fits (the keys are named), values
+            that are not finite.
+    """
+    path = Path(path)
+    if not os.path.exists(path):  # pathlib raises for a name that no file can have
+        raise UserError(
+            f"{path} does not exist: give a run directory, one of its checkpoints, or a file of weights"
+        )
+    if path.is_dir():
+        if arch or stem:
+            raise UserError(f"--arch and --stem are for files of weights: the run {path} knows its own")
+        return _load_run(checkpoint_of(path, step), which or "query")
+    if step is not None:
+        raise UserError(f"--step chooses one of a run's checkpoints, but {path} is a file: drop it")
+    return _load_file(path, which, arch, stem)
+
+
+def checkpoint_of(run: str | Path, step: int | None = None) -> Path:
+    """The checkpoint that a user means by a run's or a checkpoint's directory, and maybe a step -> Path."""
+    run = Path(run)
+    if not run.is_dir():
+        raise UserError(f"no run at {run}: give a run directory, or one of its checkpoints/step_XXXXXXXX")
+    if (run / "values.json").exists() or re.fullmatch(r"step_\d{8,}", run.name):
+        if step is not None and step != read_values(run)["step"]:
+            raise UserError(
+                f"{run} is the checkpoint of step {read_values(run)['step']}, not {step}: drop --step"
+            )
+        return run
+    directory = run / "checkpoints"
+    found = steps(directory)
+    if not found:
+        raise UserError(
+            f"no complete checkpoint in {directory}: is {run} a run directory, and has it saved yet?"
+        )
+    if step is not None and step not in found:
+        raise UserError(
+            f"no checkpoint of step {step} in {directory}; there are {', '.join(map(str, found))}"
+        )
+    return step_path(directory, found[-1] if step is None else step)
+
+
+def _load_run(path, which):
+    values = read_values(path)
+    config = _run_config(path, values)
+    prefixes = (f"{which}.", f"{which}_buffer.")
+    tensors = load_tensors(path, [name for name in values["shapes"] if name.startswith(prefixes)])
+    state = {name.removeprefix(prefixes[0]).removeprefix(prefixes[1]): t for name, t in tensors.items()}
+    views = config.get("views") or {}
+    arch, stem = config["model"]["arch"], config["model"]["stem"]
+    backbone, num_features, missing = fill_backbone(arch, stem, within(state, "backbone."), str(path))
+    rest = within(state, "projector.")
+    projector = fill_projector(num_features, rest) if rest else None
+    assert not missing, missing
+    return Weights(
+        path=str(path),
+        kind="run of caco_scale",
+        encoder=which,
+        arch=arch,
+        stem=stem,
+        num_features=num_features,
+        backbone=backbone,
+        projector=projector,
+        unmatched=() if projector is not None else tuple(f"{which}.projector.{name}" for name in rest),
+        sha256=digest(backbone),
+        size=views.get("size", 224),
+        mean=tuple(views.get("mean", IMAGENET_MEAN)),
+        std=tuple(views.get("std", IMAGENET_STD)),
+        metadata={"recipe": config.get("recipe", ""), "step": values["step"], "epoch": values.get("epoch")},
+        config=config,
+    )
+
+
+def _run_config(path, values):
+    """The run's config as nested dicts: the checkpoint's own, else the run directory's config.yaml."""
+    config, source = values.get("config"), path / "values.json"
+    if config is None:
+        source = path.parent.parent / "config.yaml"
+        try:
+            config = yaml.safe_load(source.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            raise UserError(f"no readable config.yaml beside checkpoint {path}: expected {source}") from None
+    try:
+        config["model"]["arch"], config["model"]["stem"]
+    except (KeyError, TypeError):
+        raise UserError(f"{source} does not name model.arch and model.stem") from None
+    return config
+
+
+def _load_file(path, which, arch, stem):
+    content, metadata = read_tensors(path)
+    kind, which, state, others = choose_encoder(path, content, which)
+    state = timm_vit_renamed(state)
+    heads = {name: state.pop(name) for name in list(state) if name.startswith(HEADS)}
+    names = {name: name for name in heads}
+    arch, stem = find_architecture(path, state, arch or metadata.get("arch"), stem or metadata.get("stem"))
+    backbone, num_features, unexpected = fill_backbone(arch, stem, state, str(path))
+    projector = fill_projector(num_features, within(heads, "fc."))
+    if projector is not None:
+        names = {name: name for name in heads if not name.startswith("fc.")}
+    return Weights(
+        path=str(path),
+        kind=kind,
+        encoder=which,
+        arch=arch,
+        stem=stem,
+        num_features=num_features,
+        backbone=backbone,
+        projector=projector,
+        unmatched=(*unexpected, *names, *others),
+        sha256=digest(backbone),
+        metadata={key: metadata[key] for key in ("recipe", "step", "epoch", "git_commit") if key in metadata},
+        **_views_of(path, metadata),
+    )
+
+
+def _views_of(path, metadata):
+    """Size, mean and standard deviation of the images, where the metadata of an export say them."""
+    try:
+        views: dict[str, Any] = {
+            name: tuple(map(float, metadata[name].split())) for name in ("mean", "std") if name in metadata
+        }
+        if "size" in metadata:
+            views["size"] = int(metadata["size"])
+        if any(len(views[name]) != 3 for name in ("mean", "std") if name in views):
+            raise ValueError("mean and std are three numbers each")
+    except ValueError as error:
+        raise UserError(f"{path}: its metadata are damaged ({one_line(error)})") from None
+    return views
+
+
+def describe(weights: Weights) -> dict[str, Any]:
+    """What was loaded, for a result's JSON: plain values."""
+    facts = ("path", "kind", "encoder", "arch", "stem", "sha256", "metadata", "unmatched")
+    return json.loads(json.dumps({name: getattr(weights, name) for name in facts}))
