@@ -49,12 +49,19 @@ def make_shard_set(path, num_images=64, size=32, classes=4, samples_per_shard=16
                 data = encode(smooth_image(generator, height, width), quality=90)
                 data = data[: len(data) // 2] if number in corrupt else data
                 tar.write({"__key__": f"{number:08d}", "jpg": data, "cls": str(number % classes).encode()})
-        shards.append(_shard_info(path, name, len(members)))
+        shards.append(index_shard(path, name, len(members)))
     counts = Counter(number % classes for number in range(num_images))
+    names = tuple(f"class{c}" for c in range(classes))
+    write_manifest(path, shards, names, tuple(counts[c] for c in range(classes)))
+    return str(path)
+
+
+def write_manifest(path, shards, classes, class_counts):
+    """Write the manifest of indexed shards."""
     manifest = Manifest(
-        classes=tuple(f"class{c}" for c in range(classes)),
-        class_counts=tuple(counts[c] for c in range(classes)),
-        num_samples=num_images,
+        classes=classes,
+        class_counts=class_counts,
+        num_samples=sum(shard.num_samples for shard in shards),
         num_bytes=sum(shard.num_bytes for shard in shards),
         shards=tuple(shards),
         fixed=[],
@@ -63,10 +70,10 @@ def make_shard_set(path, num_images=64, size=32, classes=4, samples_per_shard=16
     )
     with open(os.path.join(path, MANIFEST_NAME), "w", encoding="utf-8") as file:
         file.write(manifest.to_json())
-    return str(path)
 
 
-def _shard_info(path, name, num_samples):
+def index_shard(path, name, num_samples):
+    """Write the index of a tar -> its ShardInfo."""
     index_name = name.replace(".tar", ".idx")
     index = index_tar(os.path.join(path, name)).to_bytes()
     with open(os.path.join(path, index_name), "wb") as file:

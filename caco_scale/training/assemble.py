@@ -124,6 +124,12 @@ def check_knn(k, manifest, val_store):
             f"{val_store.url} has {len(val_store.manifest.classes)} classes, the training set {len(manifest.classes)}, "
             "or other names: build both from trees with the same class folders, or leave data.val_shards empty"
         )
+    unlabelled = manifest.num_samples - sum(manifest.class_counts)
+    if unlabelled:
+        raise UserError(
+            f"{unlabelled:,} of {manifest.num_samples:,} training images have no class: give each one a class folder, "
+            "or leave data.val_shards empty"
+        )
     if k > manifest.num_samples:
         raise UserError(f"eval.knn_k {k} is more than the {manifest.num_samples:,} training images: lower it")
 
