@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from typing import Any
 
 from caco_scale.atomic import write_atomically
 from caco_scale.data.addresses import is_remote
@@ -66,7 +67,7 @@ def build(
         raise UserError(
             f"--samples-per-shard {samples_per_shard} must be at least 1, --workers {workers} at least 0"
         )
-    options = {
+    options: dict[str, Any] = {
         "samples_per_shard": samples_per_shard,
         "seed": seed,
         "workers": workers,
@@ -206,7 +207,7 @@ def build_part(
             run_jobs(jobs[part[0] - 1 :: part[1]], dst, workers, quiet=False)
         if not all(os.path.exists(record_path(state, job.number)) for job in jobs):
             return finished_manifest(dst, what), False
-    options = {"samples_per_shard": samples_per_shard, "seed": seed, "workers": workers}
+    options: dict[str, Any] = {"samples_per_shard": samples_per_shard, "seed": seed, "workers": workers}
     return build_set(source, folder, dst, short_side=short_side, wait=True, **options)
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +39,7 @@ def check_apart(src: str, dst: str) -> None:
 
 
 @contextmanager
-def destination_errors(dst: str) -> Iterator[None]:
+def destination_errors(dst: str) -> Generator[None, None, None]:
     """An OSError of writing becomes one line; reading the source raises a UserError of its own."""
     try:
         yield
@@ -60,7 +60,7 @@ def free_space(path: str) -> str:
 
 
 @contextmanager
-def locked(dst: str, wait: bool = False, shared: bool = False) -> Iterator[None]:
+def locked(dst: str, wait: bool = False, shared: bool = False) -> Generator[None, None, None]:
     """Hold the lock of a destination, so that two builds never write it at once; makes ``dst/.build``.
 
     ``shared``: with others that build other parts of it.
@@ -86,7 +86,7 @@ def locked(dst: str, wait: bool = False, shared: bool = False) -> Iterator[None]
 
 
 @contextmanager
-def scratch_removed(dst: str, existed: bool) -> Iterator[None]:
+def scratch_removed(dst: str, existed: bool) -> Generator[None, None, None]:
     """Remove the decompressed source when a build fails before its first shard (say, an empty class)."""
     try:
         yield

@@ -192,8 +192,8 @@ def _devkit_file(path, name):
         raise UserError(f"{path} is not the devkit: it has no {name}")
     with tarfile.open(path) as tar:
         for member in tar:
-            if member.isreg() and os.path.basename(member.name) == name:
-                return tar.extractfile(member).read()
+            if os.path.basename(member.name) == name and (file := tar.extractfile(member)):
+                return file.read()
     raise UserError(f"{path} is not the devkit: it has no {name}")
 
 

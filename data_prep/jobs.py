@@ -110,8 +110,11 @@ def _start_worker():
     """A worker leaves Ctrl-C to its parent and ends with it: after a kill nobody must write on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "it is for processes that multiprocessing started"
+
     def end_with_parent():
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from caco_scale.atomic import write_atomically
 from caco_scale.data.folders import File, Listing
@@ -43,7 +44,7 @@ class ParquetSource(TarSource):
         self.note = os.path.join(scratch, NOTE)
 
     def scan(self) -> Listing:
-        there = None
+        there: dict[str, Any] | None = None
         if os.path.exists(self.note) and os.path.exists(self.path):
             with contextlib.suppress(ValueError):  # cut short by an earlier version
                 there = json.loads(Path(self.note).read_text())

@@ -30,6 +30,7 @@ def repair(
     src, dst and the options: as for the build. Every shard is read and hashed. UserError when the source is not
     the one that the set was built from, and when a new shard is not the one that the manifest names.
     """
+    src, dst = os.fspath(src), os.fspath(dst)
     store = open_store(dst, "none")
     if getattr(store, "local_index", None) or store.manifest.build.get("foreign"):
         raise UserError(f"{dst} is an indexed foreign set: there is no source here to build its shards from")

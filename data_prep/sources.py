@@ -12,7 +12,7 @@ import lzma
 import os
 import shutil
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import Any
 
 from caco_scale.data.addresses import is_remote
 from caco_scale.data.folders import FolderSource
@@ -73,7 +73,7 @@ def needs_scratch(path: str, kind: str = "auto", **_: object) -> bool:
     return kind == "parquet" or compression(path) is not None
 
 
-def compression(path: str) -> Callable[..., BinaryIO] | None:
+def compression(path: str) -> Callable[..., Any] | None:
     """The function that opens a compressed file, judged by its first bytes; None: not compressed."""
     if not os.path.isfile(path):
         return None

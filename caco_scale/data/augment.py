@@ -8,6 +8,8 @@ static shapes, no look at a value, no wait of the host.
 Shapes: B this rank's batch, H = W the crop's side, k blur kernel size. Images are (B, 3, H, W) in [0, 1].
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +18,14 @@ LUMA = (0.2989, 0.587, 0.114)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def augment(crops, params, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=torch.float32, channels_last=False):
+def augment(
+    crops: torch.Tensor,
+    params: Mapping[str, torch.Tensor],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> torch.Tensor:
     """Jitter, grey, blur, solarize, flip, normalise: (B, H, W, 3) uint8 -> (B, 3, H, W) of ``dtype``.
 
     params: what ``views.draw_colour`` drew, as tensors with first axis B on the crops' device. Per sample equal to
@@ -31,7 +40,13 @@ def augment(crops, params, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=torch.flo
     return _normalised(images, mean, std, channels_last)
 
 
-def normalise(crops, mean=IMAGENET_MEAN, std=IMAGENET_STD, dtype=torch.float32, channels_last=False):
+def normalise(
+    crops: torch.Tensor,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> torch.Tensor:
     """Only to float and normalise, for evaluation: (B, H, W, 3) uint8 -> (B, 3, H, W) of ``dtype``."""
     return _normalised(_to_float(crops, dtype), mean, std, channels_last)
 

@@ -206,7 +206,10 @@ def _folder(listing, where, prefix, skip_empty_classes):
             if loose
             else f"no images in {len(classes)} class folders"
         )
-        raise UserError(f"{where} is not an image folder ({found}): give a folder of class folders of images")
+        hint = " (pre-training needs no classes: data.shards takes the folder itself)" if loose else ""
+        raise UserError(
+            f"{where} is not an image folder ({found}): give a folder of class folders of images{hint}"
+        )
     empty = sorted(classes - {image.class_name for image in images})
     if empty and not skip_empty_classes:
         raise UserError(

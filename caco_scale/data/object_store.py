@@ -202,7 +202,9 @@ class Remote:
 
         def put():
             self.counters.add("requests")
-            mode = {"mode": "create"} if create else {"chunk_size": PART_BYTES, "max_concurrency": 2}
+            mode: dict[str, Any] = (
+                {"mode": "create"} if create else {"chunk_size": PART_BYTES, "max_concurrency": 2}
+            )
             return obstore.put(self.client(), name, data, **mode)
 
         self._retried(name, put, verb="written")
@@ -356,7 +358,8 @@ def _connect(url, scheme, retry_policy):
     from obstore.store import HTTPStore, from_url
 
     endpoints = [os.environ.get(name, "") for name in ENDPOINTS]
-    options, config = {}, {}
+    options: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     if scheme == "s3":
         config = s3_config(os.environ)
         endpoints.append(config.get("endpoint", ""))
@@ -373,7 +376,7 @@ def _connect(url, scheme, retry_policy):
         if scheme in ("http", "https"):
             # from_url takes the web addresses of public buckets for stores that want credentials.
             return HTTPStore.from_url(url, **options)
-        return from_url(url, config=config or None, **options)
+        return from_url(url, config=config or None, **options)  # ty: ignore[no-matching-overload]
     except Exception as error:
         hint = ""
         if scheme == "az" and not os.environ.get("AZURE_STORAGE_ACCOUNT_NAME"):

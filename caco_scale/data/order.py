@@ -58,7 +58,7 @@ def uniform(keys: ArrayLike, num: int) -> NDArray[np.float64]:
     keys = np.asarray(keys, np.uint64)
     with np.errstate(over="ignore"):
         counters = keys[:, None] + np.arange(num, dtype=np.uint64) * GOLDEN
-    return (mix64(counters) >> np.uint64(11)) * 2.0**-53
+    return (mix64(counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def sample_keys(seed: int, epoch: int, sample_ids: ArrayLike, view: int) -> NDArray[np.uint64]:

@@ -8,12 +8,15 @@ with one is complete.
 
 import io
 import json
+import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from caco_scale.errors import UserError, one_line
 
@@ -31,7 +34,7 @@ KEY_AND_EXTENSION = r"((?:.*/|)[^.]+)[.]([^/]*)"
 META_FILES = r"__[^/]*__($|/)"
 
 
-def plain_name(name):
+def plain_name(name: str) -> str:
     """``name`` if it is a plain file name: no folder, no ``..``, no shell, nothing hidden; else UserError."""
     bad = not isinstance(name, str) or not name or name.startswith((".", "-"))
     if bad or any(c in '/\\|:{}*?<>"`$&;' or ord(c) < 32 for c in name):
@@ -39,7 +42,7 @@ def plain_name(name):
     return name
 
 
-def expand_braces(pattern):
+def expand_braces(pattern: str) -> tuple[str, list[str]]:
     """A WebDataset brace pattern, ``s3://bucket/set/{000..012}.tar``: (its folder, the shards' plain names).
 
     One pair of braces in the file name: a range of numbers or a list with commas. UserError for anything else.
@@ -92,12 +95,12 @@ class Manifest:
     rejected: list[dict]
     build: dict
 
-    def to_json(self):
+    def to_json(self) -> str:
         """The text of ``manifest.json``; equal manifests give equal text."""
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text):
+    def from_json(cls, text: str) -> "Manifest":
         """Parse and check a manifest. UserError: not JSON, unknown version, unsafe names, wrong sums."""
         try:
             data = json.loads(text)
@@ -189,12 +192,12 @@ class ShardIndex:
     # Arrays in file order; the member arrays are flat, member_ends[i] ends the members of sample i.
     _ARRAYS = ("starts", "sizes", "labels", "key_ends", "member_ends", "extension", "offset", "size")
 
-    def __init__(self, keys, extensions, arrays):
+    def __init__(self, keys: str, extensions: Sequence[str], arrays: Mapping[str, NDArray]):
         self._joined, self._extensions, self._arrays = keys, tuple(extensions), arrays
         self.keys = _Keys(keys, arrays["key_ends"])
 
     @classmethod
-    def from_samples(cls, samples):
+    def from_samples(cls, samples: Sequence[Sequence[Any]]) -> "ShardIndex":
         """Build from a list of (key, start, size, label, [(extension, offset in the span, size)])."""
         members = [m for sample in samples for m in sample[4]]
         extensions = sorted({m[0] for m in members})
@@ -211,26 +214,26 @@ class ShardIndex:
         arrays = {name: _smallest(values[name]) for name in cls._ARRAYS}
         return cls("".join(s[0] for s in samples), extensions, arrays)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.keys)
 
     @property
-    def starts(self):
+    def starts(self) -> NDArray[np.int64]:
         return self._arrays["starts"].astype(np.int64)
 
     @property
-    def sizes(self):
+    def sizes(self) -> NDArray[np.int64]:
         return self._arrays["sizes"].astype(np.int64)
 
     @property
-    def labels(self):
+    def labels(self) -> NDArray[np.int64]:
         return self._arrays["labels"].astype(np.int64)
 
-    def span(self, position):
+    def span(self, position: int) -> tuple[int, int]:
         """(start, size in bytes) of one sample, plain ints."""
         return int(self._arrays["starts"][position]), int(self._arrays["sizes"][position])
 
-    def members(self, position):
+    def members(self, position: int) -> list[tuple[str, int, int]]:
         """The files of one sample: list of (extension, offset in the span, size in bytes)."""
         ends = self._arrays["member_ends"]
         start = int(ends[position - 1]) if position else 0
@@ -238,7 +241,7 @@ class ShardIndex:
         rows = range(start, int(ends[position]))
         return [(self._extensions[extension[m]], int(offset[m]), int(size[m])) for m in rows]
 
-    def to_bytes(self):
+    def to_bytes(self) -> bytes:
         """Magic, length of a JSON header, header, keys, arrays: the same bytes on every machine."""
         keys = self._joined.encode("utf-8", "surrogateescape")
         arrays = [[name, self._arrays[name].dtype.str, len(self._arrays[name])] for name in self._ARRAYS]
@@ -249,7 +252,7 @@ class ShardIndex:
         return INDEX_MAGIC + len(header).to_bytes(8, "little") + header + keys + body
 
     @classmethod
-    def from_bytes(cls, data):
+    def from_bytes(cls, data: bytes) -> "ShardIndex":
         """Inverse of ``to_bytes``; UserError for anything else."""
         try:
             if data[:8] != INDEX_MAGIC:
@@ -272,19 +275,19 @@ class ShardIndex:
             raise UserError(f"not a shard index ({one_line(error)}): build the shard set again") from None
 
 
-def index_tar(path_or_fileobj):
+def index_tar(path_or_fileobj: str | os.PathLike | BinaryIO) -> ShardIndex:
     """Index a tar by the conventions of webdataset: files in a row that share a key are one sample.
 
     Takes a path or a seekable binary file. A tar that is cut short or damaged is a UserError (tarfile alone
     would silently lose its last samples), and so is a file name that occurs twice in one sample.
     """
-    if hasattr(path_or_fileobj, "read"):
-        return _index_file(path_or_fileobj, getattr(path_or_fileobj, "name", "the tar"))
-    with open(path_or_fileobj, "rb") as file:
-        return _index_file(file, path_or_fileobj)
+    if isinstance(path_or_fileobj, str | os.PathLike):
+        with open(path_or_fileobj, "rb") as file:
+            return _index_file(file, os.fspath(path_or_fileobj))
+    return _index_file(path_or_fileobj, getattr(path_or_fileobj, "name", "the tar"))
 
 
-def whole_tar_members(file, name):
+def whole_tar_members(file: BinaryIO | io.RawIOBase, name: str) -> Iterator[tarfile.TarInfo]:
     """Yield the members of an uncompressed tar; UserError (after the last) when it is cut short or damaged.
 
     tarfile alone takes a tar that is cut at a header for a shorter one.
@@ -298,7 +301,7 @@ def whole_tar_members(file, name):
                 if member.size < 0 or member.offset_data + member.size > num_bytes:
                     raise EOFError(f"{member.name!r} claims {member.size:,} bytes")
                 yield member
-                tar.members.clear()  # tarfile keeps every member it met
+                tar.members.clear()  # ty: ignore[missing-attribute] (tarfile keeps every member it met)
                 end = tar.offset
                 count += 1
     except UserError:
@@ -317,7 +320,7 @@ def _padded(size):
 
 
 def _index_file(file, name):
-    samples = []
+    samples: list[list[Any]] = []
     for member in whole_tar_members(file, name):
         name_parts = re.fullmatch(KEY_AND_EXTENSION, member.name)
         if not (member.isreg() or member.isdir()):
@@ -355,7 +358,18 @@ def _label(data, where):
     return max(label, -1)
 
 
-def read_sample(index, position, span):
+class Samples(Protocol):
+    """What is read of an index: :class:`ShardIndex`, or some of its samples."""
+
+    @property
+    def keys(self) -> Sequence[str]: ...
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+    def span(self, position: int) -> tuple[int, int]: ...
+    def members(self, position: int) -> list[tuple[str, int, int]]: ...
+
+
+def read_sample(index: Samples, position: int, span: bytes) -> dict[str, Any]:
     """A sample as webdataset's dict, ``{"__key__": str, "jpg": bytes, ...}``, from its span of bytes."""
     sample = {"__key__": index.keys[position]}
     for extension, offset, size in index.members(position):

@@ -27,17 +27,18 @@ def _copied_ahead(batches, device):
     step that has just been queued), and it waits for the copies, once a step later. No wait of the host.
     """
     streams = torch.get_device_module(device)
-    copying, following = streams.Stream(), None
+    copying = streams.Stream()
+    following: Batch | None = None
     for batch in itertools.chain(batches, [None]):
         computing = streams.current_stream()
         computing.wait_stream(copying)
         current = following
         following = batch and _copied(batch, device, computing, copying, streams.stream)
-        if current:
+        if current is not None:
             yield current
 
 
-def _copied(batch, device, computing, copying, stream):
+def _copied(batch, device, computing, copying, stream) -> Batch:
     there = dataclasses.replace(
         batch,
         crops=[torch.empty_like(crops, device=device) for crops in batch.crops],

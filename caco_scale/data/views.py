@@ -20,6 +20,7 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from caco_scale.data.order import mix64, uniform
@@ -84,12 +85,12 @@ class ViewSpec:
                 raise UserError(f"views: {what}: change it")
 
 
-def blur_kernel_size(size, max_sigma):
+def blur_kernel_size(size: int, max_sigma: float) -> int:
     """Size of the blur kernel: three sigma to each side (13 for sigma 2), odd, smaller than the image."""
     return max(1, min(2 * math.ceil(3 * max_sigma) + 1, size - 1 if size % 2 == 0 else size - 2))
 
 
-def draw_crop(spec, keys, heights, widths):
+def draw_crop(spec: ViewSpec, keys: ArrayLike, heights: ArrayLike, widths: ArrayLike) -> NDArray[np.int64]:
     """Random resized crops: keys, heights, widths (n,) -> (n, 4) int64 top, left, height, width.
 
     The rule of torchvision's RandomResizedCrop: uniform area, log-uniform aspect ratio, the first of 10 tries
@@ -118,7 +119,7 @@ def draw_crop(spec, keys, heights, widths):
     return np.stack([top, left, crop_heights, crop_widths], axis=1).astype(np.int64)
 
 
-def draw_colour(spec, keys):
+def draw_colour(spec: ViewSpec, keys: ArrayLike) -> dict[str, NDArray]:
     """Random parameters of all after the crop: keys (n,) uint64 -> dict of arrays with first axis n.
 
     bool (n,): jitter, grayscale, blur, solarize, flip. float64 (n,): brightness, contrast, saturation, hue
@@ -153,7 +154,7 @@ def _gaussian(sigma, kernel_size):
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def decode_image(data, max_pixels=MAX_PIXELS):
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode an image file: bytes -> (H, W, 3) uint8 RGB. EXIF orientation is ignored, as torchvision does.
 
     JPEGs go through simplejpeg, where the least irregularity is an error: PIL, torchvision and cv2 turn a
@@ -217,7 +218,7 @@ def _resize(image, height, width):
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 
-def crop_resize(image, box, size):
+def crop_resize(image: NDArray[np.uint8], box: ArrayLike, size: int) -> NDArray[np.uint8]:
     """Cut ``box`` (top, left, height, width) out of (H, W, 3) uint8, resize to (size, size, 3), antialiased.
 
     Equal to torchvision's ``resized_crop(antialias=True)`` on uint8: it is the same torch kernel, in the
@@ -234,11 +235,11 @@ def crop_resize(image, box, size):
 
     Decoding costs 1.4 ms, so the aliased crop would win a quarter of a worker's time, and other images.
     """
-    top, left, height, width = (int(x) for x in box)
+    top, left, height, width = (int(x) for x in np.asarray(box))
     return _resize(image[top : top + height, left : left + width], size, size)
 
 
-def centre_crop(image, size):
+def centre_crop(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """The view for evaluation: shorter side to size / 0.875, then the central (size, size, 3) uint8.
 
     As torchvision's Resize and CenterCrop. An image whose shorter side is already ``size`` is only cropped.

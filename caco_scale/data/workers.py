@@ -14,10 +14,11 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
+from typing import cast
 
 import torch
-from torch.utils.data import DataLoader
-from webdataset import DataPipeline
+from torch.utils.data import DataLoader, IterableDataset
+from webdataset.pipeline import DataPipeline
 
 from caco_scale.distributed.collectives import exchange_timeout
 from caco_scale.errors import UserError, one_line
@@ -33,7 +34,7 @@ def stream(stages: Sequence[Callable], workers: int) -> Generator[dict, None, No
     died, or gives no batch for ``collectives.exchange_timeout()``.
     """
     loader = DataLoader(
-        DataPipeline(*stages),
+        cast(IterableDataset, DataPipeline(*stages)),
         batch_size=None,
         collate_fn=_as_is,
         num_workers=workers,
@@ -120,7 +121,7 @@ class _Deadline:
         for worker in self.workers:
             worker.join(LAST_WORD_SECONDS)
             if worker.is_alive():
-                multiprocessing.process._children.discard(worker)
+                multiprocessing.process._children.discard(worker)  # ty: ignore[missing-attribute]
 
 
 def start_fork_server() -> None:

@@ -19,7 +19,7 @@ from caco_scale.data.cache import ShardCache
 from caco_scale.data.counters import Counters
 from caco_scale.data.object_store import Remote
 from caco_scale.data.order import first_ids, locate
-from caco_scale.data.shards import Manifest, ShardIndex, ShardInfo
+from caco_scale.data.shards import Manifest, Samples, ShardIndex, ShardInfo
 from caco_scale.errors import UserError
 
 MAX_OPEN_FILES = 128
@@ -33,14 +33,13 @@ class DamagedShard(UserError):
 class Store:
     """Images in numbered shards: ``url`` as it was given, ``manifest``, ``counters`` of this process.
 
-    Picklable: what belongs to a process (open files, threads, counts) stays there. ``remote`` and ``cache`` are the
-    object store and the cache of those that have them.
+    Picklable: what belongs to a process (open files, threads, counts) stays there. ``cache`` is that of whole shards on
+    this node, if there is one.
     """
 
     url: str
     manifest: Manifest
     counters: Counters
-    remote: Remote | None = None
     cache: ShardCache | None = None
     pickled: ClassVar[tuple[str, ...]] = ("url", "manifest")  # the attributes that a pickle takes along
 
@@ -63,6 +62,11 @@ class Store:
             self.manifest = Manifest.from_json(text)
         except UserError as error:
             raise UserError(f"{self.url}: {error}") from None
+
+    @property
+    def remote(self) -> Remote | None:
+        """The object store that the shards are in, if they are in one."""
+        return None
 
     @property
     def repair_hint(self) -> str:
@@ -103,8 +107,8 @@ class Store:
         places = zip(*(part.tolist() for part in self.locate(ids)), strict=True)
         return [f"{self.manifest.shards[s].name}/{self.index(s).keys[p]}" for s, p in places]
 
-    def index(self, shard: int) -> Any:
-        """The index of shard number ``shard`` (as :class:`ShardIndex`), checked against the manifest and kept."""
+    def index(self, shard: int) -> Samples:
+        """The index of shard number ``shard``, checked against the manifest and kept."""
         index = self._indexes.get(shard)
         if index is None:
             with self._index_locks.setdefault(shard, threading.Lock()):  # several threads want it at once

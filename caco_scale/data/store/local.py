@@ -102,6 +102,9 @@ class LocalStore(Store):
 def _shards_at(manifest, path):
     """Where the shards of an indexed foreign set are; ``path`` for all others."""
     at = manifest.build.get("shards_at", path)
-    if not isinstance(at, str) or "|" in at or (is_remote(at) and not check_address(at)):
+    if not isinstance(at, str) or "|" in at:
         raise UserError(f"{path}: {MANIFEST_NAME} says that the shards are at {at!r}: index the set again")
-    return at if is_remote(at) else os.path.join(path, at)
+    if is_remote(at):
+        check_address(at)
+        return at
+    return os.path.join(path, at)

@@ -36,7 +36,6 @@ class RemoteStore(Store):
     """
 
     pickled = ("url", "local_index", "cache_dir", "cache_bytes", "retry_policy", "manifest", "shards_at")
-    remote: Remote
 
     def __init__(
         self,
@@ -82,10 +81,14 @@ class RemoteStore(Store):
         self._threads: Threads | None = None
         self._damaged: dict[int, str] = {}  # shard: what its download in the background has found
         self._cache_error: UserError | None = None  # why nothing more is put into the cache
-        self.remote = Remote(self.shards_at, self.retry_policy, counters)
+        self._remote = Remote(self.shards_at, self.retry_policy, counters)
         self.cache = None
         if self.cache_dir != "none":
             self.cache = ShardCache(cache_directory(self.cache_dir), self.cache_bytes, counters)
+
+    @property
+    def remote(self) -> Remote:
+        return self._remote
 
     def _check_files(self):
         """Compare the size of every shard and index with the manifest."""
@@ -136,7 +139,7 @@ class RemoteStore(Store):
     def _read_copy(self, shard, info, start, num_bytes):
         """The bytes from this node's copy of the shard, None where there is no good one."""
         file = self._cached(shard, info)
-        if file is None:
+        if self.cache is None or file is None:
             return None
         with contextlib.suppress(OSError):
             data = os.pread(file.fileno(), num_bytes, start)
@@ -177,7 +180,7 @@ class RemoteStore(Store):
     def read_checked(self, shard: int, start: int, num_bytes: int) -> bytes:
         # The copy is not believed either: whoever asks has seen bytes that make no sense.
         info = self.manifest.shards[shard]
-        if shard not in self._intact and self._has_copy(info):
+        if self.cache is not None and shard not in self._intact and self._has_copy(info):
             with self._lock:
                 self._files.pop(shard, None)
             with contextlib.suppress(OSError):

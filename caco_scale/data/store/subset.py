@@ -1,13 +1,14 @@
 """Some images of a store as a store of its own."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from caco_scale.data.shards import ShardIndex
+from caco_scale.data.object_store import Remote
+from caco_scale.data.shards import Samples
 from caco_scale.data.store.base import Store
 
 PREFETCH_SHARE = 0.5  # of a shard's images that must be wanted before fetching all of it pays
@@ -31,8 +32,12 @@ class Subset(Store):
 
     def _begin(self, counters):
         super()._begin(self._store.counters)
-        self.remote, self.cache = self._store.remote, self._store.cache
+        self.cache = self._store.cache
         self._chosen: dict[int, ChosenSamples] = {}
+
+    @property
+    def remote(self) -> Remote | None:
+        return self._store.remote
 
     def index(self, shard: int) -> "ChosenSamples":
         if shard not in self._chosen:
@@ -62,10 +67,10 @@ class Subset(Store):
         return len(self._positions[shard]) >= PREFETCH_SHARE * self._store.manifest.shards[shard].num_samples
 
 
-class ChosenSamples:
+class ChosenSamples(Sequence[str]):
     """Some samples of a shard's index; also the sequence of their keys."""
 
-    def __init__(self, index: ShardIndex, positions: NDArray[np.int64]):
+    def __init__(self, index: Samples, positions: NDArray[np.int64]):
         self._index, self._positions = index, positions.tolist()
         self.labels = index.labels[positions]
         self.keys = self
@@ -73,7 +78,7 @@ class ChosenSamples:
     def __len__(self) -> int:
         return len(self._positions)
 
-    def __getitem__(self, position: int) -> str:
+    def __getitem__(self, position):
         return self._index.keys[self._positions[position]]
 
     def span(self, position: int) -> tuple[int, int]:
