@@ -14,7 +14,6 @@ import shutil
 import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from typing import Any
 
 from caco_scale.atomic import write_atomically
 from caco_scale.data.addresses import is_remote
@@ -34,7 +33,7 @@ from data_prep.destination import (
     same_build,
     scratch_removed,
 )
-from data_prep.jobs import describe_build, manifest_of, plan_shards, run_jobs
+from data_prep.jobs import DEFAULTS, Settings, manifest_of, plan_shards, run_jobs
 from data_prep.sources import needs_scratch, open_source
 from data_prep.tar import Source
 
@@ -67,12 +66,7 @@ def build(
         raise UserError(
             f"--samples-per-shard {samples_per_shard} must be at least 1, --workers {workers} at least 0"
         )
-    options: dict[str, Any] = {
-        "samples_per_shard": samples_per_shard,
-        "seed": seed,
-        "workers": workers,
-        "short_side": short_side,
-    }
+    settings = Settings(samples_per_shard, seed, short_side, workers)
     if is_remote(dst):
         Remote(dst).check_writable()
     folders = lambda source: image_folders(source.scan(), src, split, skip_empty_classes)
@@ -85,13 +79,17 @@ def build(
                     _plan(_join(dst, name), folder, samples_per_shard)
                     for name, folder in folders(source).items()
                 ]
-            make = build_remote_part if part else build_remote_set
-            options |= {"part": part} if part else {}
-            return [
-                (_join(dst, name), *make(source, folder, _join(dst, name), **options))
-                for name, folder in folders(source).items()
-            ]
-    dst = os.path.abspath(os.path.expanduser(dst))
+            results = []
+            for name, folder in folders(source).items():
+                job = source, folder, _join(dst, name), settings
+                made = build_remote_part(*job, part) if part else build_remote_set(*job)
+                results.append((_join(dst, name), *made))
+            return results
+    return _build_here(src, os.path.abspath(os.path.expanduser(dst)), settings, source_options, folders, part)
+
+
+def _build_here(src, dst, settings, source_options, folders, part):
+    """:func:`build` into a directory; a source that must be unpacked is kept in it until the end."""
     check_apart(src, dst)
     with ExitStack() as stack:
         packed = needs_scratch(src, **source_options)
@@ -107,19 +105,19 @@ def build(
         if packed:
             stack.enter_context(locked(dst))
         source = open_source(src, os.path.join(dst, STATE_DIR), **source_options)
-        folders = folders(source)
-        if None not in folders and os.path.exists(os.path.join(dst, MANIFEST_NAME)):
+        found = folders(source)
+        if None not in found and os.path.exists(os.path.join(dst, MANIFEST_NAME)):
             raise UserError(
                 f"{dst} holds a shard set itself, splits cannot be built in it: choose another directory"
             )
         results = []
-        for name, folder in folders.items():
+        for name, folder in found.items():
             target = _join(dst, name)
             if part:
-                results.append((target, *build_part(source, folder, target, part=part, **options)))
+                results.append((target, *build_part(source, folder, target, settings, part)))
                 continue
             held = packed and target == dst
-            results.append((target, *build_set(source, folder, target, locked_already=held, **options)))
+            results.append((target, *build_set(source, folder, target, settings, locked_already=held)))
         if packed:
             shutil.rmtree(os.path.join(dst, STATE_DIR), ignore_errors=True)
         return results
@@ -140,21 +138,17 @@ def build_set(
     source: Source,
     folder: ImageFolder,
     dst: str,
+    settings: Settings = DEFAULTS,
     *,
-    samples_per_shard: int = 1000,
-    seed: int = 0,
-    workers: int | None = None,
-    short_side: int = 0,
     locked_already: bool = False,
     wait: bool = False,
     quiet: bool = False,
 ) -> tuple[Manifest, bool]:
     """Build one shard set in ``dst`` from an ImageFolder of ``source``; returns (manifest, was there).
 
-    workers: processes (None: one per CPU; 0 or 1: in this process). ``wait``: for another build of ``dst`` to
-    end, instead of refusing.
+    ``wait``: for another build of ``dst`` to end, instead of refusing.
     """
-    what = describe_build(folder, samples_per_shard, seed, short_side)
+    what = settings.describe(folder)
     with ExitStack() as stack:
         stack.enter_context(destination_errors(dst))
         manifest = finished_manifest(dst, what)
@@ -166,7 +160,7 @@ def build_set(
             return manifest, True
         prepare_destination(dst, what)
         jobs = plan_shards(source, folder, dst, what)
-        records = run_jobs(jobs, dst, workers, quiet)
+        records = run_jobs(jobs, dst, settings.workers, quiet)
         manifest = manifest_of(records, folder, what)
         write_atomically(os.path.join(dst, MANIFEST_NAME), manifest.to_json().encode())
         if not locked_already:
@@ -175,21 +169,13 @@ def build_set(
 
 
 def build_part(
-    source: Source,
-    folder: ImageFolder,
-    dst: str,
-    *,
-    part: tuple[int, int],
-    samples_per_shard: int,
-    seed: int,
-    workers: int | None,
-    short_side: int,
+    source: Source, folder: ImageFolder, dst: str, settings: Settings, part: tuple[int, int]
 ) -> tuple[Manifest | None, bool]:
     """Build this part's shards of a set in ``dst``, at the same time as the others -> (manifest or None, was there).
 
     Only shards are shared out: the last part to end checks them all and writes the manifest.
     """
-    what = describe_build(folder, samples_per_shard, seed, short_side)
+    what = settings.describe(folder)
     state = os.path.join(dst, STATE_DIR)
     with destination_errors(dst):
         manifest = finished_manifest(dst, what)
@@ -204,29 +190,21 @@ def build_part(
             if not os.path.exists(os.path.join(state, "build.json")):
                 write_atomically(os.path.join(state, "build.json"), json.dumps(what).encode())
             jobs = plan_shards(source, folder, dst, what)
-            run_jobs(jobs[part[0] - 1 :: part[1]], dst, workers, quiet=False)
+            run_jobs(jobs[part[0] - 1 :: part[1]], dst, settings.workers, quiet=False)
         if not all(os.path.exists(record_path(state, job.number)) for job in jobs):
             return finished_manifest(dst, what), False
-    options: dict[str, Any] = {"samples_per_shard": samples_per_shard, "seed": seed, "workers": workers}
-    return build_set(source, folder, dst, short_side=short_side, wait=True, **options)
+    return build_set(source, folder, dst, settings, wait=True)
 
 
 def build_remote_set(
-    source: Source,
-    folder: ImageFolder,
-    dst: str,
-    *,
-    samples_per_shard: int = 1000,
-    seed: int = 0,
-    workers: int | None = None,
-    short_side: int = 0,
+    source: Source, folder: ImageFolder, dst: str, settings: Settings
 ) -> tuple[Manifest, bool]:
     """Build one shard set straight into an object store; returns (manifest, was there).
 
     A shard is made in a temporary directory, uploaded in parts, and gone from there. The records of finished
     shards are in the store, too: any machine continues. The manifest is created, never overwritten.
     """
-    what = describe_build(folder, samples_per_shard, seed, short_side)
+    what = settings.describe(folder)
     remote = Remote(dst)
     manifest = _remote_manifest(remote, what)
     if manifest:
@@ -236,7 +214,7 @@ def build_remote_set(
     with tempfile.TemporaryDirectory(prefix="caco-build-") as staging, destination_errors(staging):
         jobs = plan_shards(source, folder, staging, what, remote)
         jobs = [replace(job, kept=_if_there(records.get(job.number), sizes)) for job in jobs]
-        manifest = manifest_of(run_jobs(jobs, dst, workers, quiet=False), folder, what)
+        manifest = manifest_of(run_jobs(jobs, dst, settings.workers, quiet=False), folder, what)
     try:
         remote.write(MANIFEST_NAME, manifest.to_json().encode(), create=True)
     except ObjectExists:  # another build of the same was quicker
@@ -249,18 +227,10 @@ def build_remote_set(
 
 
 def build_remote_part(
-    source: Source,
-    folder: ImageFolder,
-    dst: str,
-    *,
-    part: tuple[int, int],
-    samples_per_shard: int,
-    seed: int,
-    workers: int | None,
-    short_side: int,
+    source: Source, folder: ImageFolder, dst: str, settings: Settings, part: tuple[int, int]
 ) -> tuple[Manifest | None, bool]:
     """:func:`build_part` in an object store, where nobody is locked out: the last part or parts write one manifest."""
-    what = describe_build(folder, samples_per_shard, seed, short_side)
+    what = settings.describe(folder)
     remote = Remote(dst)
     manifest = _remote_manifest(remote, what)
     if manifest:
@@ -272,14 +242,13 @@ def build_remote_part(
         run_jobs(
             [replace(job, kept=_if_there(records.get(job.number), sizes)) for job in own],
             dst,
-            workers,
+            settings.workers,
             quiet=False,
         )
     manifest = _remote_manifest(remote, what)  # a quicker part may have finished it, and removed the records
     if manifest or len(_remote_records(remote, what)) < len(jobs):
         return manifest, False
-    options = {"samples_per_shard": samples_per_shard, "seed": seed, "workers": workers}
-    return build_remote_set(source, folder, dst, short_side=short_side, **options)
+    return build_remote_set(source, folder, dst, settings)
 
 
 def _remote_manifest(remote, what):

@@ -16,6 +16,7 @@ from caco_scale.data.order import key64
 from caco_scale.data.shards import MANIFEST_NAME
 from data_prep.build import build_set
 from data_prep.images import encode_jpeg
+from data_prep.jobs import Settings
 
 SIZE = 32
 SPLIT_SEEDS = {"train": 0, "val": 1}
@@ -154,5 +155,5 @@ def build_demo(
             )
         source = DemoSource(split, num_images)
         folder = image_folders(source.scan(), "the demo")[None]
-        build_set(source, folder, path, workers=workers, wait=True, quiet=True)
+        build_set(source, folder, path, Settings(workers=workers), wait=True, quiet=True)
     return train, val

@@ -6,6 +6,7 @@ import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,15 +26,31 @@ if TYPE_CHECKING:
 PERMUTATION = 77  # sets the order of a build apart from the orders of training
 
 
-def describe_build(folder: ImageFolder, samples_per_shard: int, seed: int, short_side: int = 0) -> dict:
-    """What makes a build the one it is, as its manifest records it."""
-    what = {
-        "seed": seed,
-        "samples_per_shard": samples_per_shard,
-        "num_images": len(folder.images),
-        "listing": folder.fingerprint(),
-    }
-    return what | ({"short_side": short_side} if short_side else {})
+@dataclass(frozen=True)
+class Settings:
+    """What a build is told besides its images.
+
+    samples_per_shard: images; seed: of the order in which they fill the shards; short_side: pixels that larger images
+    are made small to (0: none); workers: processes (None: one per CPU; 0 or 1: in this process).
+    """
+
+    samples_per_shard: int = 1000
+    seed: int = 0
+    short_side: int = 0
+    workers: int | None = None
+
+    def describe(self, folder: ImageFolder) -> dict:
+        """What makes a build the one it is, as its manifest records it."""
+        what = {
+            "seed": self.seed,
+            "samples_per_shard": self.samples_per_shard,
+            "num_images": len(folder.images),
+            "listing": folder.fingerprint(),
+        }
+        return what | ({"short_side": self.short_side} if self.short_side else {})
+
+
+DEFAULTS = Settings()
 
 
 def plan_shards(

@@ -12,7 +12,7 @@ from caco_scale.data.store import open_store
 from caco_scale.data.store.local import LocalStore
 from caco_scale.errors import UserError
 from data_prep.destination import same_build
-from data_prep.jobs import describe_build, plan_shards
+from data_prep.jobs import Settings, plan_shards
 from data_prep.sources import open_source
 from data_prep.verify import bad_shards
 
@@ -45,7 +45,7 @@ def repair(
         folders = image_folders(source.scan(), src, split, skip_empty_classes)
         what = manifest.build
         folder = folders[None] if None in folders else _folder_of(folders, what, dst)
-        here = describe_build(folder, what["samples_per_shard"], what["seed"], what.get("short_side", 0))
+        here = Settings(what["samples_per_shard"], what["seed"], what.get("short_side", 0)).describe(folder)
         same_build(dst, what, here)
         staging = os.path.join(scratch, "shards")
         os.makedirs(os.path.join(staging, ".build"))

@@ -78,10 +78,11 @@ def test_few_files_stay_open(tmp_path):
     from caco_scale.data.folders import image_folders
     from data_prep.build import build_set
     from data_prep.demo import DemoSource
+    from data_prep.jobs import Settings
 
     source = DemoSource("train", MAX_OPEN_FILES + 20)
     folder = image_folders(source.scan(), "demo")[None]
-    build_set(source, folder, str(tmp_path / "many"), samples_per_shard=1, workers=1, quiet=True)
+    build_set(source, folder, str(tmp_path / "many"), Settings(1, workers=1), quiet=True)
     store = open_store(tmp_path / "many")
     before = len(os.listdir("/proc/self/fd"))
     read_all(store)
