@@ -13,7 +13,9 @@ import psutil
 import pytest
 from launch import ROOT, environment
 
-from caco_scale.doctor.preflight import BAD_NODES, against_the_others, majority, parse, read_ecc, step_nodes
+from caco_scale.doctor.meeting import against_the_others, majority
+from caco_scale.doctor.node import read_ecc
+from caco_scale.doctor.preflight import BAD_NODES, parse, step_nodes
 from caco_scale.errors import UserError
 
 

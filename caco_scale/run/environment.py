@@ -4,20 +4,10 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-RECORDED_PACKAGES = (
-    "caco_scale",
-    "torch",
-    "torchvision",
-    "accelerate",
-    "deepspeed",
-    "webdataset",
-    "numpy",
-    "simplejpeg",
-)
+from caco_scale.packages import installed_versions
 
 
 def git_commit(folder: str | Path) -> str | None:
@@ -43,14 +33,8 @@ def describe_environment(
     ``devices`` and ``hosts`` are lists with one entry per rank, in rank order; gathering them is the caller's
     part.
     """
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in RECORDED_PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
     return {
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **installed_versions()},
         "git_commit": git_commit(Path(__file__).parents[1]),
         "command": list(sys.argv),
         "platform": platform.platform(),
