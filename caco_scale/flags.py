@@ -23,7 +23,10 @@ from caco_scale.errors import UserError, did_you_mean, unless_nobody_reads
 
 T = TypeVar("T")
 Own = TypeVar("Own")
-BOOLS = {"true": "True", "false": "False"}  # YAML's words, and Python's
+BOOLS = {  # YAML's words, and Python's
+    **dict.fromkeys(("true", "yes", "on"), "True"),
+    **dict.fromkeys(("false", "no", "off"), "False"),
+}
 
 
 def shown(metavar: str) -> Any:
@@ -156,11 +159,16 @@ def _read(kinds, arguments, prog, about, usage, name_of):
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            found = tyro.cli(joined, args=words + [w for group in given for w in group], **options)
+            found = tyro.cli(joined, args=words + [w for group in given for w in _joined(group)], **options)
     except SystemExit:
         _refuse(given, hints, name_of)
         raise UserError(f"{_first_paragraph(output.getvalue())} (see {prog} --help)") from None
     return [getattr(found, name) for name, *_ in parts]
+
+
+def _joined(group):
+    """A flag with its only value in one word, for the value may look like a flag: a negative number, ``-name``."""
+    return ["=".join(group)] if len(group) == 2 else group
 
 
 def _default(value):
@@ -193,18 +201,18 @@ def _group(arguments, hints, needed, prog, name_of):
         if equals:
             rest.insert(0, value)
         values, hint = [], _bare(hints[name])
-        most = _most_values(hint)
+        most = most_values(hint)
         if hint is bool and not equals and _stands_alone(rest, bool(positional)):
             rest.insert(0, "true")
         while rest and len(values) < most and ((equals and not values) or not rest[0].startswith("--")):
             values.append(rest.pop(0))
         if not values or (most != float("inf") and len(values) < most):
             shown = f"is {' '.join(values)}" if values else "has no value"
-            raise UserError(f"{name_of(name)} {shown}: {_wanted(hint)}")
+            raise UserError(f"{name_of(name)} {shown}: {wanted(hint)}")
         if hint is bool:
             values = [BOOLS.get(values[0].lower(), values[0])]
         given.append([f"--{name}", *values])
-    if len(words) > sum(_most_values(_bare(hints[name])) for name in positional):
+    if len(words) > sum(most_values(hints[name]) for name in positional):
         raise UserError(f"unknown argument {words[-1]}: {prog} --help says what there is")
     missing = [
         name for name in needed if name not in positional and [f"--{name}"] not in [g[:1] for g in given]
@@ -225,15 +233,18 @@ def _metavar(name, hints):
     return next((m.metavar for m in _marks(hints[name]) if getattr(m, "metavar", None)), name.upper())
 
 
-def _most_values(hint):
+def most_values(hint: Any) -> float:
+    """How many words a flag of this type takes at most."""
+    hint = _bare(hint)
     if typing.get_origin(hint) is not tuple:
         return 1
     parts = typing.get_args(hint)
     return float("inf") if parts[-1] is ... else len(parts)
 
 
-def _wanted(hint):
+def wanted(hint: Any) -> str:
     """What to give for a value of this type, in words."""
+    hint = _bare(hint)
     parts = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return f"give one of {', '.join(map(str, parts))}"
@@ -259,8 +270,17 @@ def _refuse(given, hints, name_of):
             hint = _bare(hints[name])
             what = "" if typing.get_args(hint) else f", which is not {hint.__name__}"
             raise UserError(
-                f"{name_of(name)} is {' '.join(map(repr, values))}{what}: {_wanted(hint)}"
+                f"{name_of(name)} is {' '.join(map(_quoted, values))}{what}: {wanted(hint)}"
             ) from None
+
+
+def _quoted(word):
+    """A number as it is, another word in quotes."""
+    try:
+        float(word)
+        return word
+    except ValueError:
+        return repr(word)
 
 
 def _first_paragraph(message):

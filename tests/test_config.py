@@ -5,7 +5,7 @@ import json
 import pytest
 
 from caco_scale import config as configuration
-from caco_scale.config import flatten, from_dict, parse, recipe_names, replace, to_dict, to_yaml
+from caco_scale.config import check, flatten, from_dict, parse, recipe_names, replace, to_dict, to_yaml
 from caco_scale.errors import UserError
 
 
@@ -127,6 +127,22 @@ def test_a_wrong_flag_is_one_line_that_names_it(arguments, message):
         ("bank: {rule: caca}", "give one of caco, adco, moco"),
         ("- a list", "holds no sections"),
         ("bank: {size: 3", "is not a YAML file"),
+        ("bank: {size: }", "bank.size has no value: give one, or leave the line out"),
+        ("data: {shards: null}", "data.shards has no value"),
+        ("bank: {size: [3, 4]}", "bank.size is .*: give a whole number"),
+        ("views: {blur_p: [1, 0, 0]}", "views.blur_p is .*: give 2 numbers"),
+        (
+            "bank: {size: 3}\noptim: {lr: 1}\nbank: {lr: 2}",
+            "bank is given twice, in lines 1 and 3: join the two",
+        ),
+        (
+            "optim:\n  lr: 0.1\n  epochs: 9\n  lr: 0.2",
+            "lr is given twice, in lines 2 and 4: keep one of them",
+        ),
+        ("optim: {lr: 0.1, lr: 0.2}", "lr is given twice, in lines 1 and 1"),
+        ("recipe: a\nrecipe: b", "recipe is given twice"),
+        ("? [a, b]\n: 3", "is not a YAML file"),
+        ("7: 3", "unknown field 7"),
     ],
 )
 def test_a_wrong_recipe_is_one_line_that_names_file_and_field(text, message, tmp_path):
@@ -140,6 +156,42 @@ def test_a_wrong_recipe_is_one_line_that_names_file_and_field(text, message, tmp
 def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
     (tmp_path / "mine.yaml").write_text("optim: {weight_decay: 1e-6}")  # YAML 1.1 reads 1e-6 as a string
     assert parse([str(tmp_path / "mine.yaml")]).optim.weight_decay == 1e-6
+
+
+def test_values_of_a_recipe_are_the_words_that_stand_there(tmp_path):
+    text = "data: {shards: 010, val_shards: -x}\nrun: {dir: 2026-01-01}\neval: {baselines: no}\n"
+    text += "views: {jitter: [1, 0.5, 0, 1e-3]}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    config = parse([str(tmp_path / "mine.yaml"), "--precision.compile", "on", "--data.audit=-y"])
+    assert (config.data.shards, config.data.val_shards, config.data.audit) == ("010", "-x", "-y")
+    assert (config.run.dir, config.eval.baselines, config.precision.compile) == ("2026-01-01", False, True)
+    assert config.views.jitter == (1.0, 0.5, 0.0, 0.001)
+    assert config.recipe == "mine"
+
+
+def test_a_sections_values_may_be_anothers(tmp_path):
+    text = "loss: &cool {temperature: 0.5}\nbank: {<<: *cool, size: 9}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    config = parse([str(tmp_path / "mine.yaml")])
+    assert (config.loss.temperature, config.bank.temperature, config.bank.size) == (0.5, 0.5, 9)
+
+
+def test_every_number_has_a_rule():
+    for name, value in flatten(configuration.Config()).items():
+        if isinstance(value, int | float | tuple) and not isinstance(value, bool):
+            bad = tuple(-1.0 for _ in value) if isinstance(value, tuple) else type(value)(-1)
+            with pytest.raises(UserError, match=f"{name} is -1"):
+                check(replace(configuration.Config(), **{name.replace(".", "__"): bad}))
+
+
+def test_a_checkpoints_values_are_read_as_a_recipe_is():
+    values = json.loads(json.dumps(to_dict(parse(["demo"]))))
+    assert from_dict(values, "x") == parse(["demo"])
+    values["bank"]["size"] = "many"
+    with pytest.raises(UserError, match=r"^step_1 config: bank.size is 'many', which is not int"):
+        from_dict(values, "step_1 config")
+    with pytest.raises(UserError, match=r"unknown field bank.color"):
+        from_dict({"bank": {"color": 3}}, "x")
 
 
 def test_a_resume_may_change_speed_but_not_the_mathematics():

@@ -1,0 +1,45 @@
+"""Recipe and flags, as typed on a command line, to a checked :class:`Config`."""
+
+from collections.abc import Iterable
+from typing import Any, TypeVar, overload
+
+from caco_scale import flags
+from caco_scale.config.fields import Config
+from caco_scale.config.recipes import load_recipe, recipe_names
+from caco_scale.config.values import check, replace
+
+Own = TypeVar("Own")
+
+
+@overload
+def parse(arguments: Iterable[str], prog: str = ..., own: None = None) -> Config: ...
+@overload
+def parse(arguments: Iterable[str], prog: str, own: type[Own]) -> tuple[Config, Own]: ...
+def parse(arguments: Iterable[str], prog: str = "python -m caco_scale.pretrain", own: Any = None) -> Any:
+    """``[RECIPE] [--section.field value ...]`` to a checked Config; with ``own`` to (Config, an ``own``).
+
+    Args:
+        arguments: no recipe means ``demo``.
+        own: a dataclass of flags that the command has besides the recipe's.
+    Raises:
+        UserError: unknown recipe or flag (naming the nearest), a value of the wrong type or out of range.
+    """
+    arguments = list(arguments)
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "demo"
+    config = load_recipe(name)
+    if not config.run.dir:
+        config = replace(config, run__dir=f"runs/{config.recipe}")
+    about = (
+        f"RECIPE: {', '.join(recipe_names())}, or the path of a YAML file. "
+        f"The values below are those of {config.recipe}."
+    )
+    if own is None:
+        config = flags.read(Config, arguments, prog, default=config, about=about, usage="[RECIPE]")
+        check(config)
+        return config
+    about = f"{own.__doc__} {about}"
+    config, options = flags.read_both(
+        Config, own, arguments, prog, default=config, about=about, usage="[RECIPE]"
+    )
+    check(config)
+    return config, options

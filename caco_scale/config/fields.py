@@ -1,0 +1,216 @@
+"""Every default of a run: one frozen dataclass a section, each field with its type, rule, unit and help.
+
+The docstring under a field is its ``--help`` line. ``Free``: a resumed run may change it, for it changes nothing of
+what is computed (``data.micro_batch_size`` changes only the micro-batches of BatchNorm; ``bank.exchange`` is exact
+either way; the data's content is held by its fingerprint).
+"""
+
+from dataclasses import dataclass, field
+
+import tyro
+
+from caco_scale.choices import BankExchange, BankKernel, BankRule, Compute, KernelInputs, Optimizer, Stem
+from caco_scale.rules import (
+    Amount,
+    AreaRange,
+    Count,
+    Free,
+    Momentum,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Seed,
+    Share,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    dir: Free[str] = ""
+    """Run directory; empty = runs/<recipe>."""
+    seed: Seed = 0
+    """Seed of the data order, the augmentation, the initial weights and the bank."""
+    world_size: Free[Count] = 0
+    """Number of processes that training must see (asserted); 0 = unchecked."""
+    max_steps: Free[Count] = 0
+    """Stop after this many optimizer steps in all, bank warm-up included; 0 = the whole schedule."""
+    max_skipped: Free[PositiveInt] = 3
+    """Stop after this many steps in a row whose loss or gradient is not finite."""
+    log_every: Free[Count] = 50
+    """Optimizer steps between two lines of metrics; 0 = off."""
+    save_every: Free[Count] = 1000
+    """Optimizer steps between two checkpoints (one more at the end and on a signal); 0 = only those."""
+    keep_checkpoints: Free[Count] = 3
+    """Newest checkpoints to keep; 0 = all."""
+    stop_before_end_seconds: Free[Amount] = 60
+    """Seconds before the end of a SLURM job, beyond a step and two saves, at which the run stops itself; 0 = off."""
+    timeout_seconds: Free[PositiveFloat] = 1800
+    """Seconds to wait for another process in one exchange, or for a batch of the loader; then the run ends as hung."""
+    profile_steps: Free[Count] = 0
+    """Steps to measure after the first few: a trace and a table of their parts in run.dir/profile; 0 = none."""
+    resume: Free[str] = "auto"
+    """auto (newest complete checkpoint of run.dir, else a fresh start), never, or the path of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Data:
+    shards: Free[str] = ""
+    """Shard set to train on: the directory, s3://, gs://, az:// or https:// address that holds manifest.json."""
+    val_shards: Free[str] = ""
+    """Shard set for the kNN evaluation; empty = none."""
+    global_batch_size: PositiveInt = 1024
+    """Images per optimizer step over all processes."""
+    micro_batch_size: Free[Count] = 0
+    """Images per forward on one process (gradient accumulation); 0 = the process's whole share."""
+    workers: Free[Count] = 4
+    """Loader processes per training process; 0 = load in the training process."""
+    max_corrupt: Free[Share] = 0.001
+    """Share of undecodable images above which the run stops (each is replaced and reported)."""
+    cache_dir: Free[str] = "auto"
+    """Where a node keeps whole shards of an object store; auto = in its temporary directory, none = nowhere."""
+    cache_bytes: Free[Count] = 0
+    """Most bytes that the cache takes; 0 = four fifths of what is free on its disk."""
+    retries: Free[Count] = 8
+    """Failed attempts in a row, with growing pauses, after which an object store counts as unreachable."""
+    stall_seconds: Free[PositiveFloat] = 30
+    """Seconds without a byte after which a read of an object store has failed and is tried again."""
+    lanes: Count = 0
+    """Parts of the epoch that every global batch draws from; 0 = largest divisor of the batch up to 64."""
+    window: PositiveInt = 4096
+    """Images shuffled together within a lane."""
+    audit: Free[str] = ""
+    """File that receives the keys of every image trained on, per step (ranks above 0: FILE.rank<R>)."""
+
+
+@dataclass(frozen=True)
+class Views:
+    size: PositiveInt = 224
+    """Pixels on a side of the two global views."""
+    scale: AreaRange = (0.2, 1.0)
+    """Share of the image's area that a global crop takes: least, most."""
+    jitter: tuple[Amount, Amount, Amount, Amount] = (0.4, 0.4, 0.2, 0.1)
+    """Strength of brightness, contrast, saturation and hue."""
+    jitter_p: Probability = 0.8
+    """Probability of the colour jitter."""
+    grayscale_p: Probability = 0.2
+    """Probability of greyscale."""
+    blur_p: tuple[Probability, Probability] = (1.0, 0.1)
+    """Probability of Gaussian blur in view 1 and view 2."""
+    solarize_p: tuple[Probability, Probability] = (0.0, 0.2)
+    """Probability of solarization in view 1 and view 2."""
+    num_local_crops: Count = 0
+    """Local crops besides the two global views (multi-crop)."""
+    local_size: PositiveInt = 96
+    """Pixels on a side of a local crop."""
+    local_scale: AreaRange = (0.05, 0.14)
+    """Share of the image's area that a local crop takes: least, most."""
+    local_blur_p: Probability = 0.5
+    """Probability of Gaussian blur in a local crop."""
+    mean: tuple[Amount, Amount, Amount] = (0.485, 0.456, 0.406)
+    """Mean of red, green and blue on a scale of 0 to 1."""
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    """Standard deviation of red, green and blue on a scale of 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Model:
+    arch: str = "resnet50"
+    """Backbone: a torchvision ResNet's name, vit_b_16, or tiny."""
+    stem: Stem = "imagenet"
+    """First layer of a ResNet: imagenet (7x7, stride 2, max-pool) or cifar (3x3, no max-pool)."""
+    projector_hidden: PositiveInt = 2048
+    """Width of the projector's two hidden layers."""
+    embedding_dim: PositiveInt = 256
+    """Size of an embedding and of a bank row."""
+
+
+@dataclass(frozen=True)
+class Bank:
+    size: PositiveInt = 65536
+    """Rows of the bank (learnable positives and negatives)."""
+    rule: BankRule = "caco"
+    """caco (positives and negatives learned), adco (negatives learned), moco (a queue of keys)."""
+    exchange: Free[BankExchange] = "statistics"
+    """What ranks exchange: exact softmax statistics, or whole rows of logits (equal result, heavy)."""
+    kernel: BankKernel = "torch"
+    """How the bank computes: torch (chunks), or Triton kernels on CUDA (README, "How fast")."""
+    kernel_inputs: KernelInputs = "tf32"
+    """Number format that the Triton kernels' matrix products read (their sums are fp32)."""
+    temperature: PositiveFloat = 0.08
+    """Temperature of the bank's gradient."""
+    lr: Amount = 3.0
+    """Learning rate of the bank rows, absolute."""
+    momentum: Momentum = 0.9
+    """Momentum of the bank rows."""
+    warmup_epochs: Count = 0
+    """Epochs of bank warm-up (MoCo steps that fill the rows with keys); at least ceil(size/batch) steps for caco."""
+    warmup_ramp_steps: Count = 0
+    """Steps over which the learning rate rises in the bank warm-up; 0 = full rate at once."""
+    warmup_temperature: PositiveFloat = 0.2
+    """Temperature of the bank warm-up."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    temperature: PositiveFloat = 0.08
+    """Temperature of the encoder's loss."""
+
+
+@dataclass(frozen=True)
+class Optim:
+    name: Optimizer = "lars"
+    """Optimizer of the query encoder."""
+    lr: Amount = 0.3
+    """Learning rate per 256 images of the global batch."""
+    epochs: PositiveInt = 200
+    """Epochs of the main schedule (the bank warm-up comes before them)."""
+    warmup_epochs: Amount = 10
+    """Epochs of linear learning-rate warm-up at the start of the main schedule."""
+    weight_decay: Amount = 1.5e-6
+    """Weight decay of parameters with two or more dimensions."""
+
+
+@dataclass(frozen=True)
+class Ema:
+    momentum: Momentum = 0.99
+    """Momentum of the key encoder at the start; it rises to 1 by a cosine."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    compute: Compute = "auto"
+    """Number format of the forward pass; auto = bf16 on CUDA, fp32 on CPU. Parameters stay fp32 (fp64: all)."""
+    compile: Free[bool] = False
+    """Compile the encoders and the augmentation with torch.compile."""
+    channels_last: Free[bool] = True
+    """Give the encoders channels_last inputs on CUDA."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    knn_every: Free[Count] = 0
+    """Data epochs between two kNN evaluations on data.val_shards (one more at the end); 0 = off."""
+    knn_k: Free[PositiveInt] = 20
+    """Neighbours that vote."""
+    knn_temperature: Free[PositiveFloat] = 0.2
+    """Temperature of the votes' weights."""
+    baselines: Free[bool] = False
+    """Before the first step, also evaluate raw pixels and the untrained encoder."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Pre-train an image encoder with CaCo (arXiv:2203.14370)."""
+
+    recipe: tyro.conf.Suppress[Free[str]] = "demo"
+    """Name of the recipe that these values started from."""
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    views: Views = field(default_factory=Views)
+    model: Model = field(default_factory=Model)
+    bank: Bank = field(default_factory=Bank)
+    loss: Loss = field(default_factory=Loss)
+    optim: Optim = field(default_factory=Optim)
+    ema: Ema = field(default_factory=Ema)
+    precision: Precision = field(default_factory=Precision)
+    eval: Eval = field(default_factory=Eval)

@@ -1,0 +1,68 @@
+"""A :class:`Config` as flat names, as plain values, as a recipe; changed, checked, and beside another one."""
+
+import dataclasses
+from typing import Any
+
+import yaml
+
+from caco_scale import rules
+from caco_scale.config.fields import Config
+from caco_scale.errors import UserError
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """``{"section.field": value}`` of a Config, in its order."""
+    flat = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            flat |= {f"{f.name}.{g.name}": getattr(value, g.name) for g in dataclasses.fields(value)}
+        else:
+            flat[f.name] = value
+    return flat
+
+
+def replace(config: Config, **changes: Any) -> Config:
+    """A copy with some ``section__field=value`` changed."""
+    for name, value in changes.items():
+        section, key = name.split("__")
+        part = dataclasses.replace(getattr(config, section), **{key: value})
+        config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuse values that no run can have; what depends on data or world size is checked where those are known.
+
+    Raises:
+        UserError: a field against its own rule, or fields that do not go together.
+    """
+    rules.check(config)
+    warmup_epochs, epochs = config.optim.warmup_epochs, config.optim.epochs
+    if warmup_epochs >= epochs:
+        raise UserError(f"optim.warmup_epochs {warmup_epochs:g} must be below optim.epochs {epochs}")
+
+
+def differences(saved: Config, config: Config) -> list[str]:
+    """Fields that a resume must not change and that differ: ``["bank.size: 65536 -> 4096", ...]``."""
+    before, now = flatten(saved), flatten(config)
+    return [
+        f"{name}: {before[name]} -> {now[name]}"
+        for name, kind in rules.field_types(Config).items()
+        if not rules.is_free(kind) and before[name] != now[name]
+    ]
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The whole resolved config as nested plain values, as YAML and JSON take them."""
+    return {
+        name: {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+        if isinstance(value, dict)
+        else value
+        for name, value in dataclasses.asdict(config).items()
+    }
+
+
+def to_yaml(config: Config) -> str:
+    """The whole resolved config as YAML; itself a recipe that reproduces the run."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
