@@ -15,7 +15,7 @@ from launch import ROOT, environment
 
 from caco_scale.doctor.meeting import against_the_others, majority
 from caco_scale.doctor.node import read_ecc
-from caco_scale.doctor.preflight import BAD_NODES, parse, step_nodes
+from caco_scale.doctor.preflight import BAD_NODES, main, parse, step_nodes
 from caco_scale.errors import UserError
 
 
@@ -136,6 +136,13 @@ def test_the_node_that_leads_dies_meanwhile():
         leader.kill()
         lines, code = nodes.end()[1]
     assert (lines[0], code) == ("bad node n0: died during the preflight", BAD_NODES)
+
+
+def test_a_node_alone_needs_no_port(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--gpus", "0"])
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["network"] == "not compared: one good node"
 
 
 def test_missing_gpus_are_counted():

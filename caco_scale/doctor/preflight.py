@@ -87,7 +87,7 @@ def run(options):
     """Check this node, meet the others -> exit code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # its network errors are pages; ours are lines
     own = examine(options.gpus, options.shm_gb, options.timeout)
-    address, port = options.master_addr, options.master_port
+    address, port = options.master_addr, options.master_port or 0  # alone, on any free one
     place = Place(options.rank, options.nodes, address, port, options.timeout, options.gpus > 0)
     try:
         meeting = Meeting(place, options.names)
