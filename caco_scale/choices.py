@@ -16,9 +16,9 @@ Encoder = Literal["query", "key"]
 ExportFormat = Literal["safetensors", "torchvision", "timm"]
 StrategyName = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
-RULES: tuple[str, ...] = get_args(BankRule)
-EXCHANGES: tuple[str, ...] = get_args(BankExchange)
-KERNELS: tuple[str, ...] = get_args(BankKernel)
+BANK_RULES: tuple[str, ...] = get_args(BankRule)
+BANK_EXCHANGES: tuple[str, ...] = get_args(BankExchange)
+BANK_KERNELS: tuple[str, ...] = get_args(BankKernel)
 KERNEL_INPUTS: tuple[str, ...] = get_args(KernelInputs)
 STEMS: tuple[str, ...] = get_args(Stem)
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)

@@ -12,6 +12,10 @@ from shard_sets import make_shard_set
 from caco_scale.config import load_recipe, recipe_names, replace
 from caco_scale.doctor import checks as doctor
 from caco_scale.doctor.memory import estimate_memory
+from caco_scale.errors import UserError
+from caco_scale.run.directory import check_place
+from caco_scale.training import checks
+from caco_scale.training.checks import Start
 
 
 def failures(findings):
@@ -36,24 +40,32 @@ def test_missing_and_old_packages_are_failures_with_their_fix():
     )
 
 
+def start_of(config, world_size, strategy="ddp"):
+    return Start(config, strategy, 0, world_size, torch.device("cpu"))
+
+
 def test_world_size_arithmetic():
     config = replace(
         load_recipe("demo"), data__global_batch_size=96, data__micro_batch_size=16, bank__size=100
     )
-    texts = [finding.text for finding in doctor.check_arithmetic(config, 3)]
-    assert "global batch 96 = 3 process(es) x 32 images in 2 micro-batches of 16" in texts[0]
-    assert "34 to 32 on a rank" in texts[1]
-    assert "cannot be divided by 7 processes" in failures(doctor.check_arithmetic(config, 7))[0]
+    (shared,) = doctor.found(checks.check_batch, start_of(config, 3))
+    assert "global batch 96 = 3 process(es) x 32 images in 2 micro-batches of 16" in shared.text
+    assert "34 to 32 on a rank" in doctor.bank_rows(config, 3)
+    (refused,) = failures(doctor.found(checks.check_batch, start_of(config, 7)))
+    assert "cannot be divided by 7 processes" in refused
     config = replace(config, data__micro_batch_size=15)
-    assert "does not divide the 32 images" in failures(doctor.check_arithmetic(config, 3))[0]
+    (refused,) = failures(doctor.found(checks.check_batch, start_of(config, 3)))
+    assert "does not divide the 32 images" in refused
 
 
 def test_workers_are_suggested_from_the_rate_that_one_has_here(tmp_path, monkeypatch):
     make_shard_set(tmp_path)
     settings = {"data__shards": str(tmp_path), "data__val_shards": "", "data__workers": 5}
     config = replace(load_recipe("demo"), data__global_batch_size=8, **settings)
-    (shards,), data = doctor.check_data(config, 0, 1)
-    assert shards.status == "ok"
+    start = start_of(config, 1)
+    batch, shards = doctor.found(checks.check_batch, start) + doctor.found(checks.check_data, start)
+    assert batch.status == shards.status == "ok"
+    data = start.data
     monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: range(8))
     (found,) = doctor.check_loader(config, data, {"LOCAL_WORLD_SIZE": "2"})
     assert found.status == "note"
@@ -70,10 +82,31 @@ def test_workers_are_suggested_from_the_rate_that_one_has_here(tmp_path, monkeyp
 
 def test_a_run_directory_that_cannot_be_made_is_a_failure(tmp_path):
     (tmp_path / "file").touch()
-    config = replace(load_recipe("demo"), run__dir=str(tmp_path / "file/run"))
-    assert "cannot be written" in failures(doctor.check_storage(config))[0]
-    config = replace(config, run__dir=str(tmp_path / "new/run"))
-    assert failures(doctor.check_storage(config)) == []
+    (refused,) = failures(doctor.found(check_place, tmp_path / "file/run"))
+    assert "cannot be written" in refused
+    (free,) = doctor.found(check_place, tmp_path / "new/run")
+    assert (free.status, free.text.endswith(" GB free")) == ("ok", True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_doctor_goes_on_where_training_stops_and_says_the_same(tmp_path):
+    """Of several mistakes training names the first, the doctor all that do not follow from another."""
+    config = replace(load_recipe("demo"), data__shards=make_shard_set(tmp_path / "set", num_images=96))
+    config = replace(config, data__val_shards="", eval__knn_every=0, run__dir=str(tmp_path / "run"))
+    config = replace(config, precision__compute="fp32", data__global_batch_size=8)
+    assert failures(doctor.examine_start(start_of(config, 2), offloaded=False)) == []
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/STOP").touch()
+    wrong = replace(config, model__arch="resnet5", loss__temperature=0.01, data__micro_batch_size=3)
+    stop, temperature, arch, batch = failures(doctor.examine_start(start_of(wrong, 2), offloaded=False))
+    assert "STOP is there" in stop
+    assert "loss.temperature is 0.01: give at least 0.02" in temperature
+    assert "no architecture 'resnet5' (did you mean resnet50?)" in arch
+    assert "data.micro_batch_size 3 does not divide the 4 images that each of 2 process(es)" in batch
+    with pytest.raises(UserError) as first:
+        checks.refuse_to_start(start_of(wrong, 2), checks.CHECKS)
+    assert str(first.value) == stop
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_partitioning_divides_what_it_should():
@@ -191,8 +224,10 @@ def test_a_launch_to_come_is_answered_by_one_process(tmp_path):
 
 def test_a_plan_that_cannot_be():
     config = replace(load_recipe("demo"), run__world_size=8)
-    assert "run.world_size 8, but 4 processes" in failures(doctor.check_plan(config, "ddp", 4)[0])[0]
-    assert "give one of ddp, zero1" in failures(doctor.check_plan(config, "zero9", 8)[0])[0]
+    assert "run.world_size 8, but 4 processes" in failures(doctor.plan_launch(config, "ddp", 4)[0])[0]
+    assert "give one of ddp, zero1" in failures(doctor.plan_launch(config, "zero9", 8)[0])[0]
     config = replace(config, precision__compute="fp64")
-    assert len(failures(doctor.check_plan(config, "zero2", 8)[0])) == 1
+    _, start = doctor.plan_launch(config, "zero2", 8)
+    (refused,) = failures(doctor.found(checks.check_precision, start))
+    assert "fp64 cannot be had from DeepSpeed" in refused
     assert examine(["demo", "--processes", "0"]).stderr == "error: --processes is 0: give at least 1\n"

@@ -72,11 +72,12 @@ class Step(Benchmark):
         import torch
 
         from caco_scale.benchmark.step import measure
-        from caco_scale.training.assemble import check_temperatures, resolve_precision
+        from caco_scale.training.assemble import resolve_precision
+        from caco_scale.training.checks import Start, check_temperatures
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = resolve_precision(config, device)
-        check_temperatures(config)
+        check_temperatures(Start(config, "ddp", 0, 1, device))
         case = (config, self.steps, self.rounds, self.threads, device.type)
         return "one training step, augmentation included", measure(*case)
 

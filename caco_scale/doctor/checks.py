@@ -9,21 +9,16 @@ that a script can ask before it queues a job. All ranks check, rank 0 speaks; no
 """
 
 import os
-import re
 import shutil
 import sys
 import time
 from dataclasses import dataclass, fields
-from importlib import metadata
 from pathlib import Path
 
+from caco_scale import packages
+from caco_scale.choices import STRATEGIES
 from caco_scale.errors import UserError, one_line
 
-REQUIRED = (
-    *("torch", "torchvision", "accelerate", "webdataset", "obstore", "numpy", "simplejpeg"),
-    *("safetensors", "tensorboard", "tyro", "rich", "pyyaml", "pillow"),
-)
-LOWEST = {"torch": (2, 11), "accelerate": (1, 10), "numpy": (2, 0), "webdataset": (1, 0), "tyro": (1, 0)}
 OFFLOADING = "zero3_offload"  # the file of ds_configs/ that is no strategy of its own
 MEASURED_IMAGES = 64  # in each of two batches, the second of which is timed
 DEEPSPEED = ("deepspeed", "transformers")  # accelerate's DeepSpeed plugin imports transformers at every stage
@@ -49,33 +44,24 @@ def fail(text):
     return Finding("FAIL", text)
 
 
-def found_version(package):
-    """The installed version of a distribution, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def check_versions(strategy, version=found_version):
+def check_versions(strategy, version=packages.installed_version):
     """Whether the packages that a strategy needs are there and new enough -> findings. ``version``: name -> str."""
+    zero = strategy.startswith("zero")
     findings = [ok(f"python {sys.version.split()[0]}")]
-    for package in REQUIRED + (DEEPSPEED if strategy.startswith("zero") else ()):
-        found = version(package)
-        if found is None:
-            why = ", which accelerate needs for DeepSpeed" if package == "transformers" else ""
-            instead = ", or use ds_configs/fsdp2.yaml" if package in DEEPSPEED else ""
-            findings.append(fail(f"{package} is not installed{why}: pip install {package}{instead}"))
+    for requirement in packages.requirements():
+        name, found = requirement.name, version(requirement.name)
+        if name in DEEPSPEED and not zero:
             continue
-        lowest = LOWEST.get(package)
-        if lowest and tuple(int(n) for n in re.findall(r"\d+", found)[: len(lowest)]) < lowest:
-            wanted = ".".join(map(str, lowest))
-            findings.append(
-                fail(f"{package} {found} is older than {wanted}: pip install -U '{package}>={wanted}'")
-            )
+        if found is None:
+            why = ", which accelerate needs for DeepSpeed" if name == "transformers" else ""
+            instead = ", or use ds_configs/fsdp2.yaml" if name in DEEPSPEED else ""
+            findings.append(fail(f"{name} is not installed{why}: pip install {name}{instead}"))
+        elif not packages.is_new_enough(requirement, found):
+            lowest = str(requirement.specifier).removeprefix(">=")
+            findings.append(fail(f"{name} {found} is older than {lowest}: pip install -U '{requirement}'"))
         else:
-            findings.append(ok(f"{package} {found}"))
-    if strategy.startswith("zero"):
+            findings.append(ok(f"{name} {found}"))
+    if zero:
         compiler = version("ninja") and (shutil.which("c++") or shutil.which("g++"))
         findings.append(
             note("ninja and a C++ compiler are there, should DeepSpeed want to build a kernel")
@@ -87,130 +73,68 @@ def check_versions(strategy, version=found_version):
     return findings
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands among those that train. ``device``: a torch device."""
+def found(check, *arguments):
+    """A check's own words as findings: what it returns, or the error that it raises."""
+    try:
+        text = check(*arguments)
+    except UserError as error:
+        return [fail(one_line(error))]
+    return [ok(text)] if text else []
 
-    rank: int
-    world_size: int
-    device: object
 
-
-def check_launch(config):
-    """Join the launch as training does -> (findings, Place or None)."""
+def join_launch(config):
+    """Join the launch as training does -> (findings, Start or None)."""
     import torch
 
     from caco_scale.distributed.launch import launched_strategy, start_processes
-    from caco_scale.distributed.strategies.build import check_combination
+    from caco_scale.training.assemble import resolve_precision
+    from caco_scale.training.checks import Start
 
     try:
-        accelerator = start_processes(config.run.world_size)
+        accelerator = start_processes(config.run.world_size, config.run.timeout_seconds)
         strategy = launched_strategy(os.environ)
-        dtype = torch.float64 if config.precision.compute == "fp64" else torch.float32
-        check_combination(strategy, dtype, config.precision.compile)
     except UserError as error:
         return [fail(one_line(error))], None
+    device, processes = accelerator.device, accelerator.num_processes
     backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else "none, one process"
-    findings = [
-        ok(
-            f"strategy {strategy}, {accelerator.num_processes} process(es), backend {backend}, {accelerator.device}"
-        )
-    ]
-    if accelerator.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(accelerator.device)
+    findings = [ok(f"strategy {strategy}, {processes} process(es), backend {backend}, {device}")]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
         findings.append(ok(f"{properties.name}, {properties.total_memory / 1e9:.1f} GB"))
-        if config.precision.compute == "bf16" and not torch.cuda.is_bf16_supported():
-            findings.append(fail("this GPU does not compute in bf16: give --precision.compute fp32"))
-    return findings, Place(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    config = resolve_precision(config, device)
+    return findings, Start(config, strategy, accelerator.process_index, processes, device)
 
 
-def check_plan(config, strategy, processes):
-    """What of a launch can be known before it -> (findings, Place or None): rank 0 of so many, on a device as here."""
+def plan_launch(config, strategy, processes):
+    """What of a launch can be known before it -> (findings, Start or None): rank 0 of so many, on a device as here."""
     import torch
 
-    from caco_scale.distributed.launch import STRATEGIES, refuse_lost_driver
-    from caco_scale.distributed.strategies.build import check_combination
+    from caco_scale.distributed.launch import refuse_lost_driver
+    from caco_scale.training.assemble import resolve_precision
+    from caco_scale.training.checks import Start
 
     if strategy not in STRATEGIES:
         return [fail(f"--strategy {strategy}: give one of {', '.join(STRATEGIES)}, {OFFLOADING}")], None
+    if config.run.world_size not in (0, processes):
+        return [fail(f"run.world_size {config.run.world_size}, but {processes} processes are planned")], None
     cuda = torch.cuda.is_available()
     try:
         if not cuda:
             refuse_lost_driver(os.environ)
-        dtype = torch.float64 if config.precision.compute == "fp64" else torch.float32
-        check_combination(strategy, dtype, config.precision.compile)
     except UserError as error:
         return [fail(one_line(error))], None
-    if config.run.world_size not in (0, processes):
-        return [fail(f"run.world_size {config.run.world_size}, but {processes} processes are planned")], None
-    place = Place(0, processes, torch.device("cuda" if cuda else "cpu"))
-    return [ok(f"planned: strategy {strategy}, {processes} process(es), {place.device}")], place
+    device = torch.device("cuda" if cuda else "cpu")
+    start = Start(resolve_precision(config, device), strategy, 0, processes, device)
+    return [ok(f"planned: strategy {strategy}, {processes} process(es), {device}")], start
 
 
-def check_arithmetic(config, world_size, data=None):
-    """How the global batch and the bank are shared out -> findings. ``data``: a ``TrainingData`` if there is one."""
-    from caco_scale.data.order import share_size
+def bank_rows(config, world_size):
+    """How the bank's rows are shared out."""
     from caco_scale.distributed.collectives import shard_range
 
-    total = config.data.global_batch_size
-    try:
-        share = share_size(total, world_size)
-    except UserError as error:
-        return [fail(one_line(error))]
-    micro = config.data.micro_batch_size or share
-    if share % micro:
-        return [
-            fail(
-                f"data.micro_batch_size {micro} does not divide the {share} images of a process: "
-                f"give a divisor of {share}"
-            )
-        ]
-    findings = [
-        ok(
-            f"global batch {total:,} = {world_size} process(es) x {share:,} images"
-            + (f" in {share // micro} micro-batches of {micro:,}" if micro < share else "")
-            + f"; peak lr {config.optim.lr * total / 256:g}"
-        )
-    ]
-    rows = [
-        stop - start
-        for start, stop in (shard_range(config.bank.size, world_size, r) for r in range(world_size))
-    ]
-    findings.append(ok(f"bank of {config.bank.size:,} rows: {max(rows):,} to {min(rows):,} on a rank"))
-    if data:
-        order = data.order
-        findings.append(
-            ok(f"{order.num_samples:,} images, {order.steps_per_epoch:,} steps an epoch, {order.lanes} lanes")
-        )
-    return findings
-
-
-def check_data(config, rank, world_size):
-    """The shard set as training opens it -> (findings, TrainingData or None)."""
-    from caco_scale.config import makes_its_data
-    from caco_scale.training.assemble import TrainingData
-
-    if makes_its_data(config) and not Path(config.data.shards, "manifest.json").exists():
-        return [note(f"the demo's data will be built in {Path(config.data.shards).parent}")], None
-    try:
-        return [ok(f"shards {config.data.shards}")], TrainingData(config, rank, world_size)
-    except UserError as error:
-        return [fail(one_line(error))], None
-
-
-def check_resume(config, data):
-    """What is in the run directory already: whether training would go on from it -> findings."""
-    from caco_scale.checkpoint.folder import latest
-    from caco_scale.checkpoint.resume import checkpoint_to_resume
-    from caco_scale.run.stopping import ControlFiles
-
-    newest = latest(Path(config.run.dir, "checkpoints"))
-    try:
-        ControlFiles(config.run.dir, is_main=True).refuse_stop()
-        found = checkpoint_to_resume(config, newest, data.fingerprint, data.order.num_samples)
-    except UserError as error:
-        return [fail(one_line(error))]
-    return [ok(f"resumes from {found}" if found else "a fresh start")]
+    ranges = [shard_range(config.bank.size, world_size, rank) for rank in range(world_size)]
+    rows = [stop - start for start, stop in ranges]
+    return f"bank of {config.bank.size:,} rows: {max(rows):,} to {min(rows):,} on a rank"
 
 
 def check_loader(config, data, environment=os.environ):
@@ -255,27 +179,17 @@ def worker_rate(config, manifest):
     return batch / max(time.process_time() - start, 1e-6)
 
 
-def check_storage(config):
-    """Whether the run directory can be made and written, and how much room there is -> findings."""
-    path = Path(config.run.dir).absolute()
-    existing = next(p for p in (path, *path.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        return [
-            fail(f"run.dir {path} cannot be written ({existing}): mend its rights, or give another --run.dir")
-        ]
-    return [ok(f"run.dir {path}, {shutil.disk_usage(existing).free / 1e9:,.0f} GB free")]
-
-
-def check_memory(config, strategy, world_size, device, offloaded=False):
+def check_memory(start, offloaded=False):
     """The estimate of a rank's memory, against the GPU's -> findings. ``offloaded``: as of ``estimate_memory``."""
     import torch
 
     from caco_scale.doctor.memory import estimate_memory
 
-    share = config.data.global_batch_size // world_size
+    strategy, device = start.strategy, start.device
     try:
-        micro_batch_size = config.data.micro_batch_size or share
-        estimate = estimate_memory(config, strategy, world_size, micro_batch_size, offloaded)
+        estimate = estimate_memory(
+            start.config, strategy, start.world_size, start.micro_batch_size, offloaded
+        )
     except UserError as error:
         return [fail(one_line(error))]
     parts = ", ".join(
@@ -303,34 +217,38 @@ def examine(config, plan=None):
 
     ``plan``: (strategy, number of processes) of a launch to come; None = this launch.
     """
-    from caco_scale.distributed.launch import launched_strategy, offloads
+    from caco_scale.run.directory import check_place
 
+    place = found(check_place, config.run.dir)
     try:
+        from caco_scale.distributed.launch import launched_strategy, offloads
+
         strategy = plan[0] if plan else launched_strategy(os.environ)
         offloaded = strategy == OFFLOADING if plan else offloads(os.environ)
     except UserError as error:
-        return [fail(one_line(error)), *check_versions("ddp"), *check_storage(config)]
-    if plan and offloaded:
-        strategy = strategy.removesuffix("_offload")
-        plan = strategy, plan[1]
+        return [fail(one_line(error)), *check_versions("ddp"), *place]
+    strategy = strategy.removesuffix("_offload")
     findings = check_versions(strategy)
     if any(f.status == "FAIL" for f in findings):
-        return findings + check_storage(config)
-    launch, place = check_plan(config, *plan) if plan else check_launch(config)
-    findings += launch
-    if place is None:
-        return findings + check_storage(config)
-    from caco_scale.training.assemble import resolve_precision
+        return findings + place
+    launch, start = plan_launch(config, strategy, plan[1]) if plan else join_launch(config)
+    if start is None:
+        return findings + launch + place
+    return findings + launch + examine_start(start, offloaded)
 
-    config = resolve_precision(config, place.device)
-    arithmetic = check_arithmetic(config, place.world_size)
-    if all(f.status != "FAIL" for f in arithmetic):
-        found, data = check_data(config, place.rank, place.world_size)
-        findings += found + (check_resume(config, data) if data else [])
-        arithmetic = check_arithmetic(config, place.world_size, data)
-        arithmetic += check_memory(config, strategy, place.world_size, place.device, offloaded)
-        arithmetic += check_loader(config, data) if data else []
-    return findings + arithmetic + check_storage(config)
+
+def examine_start(start, offloaded):
+    """The checks of a start, to the last, and what only the doctor looks at -> findings."""
+    from caco_scale.checkpoint.folder import latest
+    from caco_scale.training.checks import CHECKS
+
+    start.newest = latest(Path(start.config.run.dir, "checkpoints"))
+    findings = [finding for check in CHECKS for finding in found(check, start)]
+    if start.micro_batch_size:
+        findings += [ok(bank_rows(start.config, start.world_size)), *check_memory(start, offloaded)]
+    if start.data:
+        findings += check_loader(start.config, start.data)
+    return findings
 
 
 def everywhere(findings):

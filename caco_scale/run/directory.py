@@ -5,6 +5,8 @@ checkpoints/  tensorboard/  DONE | INTERRUPTED
 """
 
 import json
+import os
+import shutil
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +19,21 @@ from caco_scale.run.lock import be_alone
 
 def _now():
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def check_place(path: str | Path) -> str:
+    """Whether a run directory can be made and written -> where it is, with its disk's free space.
+
+    Raises:
+        UserError: it cannot.
+    """
+    path = Path(path).absolute()
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"run.dir {path} cannot be written ({existing}): correct its rights, or give another --run.dir"
+        )
+    return f"run.dir {path}, {shutil.disk_usage(existing).free / 1e9:,.0f} GB free"
 
 
 class RunDirectory:

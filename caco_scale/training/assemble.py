@@ -17,9 +17,7 @@ from caco_scale.data.order import Order, share_size
 from caco_scale.data.store import open_store
 from caco_scale.data.views import ViewSpec
 from caco_scale.distributed.strategies import build as strategies
-from caco_scale.errors import UserError
 from caco_scale.method.bank import ShardedBank
-from caco_scale.method.contrast import MIN_TEMPERATURE
 from caco_scale.method.encoders import build_backbone
 from caco_scale.method.model import Encoder, QueryKeyModel
 from caco_scale.method.projector import build_projector
@@ -28,17 +26,14 @@ from caco_scale.optim.schedule import Schedule
 from caco_scale.run.profiling import part
 
 
-def resolve(config, accelerator):
-    """Settle what depends on the machine, and make the demo's data."""
-    config = resolve_precision(config, accelerator.device)
-    check_temperatures(config)
+def make_data(config, accelerator):
+    """Build the demo's data where the config asks for it and it is not there. Collective."""
     if configuration.makes_its_data(config):
         if accelerator.is_main_process:
             from data_prep.demo import build_demo
 
             build_demo(Path(config.data.shards).parent)
         accelerator.wait_for_everyone()
-    return config
 
 
 def resolve_precision(config, device):
@@ -48,20 +43,11 @@ def resolve_precision(config, device):
     return configuration.replace(config, precision__compute="bf16" if device.type == "cuda" else "fp32")
 
 
-def check_temperatures(config):
-    """Refuse a temperature that the bank would refuse only at the end of its warm-up."""
-    lowest = MIN_TEMPERATURE[parameter_dtype(config)]
-    for name in ("loss.temperature", "bank.temperature", "bank.warmup_temperature"):
-        value = configuration.flatten(config)[name]
-        if value < lowest:
-            raise UserError(f"{name} is {value:g}: give at least {lowest} (exp(-2 / T) must stay a number)")
-
-
 class TrainingData:
-    """The shard set, its order, and this rank's part of it.
+    """The shard set, its order, and this rank's part of it; what is refused of them: ``checks.py``.
 
     Raises:
-        UserError: no or damaged shards, a batch that the processes or micro-batches do not divide.
+        UserError: no shard set, fewer images than a batch, a batch that the processes do not divide.
     """
 
     def __init__(self, config, rank, world_size):
@@ -71,7 +57,6 @@ class TrainingData:
         self.counters = Counters()  # what both stores and their workers did
         options = (data.cache_dir, data.cache_bytes, retry_policy)
         self.store = open_store(data.shards, *options, counters=self.counters)
-        self.store.check()
         shards = self.store.manifest.shards
         self.order = Order(
             [shard.num_samples for shard in shards],
@@ -86,21 +71,8 @@ class TrainingData:
             self.val_store = open_store(
                 data.val_shards, *options, labelled=True, flag="data.val_shards", counters=self.counters
             )
-            self.val_store.check()
-            check_knn(config.eval.knn_k, self.store.manifest, self.val_store)
         self.batch_size = share_size(data.global_batch_size, world_size)
-        micro = data.micro_batch_size or self.batch_size
-        if self.batch_size % micro:
-            raise UserError(
-                f"data.micro_batch_size {micro} does not divide the {self.batch_size} images that each of "
-                f"{world_size} process(es) has of a global batch of {data.global_batch_size}"
-            )
-        if micro * world_size < 2:
-            raise UserError(
-                "BatchNorm needs at least 2 images in a forward over all processes: raise data.micro_batch_size or "
-                f"data.global_batch_size {data.global_batch_size}"
-            )
-        self.micro_batch_size = micro
+        self.micro_batch_size = data.micro_batch_size or self.batch_size
 
     def batches(self, start, end):
         """This rank's :class:`~caco_scale.data.loader.Batch` of every step from ``start`` up to ``end``."""
@@ -115,23 +87,6 @@ class TrainingData:
             seed=self.config.run.seed,
             workers=self.config.data.workers,
         )
-
-
-def check_knn(k, manifest, val_store):
-    """Refuse before training an evaluation that would fail after many epochs of it."""
-    if val_store.manifest.classes != manifest.classes:
-        raise UserError(
-            f"{val_store.url} has {len(val_store.manifest.classes)} classes, the training set {len(manifest.classes)}, "
-            "or other names: build both from trees with the same class folders, or leave data.val_shards empty"
-        )
-    unlabelled = manifest.num_samples - sum(manifest.class_counts)
-    if unlabelled:
-        raise UserError(
-            f"{unlabelled:,} of {manifest.num_samples:,} training images have no class: give each one a class folder, "
-            "or leave data.val_shards empty"
-        )
-    if k > manifest.num_samples:
-        raise UserError(f"eval.knn_k {k} is more than the {manifest.num_samples:,} training images: lower it")
 
 
 def view_specs(views):

@@ -1,0 +1,183 @@
+"""What must be right before a run trains. Each thing is checked here, and said here, once.
+
+A check takes a :class:`Start`, adds to it what later ones need, and returns what it found: a line, or None for nothing
+worth one. A :class:`~caco_scale.errors.UserError` says what is wrong. Training goes to the first failure, the doctor to
+the end (a check whose ground an earlier one did not find returns None). Nothing is written.
+
+Shapes: N global batch, R processes, B = N / R a process's share of it, b a micro-batch.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from caco_scale import config as configuration
+from caco_scale.checkpoint.resume import checkpoint_to_resume
+from caco_scale.config import Config
+from caco_scale.data.order import share_size
+from caco_scale.distributed.collectives import assert_equal_on_all_ranks
+from caco_scale.distributed.strategies.build import check_combination
+from caco_scale.errors import UserError
+from caco_scale.method.contrast import MIN_TEMPERATURE
+from caco_scale.run.directory import check_place
+from caco_scale.run.stopping import ControlFiles, check_job_end
+from caco_scale.training.assemble import TrainingData, build_encoder, parameter_dtype
+
+
+@dataclass
+class Start:
+    """A run that is about to start: what is settled of it, and what its checks have found.
+
+    Attributes:
+        config: with ``precision.compute`` settled.
+        strategy: one of :data:`~caco_scale.choices.STRATEGIES`.
+        rank, world_size, device: of this process among those that will train.
+        newest: the newest complete checkpoint of the run directory, which whoever starts looks for.
+        micro_batch_size: b, of :func:`check_batch`; 0 before.
+        data: of :func:`check_data`; None before, or where the demo's is not built yet.
+        resumed: of :func:`check_resume`: the checkpoint that the run goes on from; None: a fresh start.
+    """
+
+    config: Config
+    strategy: str
+    rank: int
+    world_size: int
+    device: torch.device
+    newest: Path | None = None
+    micro_batch_size: int = 0
+    data: TrainingData | None = None
+    resumed: Path | None = None
+
+
+Check = Callable[[Start], str | None]
+
+
+def check_stop(start: Start) -> None:
+    """The user's file STOP, on rank 0, and a job's end that is none."""
+    ControlFiles(start.config.run.dir, is_main=start.rank == 0).refuse_stop()
+    if start.config.run.stop_before_end_seconds:
+        check_job_end(os.environ)
+
+
+def check_run_dir(start: Start) -> str | None:
+    """Whether the run directory can be made and written, on rank 0."""
+    return check_place(start.config.run.dir) if start.rank == 0 else None
+
+
+def check_precision(start: Start) -> None:
+    """Number formats that the strategy or the GPU cannot do."""
+    config = start.config
+    check_combination(start.strategy, parameter_dtype(config), config.precision.compile)
+    if (
+        start.device.type == "cuda"
+        and config.precision.compute == "bf16"
+        and not torch.cuda.is_bf16_supported()
+    ):
+        raise UserError("this GPU does not compute in bf16: give --precision.compute fp32")
+
+
+def check_temperatures(start: Start) -> None:
+    """A temperature that the bank would refuse only at the end of its warm-up."""
+    lowest = MIN_TEMPERATURE[parameter_dtype(start.config)]
+    for name in ("loss.temperature", "bank.temperature", "bank.warmup_temperature"):
+        value = configuration.flatten(start.config)[name]
+        if value < lowest:
+            raise UserError(f"{name} is {value:g}: give at least {lowest} (exp(-2 / T) must stay a number)")
+
+
+def check_model(start: Start) -> None:
+    """Whether there is such an encoder; it is built without memory."""
+    with torch.device("meta"):
+        build_encoder(start.config)
+
+
+def check_batch(start: Start) -> str:
+    """How the global batch is shared out."""
+    total, processes = start.config.data.global_batch_size, start.world_size
+    share = share_size(total, processes)
+    micro = start.config.data.micro_batch_size or share
+    if share % micro:
+        raise UserError(
+            f"data.micro_batch_size {micro} does not divide the {share} images that each of {processes} process(es) "
+            f"has of a global batch of {total}: give a divisor of {share}"
+        )
+    if micro * processes < 2:
+        raise UserError(
+            "BatchNorm needs at least 2 images in a forward over all processes: raise data.micro_batch_size or "
+            f"data.global_batch_size {total}"
+        )
+    start.micro_batch_size = micro
+    steps = f" in {share // micro} micro-batches of {micro:,}" if micro < share else ""
+    lr = start.config.optim.lr * total / 256
+    return f"global batch {total:,} = {processes} process(es) x {share:,} images{steps}; peak lr {lr:g}"
+
+
+def check_data(start: Start) -> str | None:
+    """The training images, opened as training opens them."""
+    shards = start.config.data.shards
+    if not start.micro_batch_size:
+        return None
+    if configuration.makes_its_data(start.config) and not Path(shards, "manifest.json").exists():
+        return f"the demo's data will be built in {Path(shards).parent}"
+    data = TrainingData(start.config, start.rank, start.world_size)
+    data.store.check()
+    start.data, order = data, data.order
+    return f"{shards}: {order.num_samples:,} images, {order.steps_per_epoch:,} steps an epoch, {order.lanes} lanes"
+
+
+def check_evaluation(start: Start) -> str | None:
+    """An evaluation that would fail after many epochs of training."""
+    if start.data is None or start.data.val_store is None:
+        return None
+    manifest, val_store, k = start.data.store.manifest, start.data.val_store, start.config.eval.knn_k
+    val_store.check()
+    classes = val_store.manifest.classes
+    if classes != manifest.classes:
+        raise UserError(
+            f"{val_store.url} has {len(classes)} classes, the training set {len(manifest.classes)}, "
+            "or other names: build both from trees with the same class folders, or leave data.val_shards empty"
+        )
+    unlabelled = manifest.num_samples - sum(manifest.class_counts)
+    if unlabelled:
+        raise UserError(
+            f"{unlabelled:,} of {manifest.num_samples:,} training images have no class: give each one a class folder, "
+            "or leave data.val_shards empty"
+        )
+    if k > manifest.num_samples:
+        raise UserError(f"eval.knn_k {k} is more than the {manifest.num_samples:,} training images: lower it")
+    return f"{val_store.url}: {val_store.manifest.num_samples:,} images to evaluate on"
+
+
+def check_resume(start: Start) -> str | None:
+    """What is in the run directory already: whether the run would go on from it."""
+    if start.data is None:
+        return None
+    fingerprint, num_samples = start.data.fingerprint, start.data.order.num_samples
+    start.resumed = checkpoint_to_resume(start.config, start.newest, fingerprint, num_samples)
+    return f"resumes from {start.resumed}" if start.resumed else "a fresh start"
+
+
+BEFORE_DATA: tuple[Check, ...] = (
+    *(check_stop, check_run_dir, check_precision, check_temperatures, check_model, check_batch),
+)
+OF_DATA: tuple[Check, ...] = (check_data, check_evaluation)
+OF_RUN: tuple[Check, ...] = (check_resume,)  # by a process that has the run directory to itself
+CHECKS = BEFORE_DATA + OF_DATA + OF_RUN
+
+
+def refuse_to_start(start: Start, checks: tuple[Check, ...]) -> None:
+    """Raise the first failure of any rank on every rank, so that none waits for another. Collective.
+
+    Raises:
+        UserError: that failure, with the rank's number where there are several.
+    """
+    complaint = None
+    try:
+        for check in checks:
+            check(start)
+    except UserError as error:
+        complaint = str(error)
+    assert_equal_on_all_ranks({}, "start", error=complaint)
