@@ -170,6 +170,14 @@ def test_most_nodes_are_right():
         2: [],
     }
     assert against_the_others({0: facts[0]}, {0: 0.0}, max_skew=5) == {0: []}
+    other = {
+        "software": {"caco_scale": "b", "torch": "2.14", "rich": "14.0"}
+    }  # other code, which needs another package
+    ours = {"software": {"caco_scale": "a", "torch": "2.14"}}
+    assert against_the_others({0: ours, 1: other}, {0: 0.0, 1: 0.0}, max_skew=5) == {
+        0: [],
+        1: ["caco_scale is b, on most nodes a"],
+    }
     facts = {0: facts[1], 1: facts[1]}
     assert against_the_others(facts, {0: 0.0, 1: 7.0}, max_skew=5)[1] == ["its clock is +7.0 seconds off"]
     assert against_the_others(facts, {0: 0.0}, max_skew=5)[1] == ["arrived and then fell silent"]

@@ -157,6 +157,8 @@ def against_the_others(
     """Reasons that show by comparison only: {rank: [reason, ...]}; most nodes are right."""
     reasons = {rank: [] if rank in offsets else ["arrived and then fell silent"] for rank in facts}
     for name in facts[0]["software"]:
+        if any(name not in fact["software"] for fact in facts.values()):
+            continue  # other code asks for other packages, and differs itself
         values = {rank: fact["software"][name] for rank, fact in facts.items()}
         usual = values[majority(values)]
         for rank, value in values.items():
