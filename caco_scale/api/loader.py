@@ -6,7 +6,6 @@ Shapes: N global batch, B = N / world size, V views, H the side of a view in pix
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from caco_scale.config import Views
 from caco_scale.data.augment import augment
 from caco_scale.data.loader import train_batches
 from caco_scale.data.order import Order, share_size
-from caco_scale.data.store import open_store
+from caco_scale.data.store import Store, open_store
 from caco_scale.data.to_device import on_device
 from caco_scale.distributed import collectives
 from caco_scale.errors import UserError
@@ -49,7 +48,7 @@ class Batches:
 
     def __init__(
         self,
-        store: Any,
+        store: Store,
         order: Order,
         views: Views,
         *,
@@ -62,7 +61,7 @@ class Batches:
         workers: int,
     ):
         self._store, self._order, self._views, self._steps = store, order, views, steps
-        self._place = {"rank": rank, "world_size": world_size, "seed": seed, "workers": workers}
+        self._rank, self._world_size, self._seed, self._workers = rank, world_size, seed, workers
         self._device, self._dtype = device, dtype
         self.num_samples, self.steps_per_epoch = order.num_samples, order.steps_per_epoch
         self.batch_size = share_size(order.global_batch_size, world_size)
@@ -79,7 +78,10 @@ class Batches:
             view_specs(self._views),
             start_step=self._steps.start,
             num_steps=self._steps.stop,
-            **self._place,
+            rank=self._rank,
+            world_size=self._world_size,
+            seed=self._seed,
+            workers=self._workers,
         )
         for batch in on_device(crops, self._device):
             (views,) = MicroBatches(batch, self.batch_size, augment, self._dtype, self._views)
@@ -111,7 +113,7 @@ def batches(
     of one at no cost. Nothing crosses ranks. An image that does not decode is replaced by another one.
 
     Args:
-        data: the directory or address of a shard set.
+        data: a folder of images, with or without folders in it, or the directory or address of a shard set.
         global_batch_size: N, images of a step over all processes, which their number must divide.
         views: sizes and strengths of the two global views and the local crops, mean and standard deviation;
             None: those of the paper at 224 pixels.
@@ -128,7 +130,7 @@ def batches(
     rank, world_size = _place(rank, world_size)
     views = views or Views()
     view_specs(views)  # refuses now what it would refuse at the first batch
-    store = open_store(data, cache_dir, cache_bytes)
+    store = open_store(data, cache_dir, cache_bytes, flag="data")
     store.check()
     order = Order(
         [shard.num_samples for shard in store.manifest.shards],
