@@ -21,7 +21,7 @@ SAYS = {
     "lars_under_deepspeed": "ZeRO-2, 1 process(es), 5 steps",
     "lars_under_fsdp2": "1 process(es), 5 steps",
     "loader_alone": "resumed at step 9: the same 3 batches",
-    "pretrain_from_python": "finished, step 28",
+    "pretrain_from_python": "finished, step 32",
 }
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 

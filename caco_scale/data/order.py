@@ -53,7 +53,7 @@ def permutation(n: int, *parts: int | np.integer) -> NDArray[np.int64]:
     return np.argsort(mix64(np.arange(n, dtype=np.uint64) ^ key64(*parts)), kind="stable")
 
 
-def uniform(keys: ArrayLike, num: int) -> NDArray[np.float64]:
+def uniform(keys: ArrayLike, num: int) -> NDArray[np.floating]:
     """Random numbers in [0, 1): keys (n,) uint64 -> (n, num) float64. Row i depends only on ``keys[i]``."""
     keys = np.asarray(keys, np.uint64)
     with np.errstate(over="ignore"):

@@ -132,21 +132,26 @@ class PortableSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         layer.group = group
         return layer.train(source.training)
 
-    def _check_input_dim(self, x):
-        if x.dim() < 2:
-            raise ValueError(f"BatchNorm expects inputs of 2 or more dimensions, not {x.dim()}")
+    def _check_input_dim(self, input):
+        if input.dim() < 2:
+            raise ValueError(f"BatchNorm expects inputs of 2 or more dimensions, not {input.dim()}")
 
-    def forward(self, x):
+    def forward(self, input):
         if not self.training or world_size(self.group) == 1:
-            return super().forward(x)
-        self._check_input_dim(x)
-        output, *statistics = _SyncBatchNormFunction.apply(x, self.weight, self.bias, self.eps, self.group)
+            return super().forward(input)
+        self._check_input_dim(input)
+        output, *statistics = _SyncBatchNormFunction.apply(
+            input, self.weight, self.bias, self.eps, self.group
+        )
         if self.track_running_stats:
             self._update_running_statistics(*statistics)
         return output
 
     @torch.no_grad()
     def _update_running_statistics(self, count, mean, variance):
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
         momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         unbiased = variance * (count / (count - 1).clamp(min=1))
