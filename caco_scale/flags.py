@@ -143,7 +143,7 @@ def _read(kinds, arguments, prog, about, usage, name_of):
         for number, (kind, default) in enumerate(kinds)
     ]
     joined = dataclasses.make_dataclass("Flags", parts, frozen=True, kw_only=True)
-    options = {
+    options: dict[str, Any] = {
         "prog": f"{prog} {usage}".rstrip(),
         "description": about,
         "use_underscores": True,

@@ -56,13 +56,13 @@ AreaRange = Annotated[tuple[float, float], AREA]
 Free = Annotated[T, FreeAtResume]
 
 
-def field_types(cls: type, prefix: str = "") -> dict[str, Any]:
+def field_types(cls: Any, prefix: str = "") -> dict[str, Any]:
     """``{"section.field": type with its rules}`` of a dataclass and of the dataclasses in it, in their order."""
     found, kinds = {}, typing.get_type_hints(cls, include_extras=True)
     for name in (f.name for f in dataclasses.fields(cls)):
         kind = kinds[name]
         if dataclasses.is_dataclass(kind):
-            found |= field_types(typing.cast(type, kind), f"{prefix}{name}.")
+            found |= field_types(kind, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = kind
     return found

@@ -315,7 +315,7 @@ def _final_error(error, what, verb, reason):
     """The UserError of an error that no retry will mend, or None."""
     from obstore import exceptions
 
-    if isinstance(error, FileNotFoundError | exceptions.NotFoundError) or "NoSuchBucket" in reason:
+    if isinstance(error, FileNotFoundError | exceptions.NotFoundError) or "NoSuchBucket" in reason:  # ty: ignore[deprecated]
         return MissingObject(f"{what} does not exist ({reason})")
     if isinstance(error, exceptions.AlreadyExistsError | exceptions.PreconditionError):
         return ObjectExists(f"{what} exists already")

@@ -94,6 +94,7 @@ class Evaluations:
     def _knn(self, encode, module):
         """kNN of what ``encode``, of ``module``, makes of images: percent, the same on every rank."""
         config, strategy = self._config, self._strategy
+        assert self._data.val_store is not None, "no evaluation is due without a set for it"
         with self._telemetry.meter.paused():
             return evaluate_knn(
                 encode,

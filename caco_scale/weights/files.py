@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy._core.multiarray import scalar
 from safetensors import SafetensorError, safe_open
 
 from caco_scale.errors import UserError, one_line
 
 # Values beside tensors that published checkpoints hold: records of plain values, which run nothing when they are made.
-PLAIN_RECORDS = [
+PLAIN_RECORDS: list[Any] = [
     argparse.Namespace,
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    np._core.multiarray.scalar,
+    (scalar, "numpy.core.multiarray.scalar"),
+    scalar,
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("float32", "float64", "int32", "int64", "bool")),
 ]
