@@ -1,7 +1,7 @@
 """What all ranks do together: an error of one of them is the same one-line error of all."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -50,7 +50,7 @@ def together(function: Callable[[], T], group: dist.ProcessGroup | None) -> list
         outcome = (function(), None)
     except (Exception, CheckpointException) as error:
         outcome, cause = (None, reason_of(error)), error
-    outcomes: list[Any] = [outcome]
+    outcomes = [outcome]
     if group is not None:
         outcomes = [None] * dist.get_world_size(group)
         try:

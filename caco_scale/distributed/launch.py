@@ -13,11 +13,9 @@ import platform
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import KwargsHandler
 
 from caco_scale.distributed.collectives import set_exchange_timeout
 from caco_scale.errors import UserError, one_line
@@ -262,12 +260,10 @@ def start_processes(asked_world_size=0, timeout_seconds=1800):
     # accelerate 1.15 believes to be rank 0 of 1 on a CPU unless it is told the backend; alone it refuses one.
     grouped = int(os.environ.get("WORLD_SIZE", 1)) > 1 or strategy.startswith("zero")
     backend, timeout = "gloo" if on_cpu else "nccl", timedelta(seconds=timeout_seconds)
-    handlers: list[KwargsHandler] = (
-        [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if grouped else []
-    )
+    handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if grouped else []
     # Buffers are not broadcast (SyncBN keeps them equal); mixed precision belongs to the model's own forward.
     handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True))
-    options: dict[str, Any] = {"mixed_precision": "no", "dynamo_backend": "no", "kwargs_handlers": handlers}
+    options = {"mixed_precision": "no", "dynamo_backend": "no", "kwargs_handlers": handlers}
     if strategy.startswith("zero"):
         accelerator = _start_deepspeed(on_cpu, options)
     else:

@@ -166,7 +166,7 @@ def against_the_others(
                 reasons[rank].append(f"{name} is {value}, on most nodes {usual}")
     # The clock that most others agree with; a mean would be pulled by the one that is wrong.
     close = {r: sum(abs(offsets[r] - other) <= max_skew for other in offsets.values()) for r in offsets}
-    right = offsets[max(sorted(offsets), key=close.get)]
+    right = offsets[max(sorted(offsets), key=lambda rank: close[rank])]
     for rank, offset in offsets.items():
         if abs(offset - right) > max_skew:
             reasons[rank].append(f"its clock is {offset - right:+.1f} seconds off")

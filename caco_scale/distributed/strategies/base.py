@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -60,12 +60,12 @@ class Strategy:
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def evaluation_encoder(self) -> Generator[nn.Module]:
+    def evaluation_encoder(self) -> Iterator[nn.Module]:
         """The whole query encoder on every rank, to run as each rank likes, ranks apart. Entering is collective."""
         yield self.module.query
 
     @contextlib.contextmanager
-    def loading(self) -> Generator[None]:
+    def loading(self) -> Iterator[None]:
         """Context in which another loads ``module`` and ``optimizer`` in place, what this rank holds of them.
 
         Copies that an engine keeps of the parameters follow on the way out. Collective.
@@ -99,7 +99,7 @@ class WholeCopy:
         self._copy = copy.deepcopy(encoder).to("meta")
 
     @contextlib.contextmanager
-    def of(self, encoder: nn.Module, device: torch.device) -> Generator[nn.Module]:
+    def of(self, encoder: nn.Module, device: torch.device) -> Iterator[nn.Module]:
         """The copy with all of ``encoder``'s parameters and buffers, on every rank; entering is collective."""
         whole = self._copy.to_empty(device=device)
         for target, source in zip(whole.parameters(), encoder.parameters(), strict=True):

@@ -41,8 +41,8 @@ def build_strategy(
 
 def compile_encoders(model: nn.Module, backend: str = "inductor") -> None:
     """Compile both encoders: once for each size of view, whatever follows (a graph of free sizes would be slower)."""
-    model.get_submodule("query").compile(backend=backend, dynamic=False)
-    model.get_submodule("key").compile(backend=backend, dynamic=False)
+    model.query.compile(backend=backend, dynamic=False)
+    model.key.compile(backend=backend, dynamic=False)
 
 
 def check_combination(name: str, dtype: torch.dtype, compiled: bool) -> None:
