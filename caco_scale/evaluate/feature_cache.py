@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from caco_scale.atomic import write_atomically
 from caco_scale.data.loader import evaluation_batches
@@ -30,9 +31,7 @@ def block_ranges(num_samples: int) -> list[range]:
     return [range(start, min(start + size, num_samples)) for start in range(0, num_samples, size)]
 
 
-def features_of(
-    task: Task, store: Store, folder: ResultFolder, name: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def features_of(task: Task, store: Store, folder: ResultFolder, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's features of ``store``, centre crops: (features (n, F), labels (n,), sample numbers (n,)).
 
     Args:

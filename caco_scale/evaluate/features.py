@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco_scale.data.augment import normalise
@@ -43,7 +43,7 @@ def kept_random_state(device: torch.device) -> Generator[None, None, None]:
 
 def extract_features(
     encode: Callable, batches: Iterable, *, names: Sequence[str] | None = None, **how: Any
-) -> tuple[Any, torch.Tensor, torch.Tensor]:
+) -> tuple[Any, Tensor, Tensor]:
     """Features of all images: (features (n, F) fp32, labels (n,), sample ids (n,)), on the CPU.
 
     Args:
@@ -79,7 +79,7 @@ def feature_batches(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
     unit_norm: bool = True,
-) -> Iterator[tuple[Any, torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[Any, Tensor, Tensor]]:
     """Yield features fp32, labels and sample ids batch by batch, on the CPU; batches without an image are passed over.
 
     Args:
@@ -107,6 +107,6 @@ def feature_batches(
             yield encoded, torch.as_tensor(labels), torch.as_tensor(ids)
 
 
-def pixels(images: torch.Tensor) -> torch.Tensor:
+def pixels(images: Tensor) -> Tensor:
     """The images themselves as features (b, 3·s·s): the figure that an encoder must beat."""
     return images.flatten(1)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Self
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from caco_scale.distributed import collectives
@@ -47,13 +48,11 @@ class LinearHeads:
         self.bias = torch.zeros(len(self.rates), num_classes, device=device, dtype=dtype)
         self.velocity = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
 
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
+    def logits(self, features: Tensor) -> Tensor:
         """(B, F) -> (H, B, C)."""
         return torch.matmul(features, self.weight.transpose(1, 2)) + self.bias[:, None]
 
-    def gradients(
-        self, features: torch.Tensor, labels: torch.Tensor, shares: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def gradients(self, features: Tensor, labels: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean cross-entropy over all ranks' samples and its gradients: (H,), (H, C, F), (H, C).
 
         ``features`` (B, F), ``labels`` (B,), ``shares`` (H, B): what a sample counts in each head's mean; over all
@@ -74,9 +73,7 @@ class LinearHeads:
         losses, weight, bias = packed.split([len(losses), weight.numel(), bias.numel()])
         return losses, weight.view_as(self.weight), bias.view_as(self.bias)
 
-    def step(
-        self, features: torch.Tensor, labels: torch.Tensor, shares: torch.Tensor, factor: float
-    ) -> torch.Tensor:
+    def step(self, features: Tensor, labels: Tensor, shares: Tensor, factor: float) -> Tensor:
         """One step at ``factor`` times the peak rates -> the losses before it (H,). See :meth:`gradients`."""
         losses, *gradients = self.gradients(features, labels, shares)
         for head, rate in enumerate(self.rates):
@@ -92,7 +89,7 @@ class LinearHeads:
                 momentum_update(own, *moving, **how)
         return losses
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """All state, by name; loading into them is restoring the heads."""
         return {
             "weight": self.weight,
@@ -126,7 +123,7 @@ class Score:
         self.images = torch.zeros(num_classes, dtype=torch.int64)
         self.loss = torch.zeros(num_heads, dtype=torch.float64)
 
-    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    def add(self, logits: Tensor, labels: Tensor) -> None:
         """Logits (H, B, C) of images with ``labels`` (B,), on whatever device."""
         best = logits.topk(min(TOP, logits.shape[2]), dim=2).indices
         right = (best == labels[None, :, None]).cpu()
@@ -160,9 +157,7 @@ class Score:
         }
 
 
-def score_features(
-    heads: LinearHeads, features: torch.Tensor, labels: torch.Tensor, num_classes: int
-) -> Score:
+def score_features(heads: LinearHeads, features: Tensor, labels: Tensor, num_classes: int) -> Score:
     """:class:`Score` of all heads on features (n, F) of this rank, summed over the ranks. Collective."""
     device, dtype = heads.weight.device, heads.weight.dtype
     score = Score(len(heads.rates), num_classes)

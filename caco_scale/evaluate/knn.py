@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn import functional as F
 
 from caco_scale.data.labels import check_same_classes
@@ -37,9 +38,9 @@ NO_ID = torch.iinfo(torch.int64).max  # the id of a place in a candidate list th
 class Candidates:
     """The nearest training images so far, best first: (b, k) each; -inf and NO_ID where there are fewer."""
 
-    similarities: torch.Tensor
-    ids: torch.Tensor
-    labels: torch.Tensor
+    similarities: Tensor
+    ids: Tensor
+    labels: Tensor
 
     @classmethod
     def none(cls, rows: int, k: int, device: torch.device) -> "Candidates":
@@ -57,16 +58,16 @@ class Candidates:
         order = both[0].argsort(dim=1, descending=True, stable=True)[:, :k]
         return Candidates(*(part.gather(1, order) for part in both))
 
-    def packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.similarities, self.ids, self.labels
 
 
-def on_grid(features: torch.Tensor) -> torch.Tensor:
+def on_grid(features: Tensor) -> Tensor:
     """Unit-norm rows in fp64, rounded to the grid on which cosine similarities are exact."""
     return (F.normalize(features.double(), dim=1) * GRID).round_().div_(GRID)
 
 
-def best_columns(similarities: torch.Tensor, k: int) -> torch.Tensor:
+def best_columns(similarities: Tensor, k: int) -> Tensor:
     """Columns of each row's k greatest similarities (b, columns), the lowest columns where equals compete."""
     values, columns = similarities.topk(k, dim=1)
     # topk takes any of several equal values: where not all at the k-th place get in, a stable sort decides.
@@ -78,12 +79,7 @@ def best_columns(similarities: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def nearest(
-    queries: torch.Tensor,
-    train_features: torch.Tensor,
-    train_labels: torch.Tensor,
-    train_ids: torch.Tensor,
-    k: int,
-    chunk: int,
+    queries: Tensor, train_features: Tensor, train_labels: Tensor, train_ids: Tensor, k: int, chunk: int
 ) -> Candidates:
     """Candidates (b, k) for fp32 queries (b, F) among this rank's training images, whose ids ascend.
 
@@ -122,8 +118,8 @@ def gather_candidates(
 
 
 def correct_votes(
-    candidates: Candidates, labels: torch.Tensor, ks: list[int], temperature: float, num_classes: int
-) -> torch.Tensor:
+    candidates: Candidates, labels: Tensor, ks: list[int], temperature: float, num_classes: int
+) -> Tensor:
     """How many of the images (b,) the first k candidates classify rightly: (len(ks),) int64.
 
     Votes are added neighbour by neighbour, best first, so that their sums do not depend on the device's
@@ -191,15 +187,15 @@ def _sizes(train_features, train_labels, features, labels, num_classes):
 
 @torch.no_grad()
 def knn_accuracy(
-    train_features: torch.Tensor,
-    train_labels: torch.Tensor,
-    features: torch.Tensor,
-    labels: torch.Tensor,
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    labels: Tensor,
     *,
     k: int | Sequence[int] = 20,
     temperature: float | Sequence[float] = 0.2,
     num_classes: int,
-    train_ids: torch.Tensor | None = None,
+    train_ids: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     chunk: int = 8192,
     device: torch.device | str | None = None,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from caco_scale.data.augment import normalise
 from caco_scale.data.loader import train_batches
@@ -46,7 +47,7 @@ class Learner(Protocol):
         """One step at ``factor`` of the peak learning rate -> the loss before it, the same on every rank."""
         ...
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """All its state by name; loading into them is restoring it."""
         ...
 
@@ -72,6 +73,7 @@ def fit(
     Raises:
         UserError: a loss that is not finite, with the step.
     """
+    stop = None
     with Signals() as signals:
         for step, batch in enumerate(batches(progress.step), progress.step):
             loss = learner.update(batch, cosine_decay(step, num_steps))
@@ -89,15 +91,15 @@ def fit(
             if stop or ends or progress.step % SAVE_EVERY_STEPS == 0:
                 save(folder, learner, progress)
             if stop:
-                _stop(stop, folder, progress, num_steps)
-
-
-def _stop(signal, folder, progress, num_steps):
-    """End the process as pre-training does on a signal: exit code 0, and a line that says how to go on."""
-    if folder.is_main:
-        done = f"after step {progress.step:,} of {num_steps:,}"
-        print(f"stopped by {signal} {done}: the same command goes on from there ({folder.path})", flush=True)
-    raise SystemExit(0)
+                break
+    if stop:  # ends as pre-training does
+        signals.retire()
+        if folder.is_main:
+            done = f"after step {progress.step:,} of {num_steps:,}"
+            print(
+                f"stopped by {stop} {done}: the same command goes on from there ({folder.path})", flush=True
+            )
+        raise SystemExit(0)
 
 
 def save(folder: ResultFolder, learner: Learner, progress: Progress) -> None:
@@ -142,8 +144,8 @@ def check_batch(batch_size: int, num_images: int, world_size: int, why: str = ""
 class LabelledBatch(NamedTuple):
     """Images (B, 3, s, s) and labels (B,) on the device, their numbers (B,) and those of the global batch (N,)."""
 
-    images: torch.Tensor
-    labels: torch.Tensor
+    images: Tensor
+    labels: Tensor
     ids: np.ndarray
     global_ids: np.ndarray
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco_scale.data.labels import labels_of
@@ -104,7 +104,7 @@ class Classifier(nn.Module):
             self.head.weight.normal_(0, INITIAL_STD, generator=generator)
             self.head.bias.zero_()
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))
 
 
@@ -152,7 +152,7 @@ class FineTuned:
             logits = self.model(images)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         velocity = {
             f"velocity.{name}": self.optimizer.state[p]["momentum_buffer"]
             for name, p in self.model.named_parameters()

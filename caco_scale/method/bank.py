@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 from caco_scale.choices import BankExchange, BankKernel, BankRule, KernelInputs
 from caco_scale.distributed import collectives
@@ -113,7 +114,7 @@ class ShardedBank:
     # ---- the whole bank
 
     @torch.no_grad()
-    def load_full(self, rows: torch.Tensor, velocity: torch.Tensor) -> None:
+    def load_full(self, rows: Tensor, velocity: Tensor) -> None:
         """Take this rank's rows and velocity out of the whole bank's, (K, D) each, the same on every rank.
 
         Raises:
@@ -126,7 +127,7 @@ class ShardedBank:
         self.rows.copy_(rows[start:stop])
         self.velocity.copy_(velocity[start:stop])
 
-    def full(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def full(self) -> tuple[Tensor, Tensor]:
         """Copies of the whole bank's rows and velocity, (K, D) each, on every rank; collective."""
         rows = collectives.all_gather_shards(self.rows.clone(), self.size, self.group)
         return rows, collectives.all_gather_shards(self.velocity.clone(), self.size, self.group)
@@ -169,8 +170,8 @@ class ShardedBank:
 
     def contrast(
         self,
-        queries: Sequence[torch.Tensor],
-        keys: Sequence[torch.Tensor],
+        queries: Sequence[Tensor],
+        keys: Sequence[Tensor],
         temperature: float = 0.08,
         bank_temperature: float = 0.08,
         rule: BankRule = "caco",
@@ -289,7 +290,7 @@ class ShardedBank:
     # ---- looking at it
 
     @torch.no_grad()
-    def similarities(self, query: torch.Tensor) -> torch.Tensor:
+    def similarities(self, query: Tensor) -> Tensor:
         """Similarities (B, K) of this rank's queries (B, D) with all rows, before any temperature.
 
         Collective. Crosses ranks with the queries and with (B, S) blocks of similarities. No gradient.

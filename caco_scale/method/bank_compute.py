@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from caco_scale.choices import BANK_KERNELS, KERNEL_INPUTS, BankKernel, KernelInputs
 from caco_scale.errors import UserError, one_of
@@ -46,19 +47,17 @@ class Block:
     """
 
     samples: slice
-    sums: torch.Tensor
-    attracted: torch.Tensor
-    pull_: Callable[[torch.Tensor, torch.Tensor], None]
+    sums: Tensor
+    attracted: Tensor
+    pull_: Callable[[Tensor, Tensor], None]
 
 
 class Compute(Protocol):
     """A way to compute with one's own rows; see the head of this file."""
 
-    def nearest(self, rows: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def nearest(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def blocks(
-        self, rows: torch.Tensor, query: torch.Tensor, temperatures: Sequence[float]
-    ) -> Iterator[Block]: ...
+    def blocks(self, rows: Tensor, query: Tensor, temperatures: Sequence[float]) -> Iterator[Block]: ...
 
 
 def build_compute(
@@ -90,7 +89,7 @@ class Chunks:
     def __init__(self, most_rows: int):
         self.most_rows = most_rows
 
-    def nearest(self, rows: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def nearest(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         best = keys.new_full((len(keys),), -math.inf)
         found = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
         for tile in _tiles(rows, len(keys)):
@@ -99,9 +98,7 @@ class Chunks:
             best = torch.where(value > best, value, best)
         return best, found
 
-    def blocks(
-        self, rows: torch.Tensor, query: torch.Tensor, temperatures: Sequence[float]
-    ) -> Iterator[Block]:
+    def blocks(self, rows: Tensor, query: Tensor, temperatures: Sequence[float]) -> Iterator[Block]:
         num_samples, num_views, _ = query.shape
         num_bytes = BLOCK_BYTES_CPU if rows.device.type == "cpu" else BLOCK_BYTES_GPU
         queries = max(LEAST_QUERIES, num_bytes // (self.most_rows * rows.element_size()))
@@ -160,12 +157,10 @@ class Triton:
             )
         self.kernels, self.inputs = kernels, inputs
 
-    def nearest(self, rows: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def nearest(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         return self.kernels.nearest(keys, F.normalize(rows), self.inputs)
 
-    def blocks(
-        self, rows: torch.Tensor, query: torch.Tensor, temperatures: Sequence[float]
-    ) -> Iterator[Block]:
+    def blocks(self, rows: Tensor, query: Tensor, temperatures: Sequence[float]) -> Iterator[Block]:
         unit, flat = F.normalize(rows), query.flatten(0, 1)
         sums, attracted = self.kernels.attract(flat, unit, temperatures, self.inputs)
 

@@ -10,32 +10,18 @@ Shapes: N global batch, n some of its samples, V views, Q keys, T temperatures, 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 from caco_scale.choices import BANK_EXCHANGES, BankExchange
 from caco_scale.distributed import collectives
 from caco_scale.errors import one_of
 from caco_scale.method.bank_compute import Compute
 
-Totals = Callable[[slice, torch.Tensor], torch.Tensor]
-
-
-class Exchange(Protocol):
-    """A way to agree on what all rows give; see the head of this file."""
-
-    def nearest(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor: ...
-
-    def totals(
-        self,
-        rows: torch.Tensor,
-        query: torch.Tensor,
-        positives: torch.Tensor | None,
-        temperatures: Sequence[float],
-    ) -> Totals: ...
+Totals = Callable[[slice, Tensor], Tensor]
 
 
 def build_exchange(
@@ -54,7 +40,7 @@ class Statistics:
         self.compute, self.size, self.group = compute, size, group
         self.start = collectives.shard_range(size, collectives.world_size(group), collectives.rank(group))[0]
 
-    def nearest(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def nearest(self, rows: Tensor, keys: Tensor) -> Tensor:
         values, found = self.compute.nearest(rows, keys)
         found = found + self.start
         if values.dtype == torch.float32:
@@ -65,11 +51,7 @@ class Statistics:
         return collectives.all_reduce_(found, dist.ReduceOp.MIN, self.group)
 
     def totals(
-        self,
-        rows: torch.Tensor,
-        query: torch.Tensor,
-        positives: torch.Tensor | None,
-        temperatures: Sequence[float],
+        self, rows: Tensor, query: Tensor, positives: Tensor | None, temperatures: Sequence[float]
     ) -> Totals:
         return lambda samples, own: collectives.all_reduce_(own, group=self.group)
 
@@ -81,19 +63,15 @@ class Logits:
         self.size, self.group = size, group
         self.rank, self.num_ranks = collectives.rank(group), collectives.world_size(group)
 
-    def similarities(self, rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    def similarities(self, rows: Tensor, queries: Tensor) -> Tensor:
         """(B, K) of one's own queries, from all ranks' queries (R·B, D) with one's own rows; collective."""
         return collectives.exchange_row_blocks(queries @ F.normalize(rows).T, self.size, self.group)
 
-    def nearest(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def nearest(self, rows: Tensor, keys: Tensor) -> Tensor:
         return collectives.all_gather_rows(self.similarities(rows, keys).argmax(1), self.group)
 
     def totals(
-        self,
-        rows: torch.Tensor,
-        query: torch.Tensor,
-        positives: torch.Tensor | None,
-        temperatures: Sequence[float],
+        self, rows: Tensor, query: Tensor, positives: Tensor | None, temperatures: Sequence[float]
     ) -> Totals:
         num_views = query.shape[1]
         whole = self.similarities(rows, query.flatten(0, 1)).view(-1, num_views, self.size)
@@ -106,13 +84,13 @@ class Logits:
         return lambda samples, own: totals[samples]
 
 
-def pack_nearest(values: torch.Tensor, rows: torch.Tensor, size: int) -> torch.Tensor:
+def pack_nearest(values: Tensor, rows: Tensor, size: int) -> Tensor:
     """Order-preserving int64 of (float32 value, row): the larger value wins, on a tie the lower row."""
     bits = (values + 0.0).view(torch.int32).long()  # + 0.0: −0.0 and 0.0 tie
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # of negative floats the larger pattern is less
     return ordered * 2**32 + (size - 1 - rows)
 
 
-def unpack_nearest(packed: torch.Tensor, size: int) -> torch.Tensor:
+def unpack_nearest(packed: Tensor, size: int) -> Tensor:
     """The row of :func:`pack_nearest`."""
     return size - 1 - (packed & 0xFFFFFFFF)

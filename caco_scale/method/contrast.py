@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from caco_scale.choices import BANK_RULES, BankRule
@@ -32,18 +33,18 @@ class Contrast:
         global_keys: (N, 2, D) keys that moco will enqueue; None for the other rules.
     """
 
-    loss: torch.Tensor
-    positives: list[torch.Tensor] | None
-    positive_probability: torch.Tensor
-    bank_gradient: torch.Tensor | None
+    loss: Tensor
+    positives: list[Tensor] | None
+    positive_probability: Tensor
+    bank_gradient: Tensor | None
     rule: BankRule
-    global_positives: torch.Tensor | None
-    global_keys: torch.Tensor | None
+    global_positives: Tensor | None
+    global_keys: Tensor | None
 
 
 def pair_weights(
     num_views: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
-) -> torch.Tensor:
+) -> Tensor:
     """Weight (V, 2) of each pair (query view, key view) in the loss and the bank gradient; 0 where i = j.
 
     Two views: the SUM of both pairs. More: the mean over pairs whose query is a global view plus the mean
@@ -58,12 +59,8 @@ def pair_weights(
 
 
 def softmax_at_positive(
-    statistics: torch.Tensor,
-    similarity: torch.Tensor,
-    pairs: torch.Tensor,
-    temperatures: Sequence[float],
-    is_key: bool,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    statistics: Tensor, similarity: Tensor, pairs: Tensor, temperatures: Sequence[float], is_key: bool
+) -> tuple[Tensor, list[Tensor]]:
     """log p at the positives, and what e is to be multiplied with for Σ_pairs weight p, for each temperature.
 
     Args:
@@ -84,7 +81,7 @@ def softmax_at_positive(
     return torch.stack(log_p), factors
 
 
-def tangent_(pull: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def tangent_(pull: Tensor, rows: Tensor) -> Tensor:
     """[A − ⟨u, A⟩ u] / ‖W‖ in place of A = ``pull``; it and ``rows`` W are (S, D)."""
     norm = rows.norm(dim=1).clamp_min(1e-12)
     radial = torch.einsum("sd,sd->s", rows, pull) / norm.square()
@@ -106,9 +103,9 @@ class GlobalLoss(torch.autograd.Function):
 
 
 def check_arguments(
-    queries: Sequence[torch.Tensor],
-    keys: Sequence[torch.Tensor],
-    rows: torch.Tensor,
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    rows: Tensor,
     temperature: float,
     bank_temperature: float,
     rule: BankRule,

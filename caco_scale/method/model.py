@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from caco_scale.method.ema import ema_update
@@ -25,15 +25,15 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.projector = projector
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
+    def features(self, images: Tensor) -> Tensor:
         """Backbone features (B, F), what evaluation and export look at."""
         return self.backbone(images)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return unit_norm(self.projector(self.backbone(images)))
 
 
-def unit_norm(embeddings: torch.Tensor) -> torch.Tensor:
+def unit_norm(embeddings: Tensor) -> Tensor:
     """Rows (B, D) divided by their norms; in fp32 at least, whatever autocast region the caller is in."""
     with torch.autocast(embeddings.device.type, enabled=False):
         if embeddings.dtype != torch.float64:
@@ -62,7 +62,7 @@ class QueryKeyModel(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.channels_last = channels_last
 
-    def forward(self, views: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def forward(self, views: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Queries of every view and keys of the two global views, all unit norm.
 
         ``views``: list of (B, 3, H, W), the two global views first. Returns (list of (B, D) queries, one per

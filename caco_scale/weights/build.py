@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from caco_scale.errors import UserError
 from caco_scale.method.encoders import build_backbone
@@ -23,7 +23,7 @@ def expected_shapes(arch: str, stem: str) -> dict[str, tuple[int, ...]]:
 
 
 def differences(
-    expected: Mapping[str, tuple[int, ...]], state: Mapping[str, torch.Tensor]
+    expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]
 ) -> tuple[list[str], list[str], list[str]]:
     """(names missing, names too many, names of another shape); a BatchNorm's count of batches may be missing."""
     missing = [n for n in expected if n not in state and not n.endswith("num_batches_tracked")]
@@ -49,7 +49,7 @@ def folded(names: Iterable[str]) -> str:
 
 
 def fill_backbone(
-    arch: str, stem: str, state: Mapping[str, torch.Tensor], path: str
+    arch: str, stem: str, state: Mapping[str, Tensor], path: str
 ) -> tuple[nn.Module, int, list[str]]:
     """A backbone with the tensors of a state dict in fp32: (module, F, names of the dict that it has no place for)."""
     with torch.device("meta"):  # nothing to initialise: every tensor comes from the state dict
@@ -66,7 +66,7 @@ def fill_backbone(
     return backbone, num_features, unexpected
 
 
-def fill_projector(num_features: int, state: Mapping[str, torch.Tensor]) -> nn.Sequential | None:
+def fill_projector(num_features: int, state: Mapping[str, Tensor]) -> nn.Sequential | None:
     """A projector with the tensors of a state dict, or None where they are those of another kind of head."""
     try:
         hidden, embedding_dim = state["0.weight"].shape[0], state["6.weight"].shape[0]

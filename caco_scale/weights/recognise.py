@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from caco_scale.choices import ENCODERS
 from caco_scale.errors import UserError
@@ -22,7 +22,7 @@ HEADS = ("fc.", "head.", "heads.", "last_layer.")
 
 def choose_encoder(
     path: Path, content: Mapping[str, Any], which: str | None
-) -> tuple[str, str, dict[str, torch.Tensor], list[str]]:
+) -> tuple[str, str, dict[str, Tensor], list[str]]:
     """(what the file is taken for, query or key, that encoder's state dict, the names of all the rest)."""
     outer = [name for name in content if isinstance(content[name], dict)]
     if "teacher" in outer or "student" in outer:
@@ -37,8 +37,8 @@ def choose_encoder(
         name = next((name for name in ("state_dict", "model") if name in outer), None)
         kind, state = "state dict of torchvision's names", content[name] if name else content
     others = [] if state is content else [str(key) for key in content if key != name]
-    tensors = {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    others += [str(key) for key, value in state.items() if not isinstance(value, torch.Tensor)]
+    tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    others += [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
     if not tensors:
         raise UserError(f"{path} holds no tensors by name but {folded(map(str, content)) or 'nothing'}")
     tensors = {_without_wrappers(key): value for key, value in tensors.items()}
@@ -69,7 +69,7 @@ def _without_wrappers(name):
     return name
 
 
-def within(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def within(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin so, without that beginning."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
@@ -87,7 +87,7 @@ def timm_vit_names() -> dict[str, str]:
     return {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed", **named, **others}
 
 
-def timm_vit_renamed(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def timm_vit_renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A ViT by timm's names (MoCo v3, DINO, timm itself) by torchvision's; anything else as it is."""
     if "patch_embed.proj.weight" not in state:
         return dict(state)
@@ -96,7 +96,7 @@ def timm_vit_renamed(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def find_architecture(
-    path: Path, state: Mapping[str, torch.Tensor], arch: str | None, stem: str | None
+    path: Path, state: Mapping[str, Tensor], arch: str | None, stem: str | None
 ) -> tuple[str, str]:
     """The (arch, stem) whose names and shapes the state dict has; UserError names the nearest and what differs."""
     likely = ("resnet50", "tiny", "vit_b_16", "resnet18", "resnet34")
