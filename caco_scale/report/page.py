@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib import metadata, resources
+from importlib import resources
 
 import jinja2
 import numpy as np
 
+from caco_scale import __version__
 from caco_scale import config as configuration
 from caco_scale.report.curves import HEALTH, TRAINING, draw_panels, further_panels, write_number
 from caco_scale.report.pictures import Pictures
@@ -43,7 +44,7 @@ def build_page(runs: Sequence[Run], pictures: Sequence[Pictures]) -> str:
         script=(files / "page.js").read_text(),
         title=" and ".join(run.name for run in runs),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        version=metadata.version("caco_scale") if _is_installed() else "from a checkout",
+        version=__version__,
         runs=[_heading(run) for run in runs],
         facts=_facts(runs, found),
         sections=[(title, anchor, charts) for title, anchor, charts in sections if charts],
@@ -56,14 +57,6 @@ def build_page(runs: Sequence[Run], pictures: Sequence[Pictures]) -> str:
         configuration=_configuration(runs),
         environment=_environment(runs),
     )
-
-
-def _is_installed():
-    try:
-        metadata.version("caco_scale")
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _words(value):
