@@ -55,9 +55,9 @@ class Run:
 @dataclass(frozen=True)
 class Data:
     shards: Free[str] = ""
-    """Shard set to train on: the directory, s3://, gs://, az:// or https:// address that holds manifest.json."""
+    """What to train on: a folder of images, or a shard set: a directory, s3://, gs://, az:// or https:// address."""
     val_shards: Free[str] = ""
-    """Shard set for the kNN evaluation; empty = none."""
+    """Images of the kNN evaluation: a shard set or a folder of class folders, classes as in training; empty = none."""
     global_batch_size: PositiveInt = 1024
     """Images per optimizer step over all processes."""
     micro_batch_size: Free[Count] = 0
