@@ -1,6 +1,8 @@
 """Folders of images read in place: what is an image, its class, its place in the order; training from one; errors."""
 
+import errno
 import io
+import os
 import pickle
 import shutil
 
@@ -299,6 +301,15 @@ def test_sets_below_the_folder_and_an_unfinished_build(tmp_path):
     assert refused(tmp_path) == f"{tmp_path} has no manifest.json: did you mean {tmp_path}/set?"
     (tmp_path / "new/.build").mkdir(parents=True)
     assert "its build has not finished" in refused(tmp_path / "new")
+
+
+def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    photographs(tmp_path / "photos", ["a.jpg"])
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert refused(tmp_path / "photos") == f"cannot read {tmp_path}/photos: Permission denied"
 
 
 def test_a_labelled_folder_needs_full_class_folders(tmp_path):

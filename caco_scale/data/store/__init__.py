@@ -6,8 +6,9 @@ shard sets; the stores know nothing of batches, orders or training.
 """
 
 import os
+from typing import Any
 
-from caco_scale.data.addresses import check_address, is_remote, local_path
+from caco_scale.data.addresses import is_remote, local_path
 from caco_scale.data.counters import Counters
 from caco_scale.data.object_store import RetryPolicy
 from caco_scale.data.shards import MANIFEST_NAME, expand_braces
@@ -54,12 +55,12 @@ def open_store(
             f"{flag} {url!r} is a shell pipe: nothing is run to read data, give the directory or address "
             f"that holds {MANIFEST_NAME}"
         )
-    remote = {"cache_dir": cache_dir, "cache_bytes": cache_bytes, "retry_policy": retry_policy}
-    remote["counters"] = counters
+    remote: dict[str, Any] = {"cache_dir": cache_dir, "cache_bytes": cache_bytes}
+    remote |= {"retry_policy": retry_policy, "counters": counters}
     if "{" in url or "}" in url:
         return _open_pattern(url, flag, remote)
     if is_remote(url):
-        return _open_remote(url, remote)
+        return RemoteStore(url, **remote)
     path = local_path(url)
     if not os.path.isdir(path):
         raise UserError(f"{flag} {url} {_no_directory(url, path)}")
@@ -68,11 +69,6 @@ def open_store(
         return FolderStore(url, labelled, counters)
     store = LocalStore(url, counters)
     return RemoteStore(url, index=store, **remote) if is_remote(store.shards_at) else store
-
-
-def _open_remote(url, options):
-    check_address(url)
-    return RemoteStore(url, **options)
 
 
 def _no_directory(url, path):
@@ -92,7 +88,10 @@ def _no_directory(url, path):
 
 def _refuse_other_sets(url, path):
     """UserError for a directory without a manifest that is nevertheless no folder of images."""
-    entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+    try:
+        entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"cannot read {url}: {error.strerror}") from None
     splits = [entry.name for entry in entries if os.path.exists(os.path.join(entry.path, MANIFEST_NAME))]
     if splits:
         places = " or ".join(os.path.join(url, split) for split in splits[:3])
