@@ -89,13 +89,22 @@ def read_command(
 
 
 def pick(
-    commands: Mapping[str, str], arguments: Sequence[str], prog: str, about: str
+    commands: Mapping[str, str],
+    arguments: Sequence[str],
+    prog: str,
+    about: str,
+    listed: Callable[[], Mapping[str, str]] | None = None,
 ) -> tuple[str, list[str]]:
-    """The command (one of the names) that the first word is, and the other words; no other one is a UserError."""
+    """The command (one of the names) that the first word is, and the other words; no other one is a UserError.
+
+    ``listed``: gives what ``--help`` lists, where that is more than ``commands``.
+    """
     name, *rest = arguments or [""]
     if name in ("-h", "--help"):
         with unless_nobody_reads():
-            print(f"usage: {prog} COMMAND ...\n\n{about.strip()}\n\n{listing(commands)}\n")
+            print(
+                f"usage: {prog} COMMAND ...\n\n{about.strip()}\n\n{listing(listed() if listed else commands)}\n"
+            )
             print(f"{prog} COMMAND --help says more.")
             sys.exit(0)
     if name not in commands:
@@ -120,6 +129,16 @@ def flag_types(kind: Any) -> dict[str, Any]:
     return {
         name: hint for name, hint in rules.field_types(kind).items() if tyro.conf.Suppress not in _marks(hint)
     }
+
+
+def is_positional(hint: Any) -> bool:
+    """Is a field with this type given without a flag?"""
+    return tyro.conf.Positional in _marks(hint)
+
+
+def choices(hint: Any) -> tuple[str, ...]:
+    """The words that a field with this type may have, where they are few."""
+    return typing.get_args(_bare(hint)) if typing.get_origin(_bare(hint)) is Literal else ()
 
 
 def _marks(hint: Any) -> tuple[Any, ...]:
@@ -185,7 +204,7 @@ def _group(arguments, hints, needed, prog, name_of):
 
     UserError: an unknown flag, values missing, words that nobody asked for, something needed that is not given.
     """
-    positional = [name for name, hint in hints.items() if tyro.conf.Positional in _marks(hint)]
+    positional = [name for name, hint in hints.items() if is_positional(hint)]
     flags = [name for name in hints if name not in positional]
     words, given = [], []
     rest = list(arguments)

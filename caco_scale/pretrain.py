@@ -5,12 +5,15 @@ answered at once). Loader workers import this module too, so it imports nothing 
 """
 
 import sys
+from collections.abc import Sequence
 
 from caco_scale.errors import exit_on_user_error, run_command
 
+PROG = "python -m caco_scale.pretrain"
+
 
 @exit_on_user_error
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     """Train by recipe and flags; exit code 0 when finished or stopped by a signal, 2 on a user's mistake."""
     from caco_scale.run.signals import Signals
 
@@ -18,7 +21,7 @@ def main(arguments=None):
 
     from caco_scale.config import parse
 
-    config = parse(sys.argv[1:] if arguments is None else arguments)
+    config = parse(sys.argv[1:] if arguments is None else arguments, prog)
 
     from caco_scale.training.trainer import run
 

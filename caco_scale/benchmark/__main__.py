@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from caco_scale.errors import exit_on_user_error
 from caco_scale.flags import pick, read, shown, summary
@@ -60,6 +60,8 @@ class Bank(Benchmark):
 @dataclass(frozen=True, kw_only=True)
 class Step(Benchmark):
     """The training step of a recipe against the same in fp32, eager, with a dense bank."""
+
+    takes_recipe: ClassVar[bool] = True
 
     steps: PositiveInt = 4
     """Steps in a round."""
@@ -137,7 +139,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     listed = {name: summary(kind) for name, kind in COMMANDS.items()}
     name, rest = pick(listed, sys.argv[1:] if arguments is None else arguments, prog, __doc__ or "")
     kind, more = COMMANDS[name], []
-    if kind is Step:  # its flags stand beside the recipe's
+    if getattr(kind, "takes_recipe", False):  # its flags stand beside the recipe's
         from caco_scale.config import parse
 
         config, options = parse(rest, f"{prog} {name}", Step)

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from caco_scale.errors import exit_on_user_error, run_command
 from caco_scale.flags import shown
@@ -16,6 +16,8 @@ PROG = "python -m caco_scale.doctor"
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Check machine, launch, configuration, data and storage before a run, and say what to fix."""
+
+    takes_recipe: ClassVar[bool] = True
 
     processes: Annotated[int | None, Rule(lambda x: x >= 1, "give at least 1"), shown("N")] = None
     """Processes of a launch to come, which one process answers for (default: this launch is checked)."""

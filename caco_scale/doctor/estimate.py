@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from caco_scale.checkpoint import folder
 from caco_scale.errors import UserError, exit_on_user_error
@@ -86,6 +86,8 @@ def estimate(config, gpus, images_per_second=None, price=None):
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """What a run will cost: steps, hours, GPU-hours and their price."""
+
+    takes_recipe: ClassVar[bool] = True
 
     gpus: PositiveInt
     """GPUs of the run."""
