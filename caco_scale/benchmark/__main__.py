@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
+from caco_scale.benchmark.measure import Measured
+from caco_scale.config import Config, parse
 from caco_scale.errors import exit_on_user_error
 from caco_scale.flags import pick, read, shown, summary
 from caco_scale.rules import PositiveFloat, PositiveInt, check
 
 PROG = "python -m caco_scale.benchmark"
-Measured = tuple[dict[str, Any], list[str]]  # figures for the JSON, "rows" for the table; notes below it
-
 # What a measurement imports stands in its ``run``: --help and a typo are answered at once.
 
 
@@ -70,7 +70,7 @@ class Step(Benchmark):
     threads: PositiveInt = field(default_factory=_cores)
     """Threads of each contender."""
 
-    def run(self, config: Any) -> tuple[str, Measured]:
+    def run(self, config: Config) -> tuple[str, Measured]:
         import torch
 
         from caco_scale.benchmark.step import measure
@@ -140,8 +140,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     name, rest = pick(listed, sys.argv[1:] if arguments is None else arguments, prog, __doc__ or "")
     kind, more = COMMANDS[name], []
     if getattr(kind, "takes_recipe", False):  # its flags stand beside the recipe's
-        from caco_scale.config import parse
-
         config, options = parse(rest, f"{prog} {name}", Step)
         more = [config]
     else:

@@ -3,10 +3,16 @@
 Shapes: N samples in two views, K rows, D embedding.
 """
 
+from __future__ import annotations
+
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from caco_scale.benchmark.measure import in_turn, median
+from caco_scale.benchmark.measure import Contender, Measured, Round, in_turn, median
+
+if TYPE_CHECKING:  # torch is imported by the contenders, in their processes
+    from torch import Tensor
 
 BANK_LR = 3.0
 PEERS = {"dense, autograd": True, "dense, gradient written out": False}
@@ -15,8 +21,8 @@ KERNELS = {f"sharded bank, Triton, {inputs}": inputs for inputs in ("tf32", "bf1
 DENSE_BLOCKS = 6
 
 
-def measure(samples, size, dim, rounds, threads, device):
-    """``{"rows": [...], "ratios": {...}, "agreement": {...}, ...}`` of one step (loss, gradients, bank step)."""
+def measure(samples: int, size: int, dim: int, rounds: int, threads: int, device: str) -> Measured:
+    """``({"rows": [...], "agreement": {...}, ...}, notes)`` of one step (loss, gradients, bank step)."""
     inputs = {"samples": samples, "size": size, "dim": dim, "device": device}
     contenders = {"sharded bank": functools.partial(prepare_sharded, **inputs)}
     for name, kernel_inputs in KERNELS.items() if device == "cuda" else ():
@@ -44,12 +50,12 @@ def measure(samples, size, dim, rounds, threads, device):
     return {**inputs, "threads": threads, "rounds": rounds, "rows": rows, "agreement": agreement}, notes
 
 
-def _row(name, measured):
+def _row(name: str, measured: list[Round]) -> dict[str, Any]:
     figures = {name: float(f"{median(measured, name):.4g}") for name in ("cpu_seconds", "seconds")}
     return {"what": name, **figures, "extra_mb": round(measured[0].extra_bytes / 1e6, 1)}
 
 
-def _free_bytes(device):
+def _free_bytes(device: str) -> int:
     if device == "cuda":
         import torch
 
@@ -61,7 +67,7 @@ def _free_bytes(device):
 # ---- in a contender's process
 
 
-def draw_inputs(samples, dim, device):
+def draw_inputs(samples: int, dim: int, device: str) -> tuple[list[Tensor], list[Tensor]]:
     """Queries and keys of two views, unit norm, (N, D) each: the views of one sample are near each other."""
     import torch
     import torch.nn.functional as F
@@ -73,7 +79,7 @@ def draw_inputs(samples, dim, device):
     return views[:2], views[2:]
 
 
-def prepare_sharded(samples, size, dim, device, **kernels):
+def prepare_sharded(samples: int, size: int, dim: int, device: str, **kernels: str) -> Contender:
     """A function that makes one step of the sharded bank; it returns what gives the step's results by value."""
     from caco_scale.method.bank import ShardedBank
 
@@ -90,7 +96,7 @@ def prepare_sharded(samples, size, dim, device, **kernels):
     return step
 
 
-def prepare_dense(samples, size, dim, device, by_autograd):
+def prepare_dense(samples: int, size: int, dim: int, device: str, by_autograd: bool) -> Contender:
     """As :func:`prepare_sharded`, of a :class:`~caco_scale.benchmark.dense.DenseBank`."""
     import torch
 
@@ -108,7 +114,9 @@ def prepare_dense(samples, size, dim, device, by_autograd):
     return step
 
 
-def as_arrays(loss, positives, leaves, bank_gradient):
+def as_arrays(
+    loss: Tensor, positives: list[Tensor], leaves: list[Tensor], bank_gradient: Tensor
+) -> dict[str, Any]:
     """What a step found, by value: it crosses to the parent. ``positives``: in the order of the queries' views."""
     return {
         "loss": loss.item(),
@@ -121,7 +129,7 @@ def as_arrays(loss, positives, leaves, bank_gradient):
 # ---- whether all compute the same
 
 
-def compare(ours, theirs):
+def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     """How far two steps are apart: relative for loss and gradients (of norms), a share for positives."""
     import numpy as np
 
@@ -136,5 +144,5 @@ def compare(ours, theirs):
     }
 
 
-def _words(agreement):
+def _words(agreement: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in agreement.items())

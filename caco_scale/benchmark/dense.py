@@ -7,9 +7,10 @@ D embedding, V views, the two global ones first.
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 
-def pair_list(num_views):
+def pair_list(num_views: int) -> list[tuple[int, int, float]]:
     """(query view, key view, weight) of every pair: two views are summed, more are averaged group by group."""
     pairs = [(i, j) for i in range(num_views) for j in (0, 1) if i != j]
     if num_views == 2:
@@ -24,13 +25,22 @@ class DenseBank:
     similarities that are there anyway, as the paper's authors do: one product fewer.
     """
 
-    def __init__(self, rows, temperature=0.08, bank_temperature=0.08, momentum=0.9, by_autograd=True):
+    def __init__(
+        self,
+        rows: Tensor,
+        temperature: float = 0.08,
+        bank_temperature: float = 0.08,
+        momentum: float = 0.9,
+        by_autograd: bool = True,
+    ):
         self.rows = rows.clone().requires_grad_(by_autograd)
         self.velocity = torch.zeros_like(rows)
         self.temperature, self.bank_temperature = temperature, bank_temperature
         self.momentum, self.by_autograd = momentum, by_autograd
 
-    def step(self, queries, keys, lr):
+    def step(
+        self, queries: list[Tensor], keys: list[Tensor], lr: float
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
         """One step of queries, V (B, D) with gradient, and two keys -> (loss, positives, bank gradient)."""
         unit = F.normalize(self.rows)
         loss = objective = 0
@@ -61,7 +71,7 @@ class DenseBank:
             self.rows -= lr * self.velocity
         return loss.detach(), positives, gradient
 
-    def _written_out(self, query, similarity, weight):
+    def _written_out(self, query: Tensor, similarity: Tensor, weight: Tensor) -> Tensor:
         norm = self.rows.norm(dim=1, keepdim=True)
         mean = (weight * similarity).mean(0)[:, None]
         return -(weight.T @ query / len(query) - mean * self.rows / norm) / (self.bank_temperature * norm)
@@ -70,7 +80,7 @@ class DenseBank:
 class PlainOptimizer:
     """LARS, SGD or AdamW, one parameter after the other; one-dimensional ones without decay and factor."""
 
-    def __init__(self, name, module, lr, weight_decay):
+    def __init__(self, name: str, module: nn.Module, lr: float, weight_decay: float):
         self.parameters, self.lr, self.weight_decay = list(module.parameters()), lr, weight_decay
         self.momenta = [torch.zeros_like(p) for p in self.parameters]
         self.torch_optimizer = None
@@ -84,7 +94,7 @@ class PlainOptimizer:
             self.torch_optimizer = cls(groups, lr=lr, foreach=False, **more)
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         """One update; the gradients are gone afterwards."""
         if self.torch_optimizer:
             self.torch_optimizer.step()

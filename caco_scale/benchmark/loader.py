@@ -15,10 +15,11 @@ import shutil
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from caco_scale.benchmark.measure import in_turn, median
+from caco_scale.benchmark.measure import Contender, Measured, Round, in_turn, median
 from caco_scale.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -26,7 +27,7 @@ MOST_IMAGES = 5_000  # they are copied
 DRAWN_IMAGES, DRAWN_CLASSES, DRAWN_SIZE = 240, 8, (375, 500)
 
 
-def measure(images, rounds, batch, size):
+def measure(images: str | Path | None, rounds: int, batch: int, size: int) -> Measured:
     """``{"images": ..., "rows": [...], "ratios": {...}}`` of a folder of class folders (None: drawn), and notes."""
     with tempfile.TemporaryDirectory(prefix="caco-benchmark-") as folder:
         if images is None:
@@ -75,7 +76,7 @@ def measure(images, rounds, batch, size):
     ]
 
 
-def _check_images(images, plan):
+def _check_images(images: str | Path, plan: list[Any]) -> None:
     """UserError for what torchvision's ImageFolder does not read, and for more than is measured quickly."""
     if len(plan) != 1:
         what = f"has {len(plan)} splits" if plan else "is no folder"
@@ -87,11 +88,11 @@ def _check_images(images, plan):
         )
 
 
-def _prepared(contender):
+def _prepared(contender: Contender) -> Contender:
     return contender
 
 
-def _row(name, count, measured):
+def _row(name: str, count: int, measured: list[Round]) -> dict[str, Any]:
     figures = {
         "images_per_cpu_second": count / median(measured, "cpu_seconds"),
         "images_per_second": count / median(measured, "seconds"),
@@ -100,7 +101,7 @@ def _row(name, count, measured):
     return {"what": name, **{figure: round(value, 1) for figure, value in figures.items()}}
 
 
-def read_image_folder(folder, count, size):
+def read_image_folder(folder: str, count: int, size: int) -> int:
     """Two views of ``count`` images as the usual training script makes them."""
     from PIL import ImageFilter, ImageOps
     from torchvision import transforms
@@ -130,7 +131,9 @@ def read_image_folder(folder, count, size):
     return count
 
 
-def read_batches(url, cache_dir, *, batch, size, augmented=False, cold=False):
+def read_batches(
+    url: str, cache_dir: str, *, batch: int, size: int, augmented: bool = False, cold: bool = False
+) -> int:
     """Two views of one epoch from a shard set, in this process. ``cold``: the cache directory is emptied before."""
     from caco_scale.data.augment import augment
     from caco_scale.data.loader import train_batches
@@ -159,7 +162,7 @@ def read_batches(url, cache_dir, *, batch, size, augmented=False, cold=False):
     return count
 
 
-def draw_images(folder):
+def draw_images(folder: Path) -> Path:
     """An image folder of drawn JPEGs with the size and detail of photographs (about 100 kB each)."""
     from PIL import Image
 
@@ -181,7 +184,7 @@ def draw_images(folder):
 # A web server on this machine stands for the object store
 
 
-def serve(folder, port_file):
+def serve(folder: str, port_file: str) -> None:
     """Serve the files of a folder, ranges included, until terminated; writes its port to ``port_file``."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -220,7 +223,7 @@ def _end_with_parent():
     os._exit(0)
 
 
-def _address(port_file, process):
+def _address(port_file: str, process: multiprocessing.process.BaseProcess) -> str:
     while not os.path.exists(port_file):
         process.join(0.05)
         if process.exitcode is not None:

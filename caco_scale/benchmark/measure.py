@@ -9,13 +9,18 @@ import os
 import resource
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from typing import Any
 
 from caco_scale.errors import UserError, one_line
 
-_run = None  # in a contender's process: what is measured
+Measured = tuple[dict[str, Any], list[str]]  # figures for the JSON, "rows" for the table; notes below it
+Contender = Callable[[], Any]  # one round; what it returns may be a function, which gives the round's value
+
+_run: Contender | None = None  # in a contender's process: what is measured
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,12 @@ class Round:
     seconds: float
     extra_bytes: int
     peak_bytes: int
-    value: object
+    value: Any
 
 
-def in_turn(contenders, rounds, threads=1, values=True):
+def in_turn(
+    contenders: Mapping[str, Callable[[], Contender]], rounds: int, threads: int = 1, values: bool = True
+) -> dict[str, list[Round]]:
     """``{name: [Round, ...]}``: every contender once to warm up, and then ``rounds`` times.
 
     ``contenders``: name -> a function that pickles, called once in the contender's process to prepare; what it
@@ -59,12 +66,12 @@ def in_turn(contenders, rounds, threads=1, values=True):
     return results
 
 
-def median(measured, figure):
+def median(measured: list[Round], figure: str) -> float:
     """The median of a figure over the rounds after the warm-up."""
     return statistics.median(getattr(one, figure) for one in measured[1:])
 
 
-def _prepare(prepare, threads):
+def _prepare(prepare: Callable[[], Contender], threads: int) -> None:
     global _run
     import torch
 
@@ -73,7 +80,7 @@ def _prepare(prepare, threads):
     _Memory.before = _Memory.now()
 
 
-def _timed(with_value):
+def _timed(with_value: bool) -> Round:
     start, start_cpu = time.perf_counter(), time.process_time()
     value = _run()
     _Memory.wait()

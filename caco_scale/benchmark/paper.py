@@ -35,7 +35,7 @@ NORM_CHANNELS = 26_560 + 2 * 2048
 LOCAL_CROP_COST = (96 / 224) ** 2  # of a forward, by area
 
 
-def bank_bytes(inputs):
+def bank_bytes(inputs: Inputs) -> float:
     """Bytes that a rank sends for the sharded bank in one step (rule caco, one block of queries)."""
     n, v, d, r = inputs.batch, 2 + inputs.local_crops, inputs.embedding, inputs.gpus
     share = (r - 1) / r
@@ -44,12 +44,12 @@ def bank_bytes(inputs):
     return gathered + reduced + n * v * d * 4 * share  # and the reduce-scatter of dq
 
 
-def replicated_bank_bytes(inputs):
+def replicated_bank_bytes(inputs: Inputs) -> float:
     """Bytes that a rank sends to all-reduce the gradient of a replicated bank once."""
     return 2 * (inputs.gpus - 1) / inputs.gpus * inputs.bank_rows * inputs.embedding * 4
 
 
-def work_out(inputs):
+def work_out(inputs: Inputs) -> list[dict[str, str]]:
     """Rows ``{"what", "value", "from"}`` of the run on paper."""
     r, share = inputs.gpus, (inputs.gpus - 1) / inputs.gpus
     steps_per_epoch = inputs.images // inputs.batch

@@ -4,8 +4,10 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +15,7 @@ from rich.table import Table
 from caco_scale.errors import UserError
 
 
-def describe_machine():
+def describe_machine() -> dict[str, Any]:
     """What a figure without it would be worth nothing: processor, cores, memory, versions, load."""
     import torch
 
@@ -36,7 +38,12 @@ def describe_machine():
     }
 
 
-def show(title, rows, machine=None, notes=()):
+def show(
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    machine: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+) -> None:
     """The measurements as a table: one row per measurement, a column per figure; below it what must be known."""
     table = Table(title=title, title_justify="left")
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -53,13 +60,13 @@ def show(title, rows, machine=None, notes=()):
         console.print(", ".join(f"{name} {value}" for name, value in machine.items()), markup=False)
 
 
-def _cell(value):
+def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value}"
 
 
-def publish(benchmark, machine, result, save):
+def publish(benchmark: str, machine: Mapping[str, Any], result: Mapping[str, Any], save: str | None) -> None:
     """Print the JSON, and with ``save``, a directory, write it to ``<benchmark>_<date>_<time>.json`` there."""
     now = datetime.now().astimezone()
     machine = {**machine, "load_after": round(os.getloadavg()[0], 2)}

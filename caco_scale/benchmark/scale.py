@@ -10,7 +10,9 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from caco_scale.benchmark.bank import BANK_LR, draw_inputs
 from caco_scale.benchmark.dense import DenseBank
+from caco_scale.benchmark.measure import Measured
 from caco_scale.errors import UserError
 from caco_scale.method.bank import ShardedBank
 from caco_scale.method.bank_rows import initial_rows
@@ -36,7 +39,7 @@ SENT = {
 class Traffic(TorchDispatchMode):
     """Counts the bytes that this rank sends in collectives: ``sent``, and their number: ``calls``."""
 
-    def __init__(self, ranks):
+    def __init__(self, ranks: int):
         super().__init__()
         self.ranks, self.sent, self.calls = ranks, 0.0, 0
 
@@ -54,14 +57,14 @@ class Traffic(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def _num_bytes(tensors):
+def _num_bytes(tensors: Any) -> int:
     """Of a tensor, or of lists of them: the first argument, which holds what is received or reduced."""
     if isinstance(tensors, torch.Tensor):
         return tensors.nbytes
     return sum(_num_bytes(t) for t in tensors)
 
 
-def measure(samples, sizes, dim, max_ranks, rounds):
+def measure(samples: int, sizes: Sequence[int], dim: int, max_ranks: int, rounds: int) -> Measured:
     """``({"rows": [...]}, notes)``: for 1 to ``max_ranks`` ranks and each bank size, both banks."""
     ranks = [r for r in range(1, max_ranks + 1) if samples % r == 0]
     rows = []
@@ -95,14 +98,14 @@ def measure(samples, sizes, dim, max_ranks, rounds):
     }, notes
 
 
-def _launch(num_ranks, *arguments):
+def _launch(num_ranks: int, *arguments: int) -> dict[str, tuple[int, int, float]]:
     """Rank 0's figures of :func:`both_banks` on ``num_ranks`` processes."""
     with tempfile.TemporaryDirectory(prefix="caco-benchmark-") as folder:
         mp.spawn(_rank, (num_ranks, folder, arguments), nprocs=num_ranks)
         return torch.load(f"{folder}/found", weights_only=True)
 
 
-def _rank(rank, num_ranks, folder, arguments):
+def _rank(rank: int, num_ranks: int, folder: str, arguments: tuple[int, ...]) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch renames a collective
     os.environ["RANK"] = str(rank)
@@ -116,7 +119,9 @@ def _rank(rank, num_ranks, folder, arguments):
     os._exit(0)  # as errors.run_command does
 
 
-def both_banks(rank, num_ranks, samples, size, dim, rounds):
+def both_banks(
+    rank: int, num_ranks: int, samples: int, size: int, dim: int, rounds: int
+) -> dict[str, tuple[int, int, float]]:
     """``{"sharded" | "replicated": (bytes sent, collectives, least seconds)}`` of a step on this rank's share."""
     queries, keys = draw_inputs(samples, dim, "cpu")
     share = slice(rank * samples // num_ranks, (rank + 1) * samples // num_ranks)

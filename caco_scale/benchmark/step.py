@@ -5,15 +5,22 @@ does as the authors' code: contiguous fp32, nothing compiled, the whole bank wit
 one parameter after the other. Reading and decoding images is not in it: that is ``benchmark loader``.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
+from typing import TYPE_CHECKING, Any
 
-from caco_scale.benchmark.measure import in_turn, median
+from caco_scale.benchmark.measure import Contender, Measured, Round, in_turn, median
+from caco_scale.config import Config
+
+if TYPE_CHECKING:  # torch is imported by the contenders, in their processes
+    from caco_scale.data.loader import Batch
 
 LR, BANK_LR, KEY_MOMENTUM = 0.01, 3.0, 0.99
 
 
-def measure(config, steps, rounds, threads, device):
+def measure(config: Config, steps: int, rounds: int, threads: int, device: str) -> Measured:
     """``({"rows": [...], "shares": {...}, ...}, notes)`` of a resolved config; a round is ``steps`` steps."""
     arguments = {"config": config, "steps": steps, "device": device}
     ours, peer = f"this project, {config.precision.compute}", "fp32, eager, dense"
@@ -49,7 +56,7 @@ def measure(config, steps, rounds, threads, device):
     }, notes
 
 
-def _row(name, images, measured):
+def _row(name: str, images: int, measured: list[Round]) -> dict[str, Any]:
     figures = {
         "images_per_cpu_second": images / median(measured, "cpu_seconds"),
         "images_per_second": images / median(measured, "seconds"),
@@ -58,7 +65,7 @@ def _row(name, images, measured):
     return {"what": name, **{figure: round(value, 1) for figure, value in figures.items()}}
 
 
-def _views(config):
+def _views(config: Config) -> str:
     views = config.views
     crops = f" + {views.num_local_crops} x {views.local_size}" if views.num_local_crops else ""
     return f"2 x {views.size}{crops}"
@@ -67,7 +74,7 @@ def _views(config):
 # ---- in a contender's process
 
 
-def draw_batch(config):
+def draw_batch(config: Config) -> Batch:
     """A loader's :class:`~caco_scale.data.loader.Batch` of random pixels with the recipe's random parameters."""
     import numpy as np
     import torch
@@ -89,7 +96,7 @@ def draw_batch(config):
     return Batch(step=0, epoch=0, keys=[str(i) for i in ids], crops=crops, params=params, corrupt=[])
 
 
-def prepare_ours(config, steps, device):
+def prepare_ours(config: Config, steps: int, device: str) -> Contender:
     """A function that trains ``steps`` steps as ``pretrain`` would in one process."""
     from caco_scale.data.to_device import on_device
     from caco_scale.distributed.launch import start_processes
@@ -124,7 +131,7 @@ def prepare_ours(config, steps, device):
     return run
 
 
-def prepare_peer(config, steps, device):
+def prepare_peer(config: Config, steps: int, device: str) -> Contender:
     """As :func:`prepare_ours`, of the peer."""
     import torch
 

@@ -1,0 +1,225 @@
+"""The one command: it lists and runs all, every one has help and answers a typo; the README's are understood."""
+
+import dataclasses
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from launch import ROOT, environment
+
+from caco_scale import commands, flags
+from caco_scale.__main__ import dispatch
+from caco_scale.completion import script
+from caco_scale.config import parse
+from caco_scale.errors import UserError
+
+EVERY = list(commands.every_command())
+# Module commands that are not the name of a command of ``caco``.
+MODULES = {
+    "caco_scale.doctor.estimate": "estimate",
+    "caco_scale.doctor.preflight": "preflight",
+    "data_prep": "shards",
+    "caco-shards": "shards",
+}
+
+
+def ended(capsys, arguments):
+    """(exit code, stdout, stderr) of ``caco`` in this process."""
+    with pytest.raises(SystemExit) as end:
+        dispatch(arguments)
+    output = capsys.readouterr()
+    return end.value.code, output.out, output.err
+
+
+def test_alone_or_with_help_it_lists_every_command(capsys):
+    for arguments in ([], ["--help"], ["-h"]):
+        code, out, _ = ended(capsys, arguments)
+        assert code == 0
+        for name, about in commands.every_command().items():
+            assert re.search(rf"^  {name} +{re.escape(about)}$", out, re.MULTILINE)
+    assert {name.split()[0] for name in EVERY} == set(commands.COMMANDS)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_command_has_help_and_answers_a_typo(capsys, name):
+    code, out, _ = ended(capsys, [*name.split(), "--help"])
+    assert code == 0
+    assert f"usage: caco {name}" in out
+    code, _, error = ended(capsys, [*name.split(), "--hepl"])
+    assert code == 2
+    assert error.startswith("error: unknown flag --hepl")
+    assert f"caco {name} --help lists them all" in error
+    assert error.count("\n") == 1
+
+
+def test_every_field_of_every_command_has_its_line_of_help(capsys):
+    for name in EVERY:
+        _, out, _ = ended(capsys, [*name.split(), "--help"])
+        if name == "pretrain":
+            continue
+        kinds = commands.group(name.split()[0])
+        kind = kinds[name.split()[1]] if kinds else own_flags(name)
+        for flag, hint in flags.flag_types(kind).items():
+            line = out[re.search(rf"--{flag}\b", out).end() :] if not flags.is_positional(hint) else out
+            assert re.search(r"[a-z]{3,}", line), (name, flag)
+
+
+def own_flags(name):
+    command = commands.COMMANDS[name]
+    return getattr(importlib.import_module(command.module), command.flags)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrian"], "'pretrian' is no command (did you mean pretrain?)"),
+        (["evaluate"], "give one of knn, linear, finetune; caco evaluate --help"),
+        (["shards", "biuld"], "'biuld' is no command (did you mean build?)"),
+        (["evaluate", "knn", "--data", "x"], "give RUN_OR_WEIGHTS: caco evaluate knn --help"),
+        (["pretrain", "demoo"], "no recipe 'demoo' (did you mean demo?)"),
+        (["doctor", "--proceses", "2"], "(did you mean --processes?): caco doctor --help"),
+        (["estimate", "demo"], "give --gpus: caco estimate --help"),
+        (["completion", "tcsh"], "give one of bash, zsh"),
+    ],
+)
+def test_a_typo_names_the_nearest(capsys, arguments, message):
+    code, out, error = ended(capsys, arguments)
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert message in error
+
+
+def test_no_command_imports_torch_before_it_has_read_its_flags(tmp_path):
+    """What makes --help and a typo quick: one process asks all."""
+    program = f"""
+import sys
+from caco_scale.__main__ import dispatch
+for name in {EVERY!r}:
+    for word in ("--help", "--hepl"):
+        try:
+            dispatch([*name.split(), word])
+        except SystemExit:
+            pass
+    assert "torch" not in sys.modules, name
+print("none")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.endswith("none\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("caco_scale", ""),
+        ("caco_scale.pretrain", "pretrain"),
+        ("caco_scale.evaluate", "evaluate"),
+        ("caco_scale.export", "export"),
+        ("caco_scale.report", "report"),
+        ("caco_scale.doctor", "doctor"),
+        ("caco_scale.doctor.estimate", "estimate"),
+        ("caco_scale.doctor.preflight", "preflight"),
+        ("caco_scale.benchmark", "benchmark"),
+        ("data_prep", "shards"),
+    ],
+)
+def test_every_module_is_its_command(tmp_path, module, name):
+    words = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(words, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"usage: {f'python -m {module}' if name else 'caco'} " in done.stdout
+    done = subprocess.run(
+        [*words[:3], "--hepl"], env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+# ---- the README's commands
+
+
+def written_commands():
+    """Every command of the README's blocks and lines, as the words after ``caco``."""
+    text = (ROOT / "README.md").read_text() + (ROOT / "slurm/README.md").read_text()
+    module = r"(?:python -m|launch [^\n`]*?-m) (caco_scale[\w.]*|data_prep) ([^\n`#|;]*)"
+    pattern = module + r"|\b(caco|caco-shards) ([^\n`#|;]*)"
+    found = []
+    for module, words, program, more in re.findall(pattern, text):
+        words = shlex.split((words or more).split("  #")[0].rstrip(".,) "))
+        if module:
+            name = MODULES.get(module, module.removeprefix("caco_scale").lstrip("."))
+            words = [name, *words] if name else words
+        elif program == "caco-shards":
+            words = ["shards", *words]
+        if words and words[0] in commands.COMMANDS:
+            found.append(words)
+    return found
+
+
+def test_the_readmes_commands_are_read(monkeypatch, tmp_path):
+    """As far as flags go: nothing is run."""
+    monkeypatch.chdir(tmp_path)
+    read = set()
+    for name, *words in written_commands():
+        if not words or set(words) & {"RECIPE", "...", "RUN_OR_WEIGHTS"} or "is" in words:
+            continue  # prose, or a pattern
+        full, kind = name, None
+        if kinds := commands.group(name):
+            if words[0] not in kinds:
+                continue  # a list of them: {build,verify}
+            full, kind, words = f"{name} {words[0]}", kinds[words[0]], words[1:]
+        elif name != "pretrain":
+            kind = own_flags(name)
+        words = [re.sub(r"^\$\w+$", "1", word) for word in words]
+        if kind is None:
+            parse(words)
+        elif getattr(kind, "takes_recipe", False):
+            parse(words, own=kind)
+        else:
+            assert dataclasses.is_dataclass(flags.read(kind, words, full))
+        read.add(full)
+    assert read >= {"shards build", "shards verify", "evaluate knn", "evaluate finetune", "export", "report"}
+    assert read >= {"doctor", "estimate", "preflight", "benchmark bank", "benchmark step", "pretrain"}
+    with pytest.raises(UserError):
+        parse(["--samples-per-shard", "3"])
+
+
+# ---- completion
+
+
+def completed(line, shell_script):
+    """What bash would offer for a command line, its last word unfinished."""
+    program = f"""
+{shell_script}
+COMP_WORDS=({line.rstrip()}{" ''" if line.endswith(" ") else ""})
+COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+_caco
+printf '%s\\n' "${{COMPREPLY[@]}}"
+complete -p caco >&2
+"""
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    assert "-F _caco caco" in done.stderr
+    return done.stdout.split()
+
+
+def test_a_shell_completes_commands_flags_and_choices():
+    bash = script("bash")
+    assert completed("caco ev", bash) == ["evaluate"]
+    assert completed("caco evaluate ", bash) == ["knn", "linear", "finetune"]
+    assert completed("caco shards b", bash) == ["build"]
+    assert completed("caco evaluate knn --te", bash) == ["--temperature"]
+    assert completed("caco evaluate linear runs/x --fa", bash) == ["--fast"]
+    assert completed("caco evaluate knn --precision ", bash) == ["fp32", "bf16", "fp64"]
+    assert completed("caco pretrain --bank.si", bash) == ["--bank.size"]
+    assert completed("caco pretrain demo --bank.ru", bash) == ["--bank.rule"]
+    assert completed("caco pretrain --bank.rule a", bash) == ["adco"]
+    assert completed("caco pretrain demo_", bash) == ["demo_adco", "demo_moco"]
+    assert completed("caco doctor --proc", bash) == ["--processes"]
+    assert completed("caco benchmark step --optim.na", bash) == ["--optim.name"]
+    assert completed("caco export --format t", bash) == ["torchvision", "timm"]
+    assert completed("caco pretrain demo some/fi", bash) == []  # the shell's own file names
+    assert "bashcompinit" in script("zsh")
