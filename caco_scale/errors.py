@@ -1,6 +1,5 @@
 """The one error a user sees: a single line with the numbers in it and the fix, exit code 2, no traceback."""
 
-import argparse
 import contextlib
 import difflib
 import functools
@@ -28,13 +27,6 @@ def one_of(name, names, what):
     if name not in names:
         raise UserError(f"unknown {what} {name!r}{did_you_mean(name, names)}: give one of {', '.join(names)}")
     return name
-
-
-class Parser(argparse.ArgumentParser):
-    """Reads a command line; a typo in it is a :class:`UserError`."""
-
-    def error(self, message):
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def one_line(error):

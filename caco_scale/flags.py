@@ -55,7 +55,8 @@ def read(
         usage: words that come before the flags and were taken off already, as ``--help`` shows them.
         name_of: a field's dotted name -> as errors call it (in a recipe's file it has no ``--``).
     Raises:
-        UserError: an unknown flag, a value missing, too many, of another type, or none of the choices.
+        UserError: an unknown flag, a value missing, too many, of another type, none of the choices, or against the
+            field's rules.
     """
     return _read([(kind, default)], arguments, prog, about or kind.__doc__, usage, name_of)[0]
 
@@ -78,14 +79,12 @@ def read_both(
 def read_command(
     commands: Mapping[str, type[Any]], arguments: Sequence[str], prog: str, about: str
 ) -> tuple[str, Any]:
-    """A group's command line, ``COMMAND [--flag value ...]``, as (the command's name, its checked dataclass).
+    """A group's command line, ``COMMAND [--flag value ...]``, as (the command's name, its dataclass).
 
     ``commands``: name -> dataclass; ``--help`` in the first place lists them with their docstrings' first lines.
     """
     name, rest = pick({name: summary(kind) for name, kind in commands.items()}, arguments, prog, about)
-    found = read(commands[name], rest, f"{prog} {name}")
-    rules.check(found, "--{}".format)
-    return name, found
+    return name, read(commands[name], rest, f"{prog} {name}")
 
 
 def pick(
@@ -180,9 +179,12 @@ def _read(kinds, arguments, prog, about, usage, name_of):
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             found = tyro.cli(joined, args=words + [w for group in given for w in _joined(group)], **options)
     except SystemExit:
-        _refuse(given, hints, name_of)
+        _refuse(words, given, hints, name_of)
         raise UserError(f"{_first_paragraph(output.getvalue())} (see {prog} --help)") from None
-    return [getattr(found, name) for name, *_ in parts]
+    read = [getattr(found, name) for name, *_ in parts]
+    for one in read:
+        rules.check(one, name_of)
+    return read
 
 
 def _joined(group):
@@ -275,22 +277,20 @@ def wanted(hint: Any) -> str:
     )
 
 
-def _refuse(given, hints, name_of):
-    """UserError for the first flag whose values tyro does not take."""
-    for flag, *values in given:
-        name = flag[2:]
-        one = dataclasses.make_dataclass(
-            "One", [("value", Annotated[hints[name], tyro.conf.arg(name="value")])]
-        )
+def _refuse(words, given, hints, name_of):
+    """UserError for the first flag or argument whose values tyro does not take."""
+    positional = [name for name, hint in hints.items() if is_positional(hint)]
+    found = [(name_of(flag[2:]), hints[flag[2:]], values) for flag, *values in given]
+    found += [(_metavar(n, hints), hints[n], [w]) for n, w in zip(positional, words, strict=False)]
+    for called, hint, values in found:
+        hint = _bare(hint)
+        one = dataclasses.make_dataclass("One", [("value", hint)])
         try:
             with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
                 tyro.cli(one, args=["--value", *values], config=(tyro.conf.FlagConversionOff,))
         except SystemExit:
-            hint = _bare(hints[name])
             what = "" if typing.get_args(hint) else f", which is not {hint.__name__}"
-            raise UserError(
-                f"{name_of(name)} is {' '.join(map(_quoted, values))}{what}: {wanted(hint)}"
-            ) from None
+            raise UserError(f"{called} is {' '.join(map(_quoted, values))}{what}: {wanted(hint)}") from None
 
 
 def _quoted(word):

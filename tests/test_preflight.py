@@ -196,7 +196,7 @@ def test_what_slurm_says_is_taken_and_what_cannot_be_is_refused():
         (["--gpus", "8"], {**slurm, "MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
         (["--gpus", "8"], {**slurm, "MASTER_PORT": ""}, "give --master-port"),
         (["--gpus", "8", "--rank", "4"], slurm, "not one of 4 nodes"),
-        (["--gpus", "-1"], {}, "0 or more"),
+        (["--gpus", "-1"], {}, "--gpus is -1: give a number from 0 up"),
     ):
         with pytest.raises(UserError, match=message):
             parse(arguments, variables)

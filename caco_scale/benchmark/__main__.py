@@ -15,7 +15,7 @@ from caco_scale.benchmark.measure import Measured
 from caco_scale.config import Config, parse
 from caco_scale.errors import exit_on_user_error
 from caco_scale.flags import pick, read, shown, summary
-from caco_scale.rules import PositiveFloat, PositiveInt, check
+from caco_scale.rules import PositiveFloat, PositiveInt
 
 PROG = "python -m caco_scale.benchmark"
 # What a measurement imports stands in its ``run``: --help and a typo are answered at once.
@@ -144,8 +144,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
         more = [config]
     else:
         options = read(kind, rest, f"{prog} {name}")
-    check(options, "--{}".format)
-
     from caco_scale.benchmark.report import describe_machine, publish, show
 
     machine = describe_machine()

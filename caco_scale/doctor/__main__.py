@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 from caco_scale.errors import exit_on_user_error, run_command
 from caco_scale.flags import shown
-from caco_scale.rules import Rule, check
+from caco_scale.rules import Rule
 
 PROG = "python -m caco_scale.doctor"
 
@@ -31,8 +31,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     from caco_scale.config import parse
 
     config, plan = parse(sys.argv[1:] if arguments is None else arguments, prog, Plan)
-    check(plan, "--{}".format)
-
     from caco_scale.doctor.checks import everywhere, examine
 
     findings = everywhere(examine(config, plan.processes and (plan.strategy, plan.processes)))

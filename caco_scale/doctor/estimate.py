@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar
 from caco_scale.checkpoint import folder
 from caco_scale.errors import UserError, exit_on_user_error
 from caco_scale.flags import shown
-from caco_scale.rules import ABOVE_0, PositiveInt, check
+from caco_scale.rules import ABOVE_0, PositiveInt
 from caco_scale.run.files import read_json_lines
 
 PROG = "python -m caco_scale.doctor.estimate"
@@ -103,7 +103,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     from caco_scale.config import parse
 
     config, flags = parse(sys.argv[1:] if arguments is None else arguments, prog, Estimate)
-    check(flags, "--{}".format)
     for line in estimate(config, flags.gpus, flags.images_per_second, flags.price):
         print(line)
 

@@ -18,17 +18,25 @@ make a signal's of them: go by the lines):
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import tyro
 
 from caco_scale.doctor.meeting import Meeting, Place, against_the_others, check_network, clock_offsets
-from caco_scale.doctor.node import SHM, examine
-from caco_scale.errors import Parser, UserError, exit_on_user_error, one_line, run_command
+from caco_scale.doctor.node import examine
+from caco_scale.errors import UserError, exit_on_user_error, one_line, run_command
+from caco_scale.flags import read, shown
+from caco_scale.rules import FROM_0, Amount, Count, PositiveFloat
 
+PROG = "python -m caco_scale.doctor.preflight"
 BAD_NODES, NO_CULPRIT = 3, 4  # exit codes
 
 
@@ -134,36 +142,35 @@ def step_nodes(environment):
     return done.stdout.split()
 
 
-def parse(arguments, environment):
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """Check every node of a job before it trains, and name the bad ones, so that the job can go on without them."""
+
+    gpus: Count
+    """GPUs that a node must have; 0 = none, on CPUs."""
+    hosts: Annotated[str | None, shown("A,B,...")] = None
+    """Node names in rank order (default: those of the SLURM step)."""
+    nodes: Annotated[int, shown("N")] = 0
+    """Number of nodes (default: that of the step or of --hosts, or 1)."""
+    rank: Annotated[int | None, shown("R")] = None
+    """Which of them this one is, from 0 (default: SLURM_PROCID, or 0)."""
+    master_addr: Annotated[str | None, shown("HOST")] = None
+    """Rank 0's address (default: MASTER_ADDR, else the first node)."""
+    master_port: Annotated[int | None, FROM_0, shown("PORT")] = None
+    """A free port there (default: MASTER_PORT)."""
+    shm_gb: Amount = 1
+    """Least room in /dev/shm, in GB."""
+    max_clock_skew: PositiveFloat = 5
+    """Most seconds between two clocks."""
+    timeout: PositiveFloat = 300
+    """Seconds to arrive, and to answer."""
+    names: tyro.conf.Suppress[list[str]] = field(default_factory=list)
+    """Of the nodes, in rank order, as far as they are known."""
+
+
+def parse(arguments: Sequence[str], environment: Mapping[str, str], prog: str = PROG) -> Preflight:
     """Flags, and for those not given what SLURM says -> options, checked (UserError)."""
-    flags = Parser(prog="python -m caco_scale.doctor.preflight", description=__doc__.split("\n")[0])
-    add = flags.add_argument
-    add("--gpus", type=int, required=True, metavar="N", help="GPUs that a node must have; 0 = none, on CPUs")
-    add("--hosts", metavar="A,B,...", help="node names in rank order (default: those of the SLURM step)")
-    add(
-        "--nodes",
-        type=int,
-        metavar="N",
-        help="number of nodes (default: that of the step or of --hosts, or 1)",
-    )
-    add(
-        "--rank",
-        type=int,
-        metavar="R",
-        help="which of them this one is, from 0 (default: SLURM_PROCID, or 0)",
-    )
-    add("--master-addr", metavar="HOST", help="rank 0's address (default: MASTER_ADDR, else the first node)")
-    add("--master-port", type=int, metavar="PORT", help="a free port there (default: MASTER_PORT)")
-    add("--shm-gb", type=float, default=1, metavar="GB", help=f"least room in {SHM} (default: 1)")
-    add("--max-clock-skew", type=float, default=5, metavar="SECONDS", help="between two clocks (default: 5)")
-    add(
-        "--timeout",
-        type=float,
-        default=300,
-        metavar="SECONDS",
-        help="to arrive, and to answer (default: 300)",
-    )
-    options = flags.parse_args(arguments)
+    options = read(Preflight, arguments, prog)
 
     def number(value, *variables):
         texts = [environment[name] for name in variables if environment.get(name)]
@@ -174,15 +181,16 @@ def parse(arguments, environment):
         return int(texts[0])
 
     hosts = options.hosts.split(",") if options.hosts else step_nodes(environment) or []
-    options.nodes = number(options.nodes, "SLURM_STEP_NUM_NODES", "SLURM_NNODES") or len(hosts) or 1
-    options.rank = number(options.rank, "SLURM_PROCID") or 0
-    options.master_port = number(options.master_port, "MASTER_PORT")
-    options.master_addr = (
-        options.master_addr or environment.get("MASTER_ADDR") or next(iter(hosts), "127.0.0.1")
+    asked = number(options.nodes or None, "SLURM_STEP_NUM_NODES", "SLURM_NNODES")
+    nodes = asked or len(hosts) or 1
+    options = dataclasses.replace(
+        options,
+        nodes=nodes,
+        rank=number(options.rank, "SLURM_PROCID") or 0,
+        master_port=number(options.master_port, "MASTER_PORT"),
+        master_addr=options.master_addr or environment.get("MASTER_ADDR") or next(iter(hosts), "127.0.0.1"),
+        names=(hosts + [f"of-rank-{rank}" for rank in range(len(hosts), nodes)])[:nodes],
     )
-    options.names = (hosts + [f"of-rank-{rank}" for rank in range(options.nodes)][len(hosts) :])[
-        : options.nodes
-    ]
     check(options, number(None, "SLURM_STEP_NUM_TASKS"))
     return options
 
@@ -193,15 +201,14 @@ def check(options, tasks):
         raise UserError(f"{tasks} processes on {options.nodes} nodes: give srun --ntasks-per-node=1")
     if not 0 <= options.rank < options.nodes:
         raise UserError(f"--rank {options.rank} is not one of {options.nodes} nodes: they count from 0")
-    if options.gpus < 0 or options.shm_gb < 0 or options.max_clock_skew <= 0 or options.timeout <= 0:
-        raise UserError("--gpus and --shm-gb must be 0 or more, --max-clock-skew and --timeout more than 0")
     if options.master_port is None and options.nodes > 1:
         raise UserError("give --master-port, or set MASTER_PORT: a port that is free on rank 0's node")
 
 
 @exit_on_user_error
-def main(arguments=None):
-    options = parse(sys.argv[1:] if arguments is None else arguments, os.environ)
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
+    """Exit codes as above."""
+    options = parse(sys.argv[1:] if arguments is None else arguments, os.environ, prog)
     sys.exit(run(options))
 
 

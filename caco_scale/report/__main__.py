@@ -18,7 +18,7 @@ from tyro.conf import Positional
 
 from caco_scale.errors import UserError, exit_on_user_error
 from caco_scale.flags import read, shown
-from caco_scale.rules import FROM_0, check
+from caco_scale.rules import FROM_0
 
 
 def write_report(
@@ -84,7 +84,6 @@ class Report:
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     """Write the page; exit code 2 on a user's mistake."""
     flags = read(Report, sys.argv[1:] if arguments is None else arguments, prog)
-    check(flags, "--{}".format)
     target = write_report(flags.runs, flags.to, flags.images)
     print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
 
