@@ -174,7 +174,11 @@ def test_the_readmes_commands_are_read(monkeypatch, tmp_path):
             full, kind, words = f"{name} {words[0]}", kinds[words[0]], words[1:]
         elif name != "pretrain":
             kind = own_flags(name)
-        words = ["demo" if word == "RECIPE" else re.sub(r"^\$\w+$", "1", word) for word in words]
+        words = [
+            "demo" if word == "RECIPE" else re.sub(r"^\$\w+$", "1", word)
+            for word in words
+            if word != "--help"
+        ]
         if kind is None:
             parse(words)
         elif getattr(kind, "takes_recipe", False):
