@@ -54,7 +54,7 @@ class GivenTwice(ValueError):
 class Words(yaml.SafeLoader):
     """Reads YAML whose values stay the words that were typed; a key given twice is :class:`GivenTwice`."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+    yaml_implicit_resolvers: ClassVar[dict] = {}  # ty: ignore[incompatible-attribute-override]
 
     def construct_mapping(self, node, deep=False):
         lines = {}

@@ -3,7 +3,6 @@
 Rank 0 leads: it keeps a key-value store, gives tasks, and hears the replies. It needs nothing of the nodes' own view.
 """
 
-import itertools
 import json
 import os
 import time
@@ -109,8 +108,9 @@ class Meeting:
 
     def serve(self) -> int:
         """The other ranks: do what rank 0 asks for, until its verdict -> exit code."""
-        rank, place = self.place.rank, self.place
-        for number in itertools.count(1):
+        rank, place, number = self.place.rank, self.place, 0
+        while True:
+            number += 1
             task = self.hear(f"task/{rank}/{number}", place.timeout * (place.nodes + 4))
             self.tell(f"reply/{rank}/{number}", do(task, place))
             if task[0] == "verdict":

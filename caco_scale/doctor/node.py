@@ -9,9 +9,9 @@ import platform
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from caco_scale import packages
@@ -117,7 +117,7 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def in_a_process(function: Callable[..., None], arguments: tuple, timeout: float) -> Any:
+def in_a_process(function: FunctionType, arguments: tuple, timeout: float) -> Any:
     """What ``function(answer, *arguments)`` sends by its pipe end ``answer``, or a reason (str) where it does not."""
     context = get_context("spawn")
     receiver, answer = context.Pipe(duplex=False)
