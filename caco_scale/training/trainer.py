@@ -65,9 +65,8 @@ def run(
         # One that was stopped after its last step still has its last evaluation before it.
         if resumed and step >= end and directory.interrupted_step() != step:
             checkpointer.close()
-            if (
-                resumed == start.newest and directory.done_step() is None
-            ):  # killed between checkpoint and marker
+            # Killed between its last checkpoint and the marker.
+            if resumed == start.newest and directory.done_step() is None:
                 directory.mark_done(step)
             accelerator.print(
                 f"{config.run.dir} has finished its {end:,} steps: a larger --optim.epochs or --run.max_steps "
