@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from launch import ROOT, environment
@@ -32,6 +33,14 @@ def ended(capsys, arguments):
         dispatch(arguments)
     output = capsys.readouterr()
     return end.value.code, output.out, output.err
+
+
+def test_the_installed_program_is_this_one():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"caco": "caco_scale.__main__:main", "caco-shards": "data_prep.__main__:main"}
+    for place in scripts.values():
+        module, _, function = place.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_alone_or_with_help_it_lists_every_command(capsys):
@@ -77,7 +86,7 @@ def own_flags(name):
     [
         (["pretrian"], "'pretrian' is no command (did you mean pretrain?)"),
         (["evaluate"], "give one of knn, linear, finetune; caco evaluate --help"),
-        (["shards", "biuld"], "'biuld' is no command (did you mean build?)"),
+        (["shards", "bild"], "'bild' is no command (did you mean build?)"),
         (["evaluate", "knn", "--data", "x"], "give RUN_OR_WEIGHTS: caco evaluate knn --help"),
         (["pretrain", "demoo"], "no recipe 'demoo' (did you mean demo?)"),
         (["doctor", "--proceses", "2"], "(did you mean --processes?): caco doctor --help"),

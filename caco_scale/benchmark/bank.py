@@ -79,7 +79,7 @@ def draw_inputs(samples: int, dim: int, device: str) -> tuple[list[Tensor], list
     return views[:2], views[2:]
 
 
-def prepare_sharded(samples: int, size: int, dim: int, device: str, **kernels: str) -> Contender:
+def prepare_sharded(samples: int, size: int, dim: int, device: str, **kernels: Any) -> Contender:
     """A function that makes one step of the sharded bank; it returns what gives the step's results by value."""
     from caco_scale.method.bank import ShardedBank
 
@@ -91,7 +91,10 @@ def prepare_sharded(samples: int, size: int, dim: int, device: str, **kernels: s
         result = bank.contrast(leaves, keys)
         result.loss.backward()
         bank.step(result, BANK_LR)
-        return functools.partial(as_arrays, result.loss, result.positives[::-1], leaves, result.bank_gradient)
+        positives, gradient = result.positives, result.bank_gradient
+        assert positives is not None  # as of every rule but moco
+        assert gradient is not None
+        return functools.partial(as_arrays, result.loss, positives[::-1], leaves, gradient)
 
     return step
 
@@ -115,7 +118,7 @@ def prepare_dense(samples: int, size: int, dim: int, device: str, by_autograd: b
 
 
 def as_arrays(
-    loss: Tensor, positives: list[Tensor], leaves: list[Tensor], bank_gradient: Tensor
+    loss: Tensor, positives: list[Tensor], leaves: list[Any], bank_gradient: Tensor
 ) -> dict[str, Any]:
     """What a step found, by value: it crosses to the parent. ``positives``: in the order of the queries' views."""
     return {

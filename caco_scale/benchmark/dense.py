@@ -43,7 +43,7 @@ class DenseBank:
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """One step of queries, V (B, D) with gradient, and two keys -> (loss, positives, bank gradient)."""
         unit = F.normalize(self.rows)
-        loss = objective = 0
+        loss, objective = self.velocity.new_zeros(()), self.velocity.new_zeros(())
         positives, gradient = [], torch.zeros_like(self.velocity)
         for i, j, share in pair_list(len(queries)):
             with torch.no_grad():
@@ -83,15 +83,16 @@ class PlainOptimizer:
     def __init__(self, name: str, module: nn.Module, lr: float, weight_decay: float):
         self.parameters, self.lr, self.weight_decay = list(module.parameters()), lr, weight_decay
         self.momenta = [torch.zeros_like(p) for p in self.parameters]
-        self.torch_optimizer = None
+        self.torch_optimizer: torch.optim.Optimizer | None = None
         if name != "lars":
-            cls = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
             groups = [
                 {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": weight_decay},
                 {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
             ]
-            more = {"momentum": 0.9} if name == "sgd" else {"betas": (0.9, 0.95)}
-            self.torch_optimizer = cls(groups, lr=lr, foreach=False, **more)
+            if name == "sgd":
+                self.torch_optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, foreach=False)
+            else:
+                self.torch_optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), foreach=False)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -101,6 +102,7 @@ class PlainOptimizer:
         else:
             for p, momentum in zip(self.parameters, self.momenta, strict=True):
                 update = p.grad
+                assert update is not None
                 if p.ndim > 1:
                     update = update + self.weight_decay * p
                     p_norm, u_norm = p.norm(), update.norm()

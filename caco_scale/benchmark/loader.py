@@ -193,7 +193,7 @@ def serve(folder: str, port_file: str) -> None:
         def __init__(self, *args):
             super().__init__(*args, directory=folder)
 
-        def log_message(self, *_):
+        def log_message(self, format, *args):
             pass
 
         def do_GET(self):
@@ -219,7 +219,9 @@ def serve(folder: str, port_file: str) -> None:
 
 
 def _end_with_parent():
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(0)
 
 

@@ -81,6 +81,7 @@ def _prepare(prepare: Callable[[], Contender], threads: int) -> None:
 
 
 def _timed(with_value: bool) -> Round:
+    assert _run is not None  # _prepare has run in this process
     start, start_cpu = time.perf_counter(), time.process_time()
     value = _run()
     _Memory.wait()

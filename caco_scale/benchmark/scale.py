@@ -47,14 +47,14 @@ class Traffic(TorchDispatchMode):
     def _should_skip_dynamo(cls):
         return False  # else every process imports torch.compile, for 3 seconds
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            name = function.__name__.split(".")[0]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            name = func.__name__.split(".")[0]
             if name not in SENT:
                 raise UserError(f"the benchmark does not know how many bytes {name} sends: teach it in SENT")
-            self.sent += SENT[name](self.ranks) * _num_bytes(args[0])
+            self.sent += SENT[name](self.ranks) * _num_bytes(next(iter(args)))
             self.calls += 1
-        return function(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def _num_bytes(tensors: Any) -> int:
@@ -71,7 +71,7 @@ def measure(samples: int, sizes: Sequence[int], dim: int, max_ranks: int, rounds
     for num_ranks in ranks:
         for size in sizes:
             found = _launch(num_ranks, samples, size, dim, rounds)
-            row = {"ranks": num_ranks, "bank_rows": size}
+            row: dict[str, Any] = {"ranks": num_ranks, "bank_rows": size}
             for name, (sent, calls, seconds) in found.items():
                 row |= {
                     f"{name}_bytes": sent,
