@@ -170,10 +170,10 @@ def test_values_of_a_recipe_are_the_words_that_stand_there(tmp_path):
 
 
 def test_a_sections_values_may_be_anothers(tmp_path):
-    text = "loss: &cool {temperature: 0.5}\nbank: {<<: *cool, size: 9}\n"
+    text = "loss: &cool {temperature: 0.5}\nbank: {<<: *cool, size: 9, temperature: 0.7}\n"
     (tmp_path / "mine.yaml").write_text(text)
     config = parse([str(tmp_path / "mine.yaml")])
-    assert (config.loss.temperature, config.bank.temperature, config.bank.size) == (0.5, 0.5, 9)
+    assert (config.loss.temperature, config.bank.temperature, config.bank.size) == (0.5, 0.7, 9)
 
 
 def test_every_number_has_a_rule():

@@ -6,7 +6,7 @@ Both go the way of a command line: the values become words, ``--bank.size=4096``
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -54,24 +54,24 @@ class GivenTwice(ValueError):
 class Words(yaml.SafeLoader):
     """Reads YAML whose values stay the words that were typed; a key given twice is :class:`GivenTwice`."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}  # ty: ignore[incompatible-attribute-override]
-
-    def construct_mapping(self, node, deep=False):
-        lines = {}
+    def compose_mapping_node(self, anchor):
+        node, lines = super().compose_mapping_node(anchor), {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue  # which is refused below
+                continue  # no name: refused later
             line = key.start_mark.line + 1
             if key.value in lines:
                 fix = "join the two" if isinstance(value, yaml.MappingNode) else "keep one of them"
                 raise GivenTwice(f"{key.value} is given twice, in lines {lines[key.value]} and {line}: {fix}")
             lines[key.value] = line
-        return super().construct_mapping(node, deep)
+        return node
 
 
 KEPT_MEANINGS = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")  # nothing, and ``<<: *anchor``
-for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
-    Words.yaml_implicit_resolvers[first] = [(tag, form) for tag, form in resolvers if tag in KEPT_MEANINGS]
+Words.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag in KEPT_MEANINGS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def from_dict(values: Mapping[str, Any], source: str) -> Config:

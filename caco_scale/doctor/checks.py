@@ -1,10 +1,10 @@
-"""Check machine, launch, configuration, data and storage before a run, and say what to mend.
+"""Check machine, launch, configuration, data and storage before a run, and say what to fix.
 
     accelerate launch --config_file ds_configs/zero2.yaml --num_processes N -m caco_scale.doctor [RECIPE] [--flags]
     python -m caco_scale.doctor [RECIPE] [--flags]                  as one process would train
     python -m caco_scale.doctor [RECIPE] [--flags] --processes 32 --strategy zero2      as they would, asked of one
 
-One line per finding: ``ok``, ``note``, or ``FAIL`` followed by what mends it. Exit code 1 where the run would fail, so
+One line per finding: ``ok``, ``note``, or ``FAIL`` followed by what fixes it. Exit code 1 where the run would fail, so
 that a script can ask before it queues a job. All ranks check, rank 0 speaks; nothing is trained, and nothing written.
 """
 
@@ -12,12 +12,19 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from caco_scale import packages
 from caco_scale.choices import STRATEGIES
+from caco_scale.config import Config
 from caco_scale.errors import UserError, one_line
+
+if TYPE_CHECKING:  # imported where they are used: a torch that is missing is a finding
+    from caco_scale.training.assemble import TrainingData
+    from caco_scale.training.checks import Start
 
 OFFLOADING = "zero3_offload"  # the file of ds_configs/ that is no strategy of its own
 MEASURED_IMAGES = 64  # in each of two batches, the second of which is timed
@@ -26,25 +33,27 @@ DEEPSPEED = ("deepspeed", "transformers")  # accelerate's DeepSpeed plugin impor
 
 @dataclass(frozen=True)
 class Finding:
-    """``status``: ok, note or FAIL. ``text``: what was found, in a failure with what mends it."""
+    """``status``: ok, note or FAIL. ``text``: what was found, in a failure with what fixes it."""
 
     status: str
     text: str
 
 
-def ok(text):
+def ok(text: str) -> Finding:
     return Finding("ok", text)
 
 
-def note(text):
+def note(text: str) -> Finding:
     return Finding("note", text)
 
 
-def fail(text):
+def fail(text: str) -> Finding:
     return Finding("FAIL", text)
 
 
-def check_versions(strategy, version=packages.installed_version):
+def check_versions(
+    strategy: str, version: Callable[[str], str | None] = packages.installed_version
+) -> list[Finding]:
     """Whether the packages that a strategy needs are there and new enough -> findings. ``version``: name -> str."""
     zero = strategy.startswith("zero")
     findings = [ok(f"python {sys.version.split()[0]}")]
@@ -73,7 +82,7 @@ def check_versions(strategy, version=packages.installed_version):
     return findings
 
 
-def found(check, *arguments):
+def found(check: Callable[..., str | None], *arguments: Any) -> list[Finding]:
     """A check's own words as findings: what it returns, or the error that it raises."""
     try:
         text = check(*arguments)
@@ -82,7 +91,7 @@ def found(check, *arguments):
     return [ok(text)] if text else []
 
 
-def join_launch(config):
+def join_launch(config: Config) -> tuple[list[Finding], "Start | None"]:
     """Join the launch as training does -> (findings, Start or None)."""
     import torch
 
@@ -105,7 +114,7 @@ def join_launch(config):
     return findings, Start(config, strategy, accelerator.process_index, processes, device)
 
 
-def plan_launch(config, strategy, processes):
+def plan_launch(config: Config, strategy: str, processes: int) -> tuple[list[Finding], "Start | None"]:
     """What of a launch can be known before it -> (findings, Start or None): rank 0 of so many, on a device as here."""
     import torch
 
@@ -128,7 +137,7 @@ def plan_launch(config, strategy, processes):
     return [ok(f"planned: strategy {strategy}, {processes} process(es), {device}")], start
 
 
-def bank_rows(config, world_size):
+def bank_rows(config: Config, world_size: int) -> str:
     """How the bank's rows are shared out."""
     from caco_scale.distributed.collectives import shard_range
 
@@ -137,7 +146,9 @@ def bank_rows(config, world_size):
     return f"bank of {config.bank.size:,} rows: {max(rows):,} to {min(rows):,} on a rank"
 
 
-def check_loader(config, data, environment=os.environ):
+def check_loader(
+    config: Config, data: "TrainingData", environment: Mapping[str, str] = os.environ
+) -> list[Finding]:
     """How many workers feed a process, by the rate that one has here -> findings. Reads 128 images, caches none."""
     try:
         rate = worker_rate(config, data.store.manifest)
@@ -157,7 +168,7 @@ def check_loader(config, data, environment=os.environ):
     return [note(text)]
 
 
-def worker_rate(config, manifest):
+def worker_rate(config: Config, manifest: Any) -> float:
     """Images that one loader worker prepares in a second of CPU time, views included, waiting for a store excluded."""
     from caco_scale.data.loader import train_batches
     from caco_scale.data.object_store import RetryPolicy
@@ -179,7 +190,7 @@ def worker_rate(config, manifest):
     return batch / max(time.process_time() - start, 1e-6)
 
 
-def check_memory(start, offloaded=False):
+def check_memory(start: "Start", offloaded: bool = False) -> list[Finding]:
     """The estimate of a rank's memory, against the GPU's -> findings. ``offloaded``: as of ``estimate_memory``."""
     import torch
 
@@ -212,7 +223,7 @@ def check_memory(start, offloaded=False):
     return [ok(f"{text}; the GPU has {total / 1e9:.1f} GB")]
 
 
-def examine(config, plan=None):
+def examine(config: Config, plan: tuple[str, int] | None = None) -> list[Finding]:
     """All findings, in the order of a start; what cannot be checked after a failure is left out.
 
     ``plan``: (strategy, number of processes) of a launch to come; None = this launch.
@@ -237,7 +248,7 @@ def examine(config, plan=None):
     return findings + launch + examine_start(start, offloaded)
 
 
-def examine_start(start, offloaded):
+def examine_start(start: "Start", offloaded: bool) -> list[Finding]:
     """The checks of a start, to the last, and what only the doctor looks at -> findings."""
     from caco_scale.checkpoint.folder import latest
     from caco_scale.training.checks import CHECKS
@@ -251,7 +262,7 @@ def examine_start(start, offloaded):
     return findings
 
 
-def everywhere(findings):
+def everywhere(findings: list[Finding]) -> list[Finding]:
     """This rank's findings, and the failures of other ranks that it does not have itself. Collective."""
     from caco_scale.distributed.collectives import gather_objects
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Annotated, ClassVar
 
 from caco_scale.checkpoint import folder
+from caco_scale.config import Config
 from caco_scale.errors import UserError, exit_on_user_error
 from caco_scale.flags import shown
 from caco_scale.rules import ABOVE_0, PositiveInt
@@ -25,7 +26,7 @@ IMAGENET = 1_281_167  # training images; what is counted with where no shard set
 RECENT_LINES = 20
 
 
-def total_steps(config):
+def total_steps(config: Config) -> tuple[int, int]:
     """(optimizer steps in all, training images): by the schedule, and by the shard set's manifest if one is named."""
     from caco_scale.data.store import open_store
     from caco_scale.training.assemble import build_schedule
@@ -42,7 +43,7 @@ def total_steps(config):
     return min(schedule.total_steps, config.run.max_steps or schedule.total_steps), images
 
 
-def measured(run_dir):
+def measured(run_dir: str | Path) -> tuple[float, int] | None:
     """(images per second of all processes, the median of the last lines; processes), or None where none are known.
 
     Of the newest start that has lines of its own: others may have had more processes or fewer.
@@ -60,7 +61,9 @@ def measured(run_dir):
     return None
 
 
-def estimate(config, gpus, images_per_second=None, price=None):
+def estimate(
+    config: Config, gpus: int, images_per_second: float | None = None, price: float | None = None
+) -> list[str]:
     """The lines to print. ``images_per_second``: of all GPUs together; ``price``: of a GPU-hour."""
     steps, images = total_steps(config)
     done = max(folder.steps(Path(config.run.dir, "checkpoints")), default=0)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from caco_scale.config import Config
 from caco_scale.method.bank_compute import BLOCK_BYTES_GPU, LEAST_QUERIES, TILE_BYTES_GPU
 from caco_scale.training.assemble import build_encoder
 
@@ -39,11 +40,13 @@ class Estimate:
     activations: int
 
     @property
-    def total(self):
+    def total(self) -> int:
         return sum(dataclasses.astuple(self))
 
 
-def estimate_memory(config, strategy, world_size, micro_batch_size, offloaded=False):
+def estimate_memory(
+    config: Config, strategy: str, world_size: int, micro_batch_size: int, offloaded: bool = False
+) -> Estimate:
     """The :class:`Estimate` of a resolved config under a strategy. Allocates the weights of one encoder, once.
 
     ``offloaded``: DeepSpeed's ``offload_optimizer``, with which masters and optimizer state are in the host's memory.

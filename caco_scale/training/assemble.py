@@ -3,20 +3,25 @@
 Shapes: N global batch, B this rank's share of it, b a micro-batch, H pixels.
 """
 
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from caco_scale import config as configuration
+from caco_scale.config import Config
 from caco_scale.data.augment import augment
 from caco_scale.data.counters import Counters
-from caco_scale.data.loader import train_batches
+from caco_scale.data.loader import Batch, train_batches
 from caco_scale.data.object_store import RetryPolicy
 from caco_scale.data.order import Order, share_size
 from caco_scale.data.store import open_store
 from caco_scale.data.views import ViewSpec
 from caco_scale.distributed.strategies import build as strategies
+from caco_scale.distributed.strategies.base import Strategy
 from caco_scale.method.bank import ShardedBank
 from caco_scale.method.encoders import build_backbone
 from caco_scale.method.model import Encoder, QueryKeyModel
@@ -26,7 +31,7 @@ from caco_scale.optim.schedule import Schedule
 from caco_scale.run.profiling import part
 
 
-def make_data(config, accelerator):
+def make_data(config: Config, accelerator: Accelerator) -> None:
     """Build the demo's data where the config asks for it and it is not there. Collective."""
     if configuration.makes_its_data(config):
         if accelerator.is_main_process:
@@ -36,7 +41,7 @@ def make_data(config, accelerator):
         accelerator.wait_for_everyone()
 
 
-def resolve_precision(config, device):
+def resolve_precision(config: Config, device: torch.device) -> Config:
     """``precision.compute`` auto -> bf16 on CUDA, fp32 on a CPU."""
     if config.precision.compute != "auto":
         return config
@@ -50,7 +55,7 @@ class TrainingData:
         UserError: no shard set, fewer images than a batch, a batch that the processes do not divide.
     """
 
-    def __init__(self, config, rank, world_size):
+    def __init__(self, config: Config, rank: int, world_size: int):
         self.config, self.rank, self.world_size = config, rank, world_size
         data = config.data
         retry_policy = RetryPolicy(data.retries, data.stall_seconds)
@@ -74,7 +79,7 @@ class TrainingData:
         self.batch_size = share_size(data.global_batch_size, world_size)
         self.micro_batch_size = data.micro_batch_size or self.batch_size
 
-    def batches(self, start, end):
+    def batches(self, start: int, end: int) -> Iterator[Batch]:
         """This rank's :class:`~caco_scale.data.loader.Batch` of every step from ``start`` up to ``end``."""
         return train_batches(
             self.store,
@@ -89,14 +94,14 @@ class TrainingData:
         )
 
 
-def view_specs(views):
+def view_specs(views: configuration.Views) -> list[ViewSpec]:
     """The global views and the local crops, in the order of a step, as the loader takes them."""
-    shared = {"jitter": views.jitter, "jitter_p": views.jitter_p, "grayscale_p": views.grayscale_p}
+    spec = partial(ViewSpec, jitter=views.jitter, jitter_p=views.jitter_p, grayscale_p=views.grayscale_p)
     global_views = [
-        ViewSpec(size=views.size, scale=views.scale, blur_p=blur, solarize_p=solarize, **shared)
+        spec(size=views.size, scale=views.scale, blur_p=blur, solarize_p=solarize)
         for blur, solarize in zip(views.blur_p, views.solarize_p, strict=True)
     ]
-    local = ViewSpec(size=views.local_size, scale=views.local_scale, blur_p=views.local_blur_p, **shared)
+    local = spec(size=views.local_size, scale=views.local_scale, blur_p=views.local_blur_p)
     return global_views + [local] * views.num_local_crops
 
 
@@ -106,13 +111,15 @@ class MicroBatches:
     ``augment``: of :func:`build_augment`.
     """
 
-    def __init__(self, batch, size, augment, dtype, views):
+    def __init__(
+        self, batch: Batch, size: int, augment: Callable, dtype: torch.dtype, views: configuration.Views
+    ):
         self._batch, self._size, self._augment, self._dtype, self._views = batch, size, augment, dtype, views
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._batch.keys) // self._size
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
         for start in range(0, len(self._batch.keys), self._size):
             rows = slice(start, start + self._size)
             with part("augmentation"):
@@ -129,12 +136,13 @@ class MicroBatches:
             yield views
 
 
-def build_augment(config, backend="inductor"):
+def build_augment(config: Config, backend: str = "inductor") -> Callable:
     """``augment``; with ``precision.compile`` compiled once for each size of view, to few passes over the images."""
     return torch.compile(augment, backend=backend, dynamic=False) if config.precision.compile else augment
 
 
-def build_schedule(config, order):
+def build_schedule(config: Config, order: Any) -> Schedule:
+    """The schedule of a config over an order's ``num_samples`` and ``steps_per_epoch``."""
     return Schedule(
         num_samples=order.num_samples,
         global_batch_size=config.data.global_batch_size,
@@ -154,14 +162,14 @@ def build_schedule(config, order):
     )
 
 
-def build_encoder(config):
+def build_encoder(config: Config) -> Encoder:
     """Backbone and projector as ``config.model`` says, with random weights."""
     backbone, num_features = build_backbone(config.model.arch, config.model.stem)
     projector = build_projector(num_features, config.model.projector_hidden, config.model.embedding_dim)
     return Encoder(backbone, projector)
 
 
-def build_model(config):
+def build_model(config: Config) -> QueryKeyModel:
     """Query and key encoder with seeded weights, the same on every rank and at every world size."""
     torch.manual_seed(config.run.seed)
     model = QueryKeyModel(
@@ -172,7 +180,7 @@ def build_model(config):
     return model.to(parameter_dtype(config))
 
 
-def build_strategy(config, name, accelerator):
+def build_strategy(config: Config, name: str, accelerator: Accelerator) -> Strategy:
     """The strategy ``name`` around the config's model, with the config's optimizer and its first state. Collective."""
     strategy = strategies.build_strategy(
         name,
@@ -185,7 +193,7 @@ def build_strategy(config, name, accelerator):
     return strategy
 
 
-def build_bank(config: configuration.Config, device: torch.device) -> ShardedBank:
+def build_bank(config: Config, device: torch.device) -> ShardedBank:
     """This rank's rows of the config's bank, random ones."""
     return ShardedBank(
         config.bank.size,
@@ -200,6 +208,6 @@ def build_bank(config: configuration.Config, device: torch.device) -> ShardedBan
     )
 
 
-def parameter_dtype(config):
+def parameter_dtype(config: Config) -> torch.dtype:
     """Of parameters, bank and images; bf16 is the forward's alone."""
     return torch.float64 if config.precision.compute == "fp64" else torch.float32
