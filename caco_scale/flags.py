@@ -101,10 +101,8 @@ def pick(
     name, *rest = arguments or [""]
     if name in ("-h", "--help"):
         with unless_nobody_reads():
-            print(
-                f"usage: {prog} COMMAND ...\n\n{about.strip()}\n\n{listing(listed() if listed else commands)}\n"
-            )
-            print(f"{prog} COMMAND --help says more.")
+            print(f"usage: {prog} COMMAND ...\n\n{about.strip()}\n")
+            print(f"{listing(listed() if listed else commands)}\n\n{prog} COMMAND --help says more.")
             sys.exit(0)
     if name not in commands:
         what = f"{name!r} is no command{did_you_mean(name, commands)}: give" if name else "give"
@@ -173,7 +171,8 @@ def _read(kinds, arguments, prog, about, usage, name_of):
             tyro.cli(joined, args=["--help"], **options)
     hints = {name: hint for kind, _ in kinds for name, hint in flag_types(kind).items()}
     needed = [name for kind, default in kinds if default is None for name in _without_default(kind)]
-    words, given = _group(arguments, hints, needed, prog, name_of)
+    words, given = _group(arguments, hints, prog, name_of)
+    _check_complete(words, given, hints, needed, prog)
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
@@ -201,15 +200,10 @@ def _without_default(kind):
     return [f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing]
 
 
-def _group(arguments, hints, needed, prog, name_of):
-    """The words that belong to no flag, and every flag with its values: ``[["--bank.size", "4096"], ...]``.
-
-    UserError: an unknown flag, values missing, words that nobody asked for, something needed that is not given.
-    """
-    positional = [name for name, hint in hints.items() if is_positional(hint)]
-    flags = [name for name in hints if name not in positional]
-    words, given = [], []
-    rest = list(arguments)
+def _group(arguments, hints, prog, name_of):
+    """The words that belong to no flag, and every flag with its values: ``[["--bank.size", "4096"], ...]``."""
+    flags = [name for name, hint in hints.items() if not is_positional(hint)]
+    words, given, rest = [], [], list(arguments)
     while rest:
         word, equals, value = rest.pop(0).partition("=")
         if not word.startswith("--"):
@@ -219,30 +213,36 @@ def _group(arguments, hints, needed, prog, name_of):
         if name not in flags:
             meant = did_you_mean(f"--{name}", [f"--{flag}" for flag in flags])
             raise UserError(f"unknown flag {word}{meant}: {prog} --help lists them all")
-        if equals:
-            rest.insert(0, value)
-        values, hint = [], _bare(hints[name])
-        most = most_values(hint)
-        if hint is bool and not equals and _stands_alone(rest, bool(positional)):
-            rest.insert(0, "true")
-        while rest and len(values) < most and ((equals and not values) or not rest[0].startswith("--")):
-            values.append(rest.pop(0))
-        if not values or (most != float("inf") and len(values) < most):
-            shown = f"is {' '.join(values)}" if values else "has no value"
-            raise UserError(f"{name_of(name)} {shown}: {wanted(hint)}")
-        if hint is bool:
-            values = [BOOLS.get(values[0].lower(), values[0])]
+        if _bare(hints[name]) is bool and not equals and _stands_alone(rest, len(flags) < len(hints)):
+            equals, value = "=", "true"
+        values = _take_values([value] if equals else [], rest, hints[name], name_of(name))
         given.append([f"--{name}", *values])
+    return words, given
+
+
+def _take_values(values, rest, hint, called):
+    """Move a flag's values from ``rest`` behind those that it has; UserError where there are too few."""
+    most = most_values(hint)
+    while rest and len(values) < most and not rest[0].startswith("--"):
+        values.append(rest.pop(0))
+    if not values or len(values) < most < float("inf"):
+        what = f"is {' '.join(values)}" if values else "has no value"
+        raise UserError(f"{called} {what}: {wanted(hint)}")
+    return [BOOLS.get(word.lower(), word) for word in values] if _bare(hint) is bool else values
+
+
+def _check_complete(words, given, hints, needed, prog):
+    """UserError: words that nobody asked for, or something needed that is not given."""
+    positional = [name for name, hint in hints.items() if is_positional(hint)]
     if len(words) > sum(most_values(hints[name]) for name in positional):
         raise UserError(f"unknown argument {words[-1]}: {prog} --help says what there is")
-    missing = [
-        name for name in needed if name not in positional and [f"--{name}"] not in [g[:1] for g in given]
+    there = {flag for flag, *_ in given}
+    missing = [f"--{name}" for name in needed if name not in positional and f"--{name}" not in there]
+    missing += [
+        _metavar(name, hints) for name in [name for name in needed if name in positional][len(words) :]
     ]
-    missing += [name for name in needed if name in positional][len(words) :]
     if missing:
-        called = [_metavar(name, hints) if name in positional else f"--{name}" for name in missing]
-        raise UserError(f"give {' and '.join(called)}: {prog} --help says what they are")
-    return words, given
+        raise UserError(f"give {' and '.join(missing)}: {prog} --help says what they are")
 
 
 def _stands_alone(rest, has_positionals):
