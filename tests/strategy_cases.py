@@ -87,7 +87,8 @@ def build(case, strategy_name, accelerator):
     strategy = build_strategy(strategy_name, accelerator, model.to(dtype), optimizer)
     init_optimizer_state(strategy.optimizer, strategy.partitions)
     if case["plain_lars"]:
-        strategy.optimizer.partitions = {}
+        strategy.optimizer._partitions = {}
+        strategy.optimizer._own.update(part.flat for part in strategy.partitions)
         for group in strategy.optimizer.param_groups:
             group["scaled"] = None
     bank = ShardedBank(case["bank_size"], case["dim"], device=strategy.device, dtype=dtype, seed=0)

@@ -138,7 +138,7 @@ def test_a_lost_driver_is_an_error(tmp_path):
         {"SLURM_JOB_GPUS": "0"},
         {"SLURM_GPUS_ON_NODE": "4"},
     ):
-        with pytest.raises(UserError, match="sees none: mend the driver"):
+        with pytest.raises(UserError, match="sees none: repair the driver"):
             refuse_lost_driver(environment, tmp_path)
     (tmp_path / "nvidia0").touch()
     with pytest.raises(UserError, match="nvidia0"):

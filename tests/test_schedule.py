@@ -10,7 +10,6 @@ from caco_scale.optim.schedule import Schedule, hyper_parameters
 
 # 1000 images in batches of 96: S = 10. The bank of 1024 rows fills in 11 steps, 2 epochs are 20.
 BASE = Schedule(
-    num_samples=1000,
     global_batch_size=96,
     steps_per_epoch=10,
     epochs=8,
@@ -130,7 +129,6 @@ def test_baselines_with_a_bank_warmup_switch_too():
 
 def test_published_recipe_has_the_papers_rates():
     schedule = Schedule(
-        num_samples=1_281_167,
         global_batch_size=4096,
         steps_per_epoch=312,
         epochs=200,

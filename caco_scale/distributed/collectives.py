@@ -10,6 +10,7 @@ Shapes: R ranks; B rows a rank, equal on all; K rows sharded over the ranks, S o
 import functools
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,31 +22,34 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+Group = dist.ProcessGroup | None  # None: all ranks
+T = TypeVar("T")
+
 _exchange_timeout = timedelta(minutes=30)
 
 
-def set_exchange_timeout(seconds):
+def set_exchange_timeout(seconds: float) -> None:
     """``run.timeout_seconds``, for this process: see :func:`exchange_timeout`. Groups that exist keep theirs."""
     global _exchange_timeout
     _exchange_timeout = timedelta(seconds=seconds)
 
 
-def exchange_timeout():
-    """How long one waits for another process in one exchange between hosts, or for a loader's worker: a timedelta."""
+def exchange_timeout() -> timedelta:
+    """How long one waits for another process in one exchange between hosts, or for a loader's worker."""
     return _exchange_timeout
 
 
-def world_size(group=None):
+def world_size(group: Group = None) -> int:
     """Number of ranks of ``group``; 1 without a process group."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
-def rank(group=None):
+def rank(group: Group = None) -> int:
     """This process's rank in ``group``; 0 without a process group."""
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
-def shard_range(size, world_size, rank):
+def shard_range(size: int, world_size: int, rank: int) -> tuple[int, int]:
     """Rows ``start <= row < stop`` of ``rank`` when ``size`` rows are split as DTensor's ``Shard(0)`` does.
 
     Blocks of ceil(size / world_size) rows: the last ones may be shorter or empty.
@@ -55,7 +59,7 @@ def shard_range(size, world_size, rank):
     return start, min(start + block, size)
 
 
-def all_gather_rows(x, group=None):
+def all_gather_rows(x: torch.Tensor, group: Group = None) -> torch.Tensor:
     """Every rank's ``x`` (B, ...) one below the other in rank order: (R·B, ...), the same on every rank."""
     if world_size(group) == 1:
         return x
@@ -64,7 +68,7 @@ def all_gather_rows(x, group=None):
     return gathered
 
 
-def all_gather_shards(x, size, group=None):
+def all_gather_shards(x: torch.Tensor, size: int, group: Group = None) -> torch.Tensor:
     """The whole (K, ...), on every rank, of which each rank holds the rows of ``shard_range(size, ...)``."""
     if world_size(group) == 1:
         return x
@@ -74,23 +78,23 @@ def all_gather_shards(x, size, group=None):
     return all_gather_rows(padded, group)[:size]  # only the blocks at the end are padded
 
 
-def all_reduce_(x, op=dist.ReduceOp.SUM, group=None):
+def all_reduce_(
+    x: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, group: Group = None
+) -> torch.Tensor:
     """Reduce ``x`` over the ranks in place and return it: the same on every rank."""
     if world_size(group) > 1:
         dist.all_reduce(x, op=op, group=group)
     return x
 
 
-def reduce_scatter_rows(x, group=None):
+def reduce_scatter_rows(x: torch.Tensor, group: Group = None) -> torch.Tensor:
     """Sum over ranks of ``x`` (R·B, ...), of which this rank gets its own rows: (B, ...)."""
     ranks = world_size(group)
     if ranks == 1:
         return x
     x = x.contiguous()
     shape = (x.shape[0] // ranks, *x.shape[1:])
-    if (
-        x.device.type == "cpu"
-    ):  # gloo lacks reduce-scatter in some versions: the same bytes, summed in rank order
+    if x.device.type == "cpu":  # gloo lacks it in some versions: the same bytes, summed in rank order
         blocks = torch.empty_like(x)
         dist.all_to_all_single(blocks, x, group=group)
         return blocks.view(ranks, *shape).sum(0)
@@ -99,7 +103,7 @@ def reduce_scatter_rows(x, group=None):
     return received
 
 
-def exchange_row_blocks(x, size, group=None):
+def exchange_row_blocks(x: torch.Tensor, size: int, group: Group = None) -> torch.Tensor:
     """Turn column shards of all rows into whole rows of one's own: (R·B, S) -> (B, K), by one all-to-all.
 
     Rank r brings the columns of ``shard_range(size, R, r)`` for the rows of all ranks, and gets its own B
@@ -122,7 +126,7 @@ def exchange_row_blocks(x, size, group=None):
     return torch.cat([block.view(num_rows, -1) for block in blocks if len(block)], dim=1)
 
 
-def gather_objects(value, group=None):
+def gather_objects(value: T, group: Group = None) -> list[T]:
     """Every rank's ``value`` (anything that pickles) in rank order, on every rank. Between hosts only."""
     if world_size(group) == 1:
         return [value]
@@ -131,12 +135,14 @@ def gather_objects(value, group=None):
     return values
 
 
-def all_max(value, group=None):
+def all_max(value: float, group: Group = None) -> float:
     """The largest of the ranks' ``value`` (a Python number), on every rank. Between hosts only."""
     return max(gather_objects(value, group))
 
 
-def assert_equal_on_all_ranks(values: Mapping, what, group=None, error=None):
+def assert_equal_on_all_ranks(
+    values: Mapping[str, Any], what: str, group: Group = None, error: str | None = None
+) -> None:
     """Raise the same kind of error on EVERY rank when the ranks disagree: a clear line instead of a hang.
 
     Args:
@@ -170,7 +176,7 @@ def _host_group(group):
     )
 
 
-def new_host_group(group=None, **options):
+def new_host_group(group: Group = None, **options: Any) -> dist.ProcessGroup:
     """A gloo group of the ranks of ``group``: waits for no GPU, at most :func:`exchange_timeout`. Collective.
 
     ``options``: of ``torch.distributed.new_group``.

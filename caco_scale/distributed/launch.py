@@ -11,8 +11,10 @@ import json
 import os
 import platform
 import warnings
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -43,7 +45,7 @@ def _is_true(environment, variable):
     return environment.get(variable, "false").lower() in ("true", "1", "yes")
 
 
-def launched_strategy(environment):
+def launched_strategy(environment: Mapping[str, str]) -> str:
     """The strategy that the launcher's config file asks for, one of :data:`STRATEGIES`.
 
     Raises:
@@ -64,7 +66,7 @@ def launched_strategy(environment):
     return "ddp"
 
 
-def check_fsdp(environment):
+def check_fsdp(environment: Mapping[str, str]) -> None:
     """Refuse the settings of an FSDP launch that would change what is computed, or that are not followed."""
     version = environment.get("FSDP_VERSION", "1")
     if version != "2":
@@ -104,7 +106,7 @@ EXACT_ZERO_KEYS = {
 EXACT_OFFLOAD_KEYS = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu", "nvme_path"}
 
 
-def deepspeed_config(environment):
+def deepspeed_config(environment: Mapping[str, str]) -> dict:
     """DeepSpeed's settings as the launch gives them, checked, with batch sizes left open: a dict.
 
     From the JSON that the launcher's config file names, or from its own fields. What decides the mathematics is
@@ -131,7 +133,7 @@ def deepspeed_config(environment):
     }
 
 
-def offloads(environment):
+def offloads(environment: Mapping[str, str]) -> bool:
     """Whether the launch keeps DeepSpeed's master parameters and optimizer state in the host's memory."""
     if not _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
         return False
@@ -139,7 +141,7 @@ def offloads(environment):
     return offload.get("device", "none") != "none"
 
 
-def find_deepspeed_json(name):
+def find_deepspeed_json(name: str) -> Path:
     """The JSON file that a launcher's config names: from the working directory, beside it, or in the checkout."""
     beside = _launcher_config_folder()
     places = [
@@ -195,7 +197,7 @@ def _config_of_fields(environment):
     }
 
 
-def check_deepspeed(config, source):
+def check_deepspeed(config: dict, source: str) -> None:
     """Refuse DeepSpeed settings under which another model would be trained, each by name with its alternative."""
 
     def refuse(setting, why):
@@ -238,8 +240,8 @@ def check_deepspeed(config, source):
 # Joining
 
 
-def start_processes(asked_world_size=0, timeout_seconds=1800):
-    """Join the launch's process group (gloo on CPU, NCCL on CUDA), check it -> accelerate's ``Accelerator``.
+def start_processes(asked_world_size: int = 0, timeout_seconds: float = 1800) -> Accelerator:
+    """Join the launch's process group (gloo on CPU, NCCL on CUDA) and check it.
 
     Args:
         asked_world_size: ``run.world_size``; 0 = take what comes, but refuse a launch that speaks of several
@@ -274,7 +276,7 @@ def start_processes(asked_world_size=0, timeout_seconds=1800):
     return accelerator
 
 
-def keep_freed_memory():
+def keep_freed_memory() -> None:
     """Let this process keep what its tensors free for the next ones, as torch does by itself on a GPU.
 
     By default glibc gives large blocks back to the system, which hands them out again page by page, zeroed: that was a
@@ -315,7 +317,7 @@ def _start_deepspeed(on_cpu, options):
     return accelerator
 
 
-def import_deepspeed():
+def import_deepspeed() -> ModuleType:
     """DeepSpeed, without the all-reduce over shared memory that it would compile on a CPU for a minute.
 
     That one serves tensor-parallel inference alone, and needs a compiler and ninja.
@@ -352,7 +354,7 @@ def _unset(variable):
 # What came of it
 
 
-def refuse_lost_driver(environment, devices=Path("/dev")):
+def refuse_lost_driver(environment: Mapping[str, str], devices: Path = Path("/dev")) -> None:
     """An NVIDIA machine on which torch sees no GPU trains on its CPU, hundreds of times more slowly: say so.
 
     ``CUDA_VISIBLE_DEVICES=""`` (or -1), or ``accelerate launch --cpu``, says that the CPU is meant.
@@ -368,12 +370,12 @@ def refuse_lost_driver(environment, devices=Path("/dev")):
             signs.append(f"{name}={environment[name]}")
     if signs:
         raise UserError(
-            f"this machine speaks of GPUs ({', '.join(signs[:3])}) but torch {torch.__version__} sees none: mend the "
+            f"this machine speaks of GPUs ({', '.join(signs[:3])}) but torch {torch.__version__} sees none: repair the "
             "driver (nvidia-smi) or install a torch for it, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
 
 
-def check_world_size(world_size, asked, environment):
+def check_world_size(world_size: int, asked: int, environment: Mapping[str, str]) -> None:
     """Refuse a launch that trains with other processes than its user believes.
 
     Args:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from caco_scale.distributed.collectives import all_gather_rows, rank, shard_range
+from caco_scale.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,16 @@ def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def shard_group(tensor: DTensor) -> dist.ProcessGroup:
-    """The ranks that hold the parts of a DTensor, as FSDP2 cuts it."""
-    assert tensor.device_mesh.ndim == 1, tensor.device_mesh
-    assert tensor.placements[0].is_shard(0), tensor.placements
+    """The ranks that hold the parts of a DTensor, as FSDP2 cuts it.
+
+    Raises:
+        UserError: it is cut otherwise.
+    """
+    if tensor.device_mesh.ndim != 1 or not tensor.placements[0].is_shard(0):
+        raise UserError(
+            f"a parameter lies as {tensor.placements} on a mesh of {tensor.device_mesh.ndim} dimension(s): use "
+            "FSDP2 on a mesh of one dimension, which shards rows"
+        )
     return tensor.device_mesh.get_group()
 
 
@@ -121,9 +129,16 @@ def flat_partitions(zero: Any) -> list[FlatPartition]:
 
     ``zero``: the engine's ``optimizer``. Not by DeepSpeed's own ``_hp_mapping``, which is wrong under
     ``round_robin_gradients`` (0.19.8).
+
+    Raises:
+        UserError: an optimizer of DeepSpeed that is not ZeRO's.
     """
     if hasattr(zero, "fp32_partitioned_groups_flat"):
         return [_flat_of_stage_3(zero, i) for i in range(len(zero.fp16_groups))]
+    if not hasattr(zero, "round_robin_bit16_groups"):
+        raise UserError(
+            f"what DeepSpeed's {type(zero).__name__} makes of parameters is not known here: use ZeRO stage 1, 2 or 3"
+        )
     return [_flat_of_stages_1_and_2(zero, i) for i in range(len(zero.bit16_groups))]
 
 

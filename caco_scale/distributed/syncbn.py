@@ -14,7 +14,9 @@ from torch.autograd.function import once_differentiable
 from caco_scale.distributed.collectives import world_size
 
 
-def convert_sync_batchnorm(module, device_type, group=None):
+def convert_sync_batchnorm(
+    module: nn.Module, device_type: str, group: dist.ProcessGroup | None = None
+) -> nn.Module:
     """``module`` with every BatchNorm synchronised over the ranks of ``group``; untouched on one rank.
 
     Parameters and buffers stay the same objects under the same names. ``device_type``: "cuda" gives
@@ -35,7 +37,9 @@ def _convert_portable(module, group):
     return module
 
 
-def combine_statistics(counts, means, second_moments):
+def combine_statistics(
+    counts: torch.Tensor, means: torch.Tensor, second_moments: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Count, mean and sum of squared deviations of a union, from those of its parts (Chan et al., 1979).
 
     ``counts`` (R, 1), ``means`` and ``second_moments`` (R, C) -> (1,), (C,), (C,). No difference of large

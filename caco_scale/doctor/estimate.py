@@ -39,7 +39,7 @@ def total_steps(config: Config) -> tuple[int, int]:
         raise UserError(
             f"data.global_batch_size {batch:,} is more than the {images:,} training images: lower it"
         )
-    schedule = build_schedule(config, SimpleNamespace(num_samples=images, steps_per_epoch=images // batch))
+    schedule = build_schedule(config, SimpleNamespace(steps_per_epoch=images // batch))
     return min(schedule.total_steps, config.run.max_steps or schedule.total_steps), images
 
 

@@ -49,6 +49,7 @@ def main(stage: int = 2) -> None:
             "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
             "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,  # DeepSpeed clips at a norm of 1 otherwise
             "zero_force_ds_cpu_optimizer": False,
         },
     )

@@ -16,9 +16,8 @@ from caco_scale.choices import BANK_RULES, BankRule
 class Schedule:
     """What the schedules are made of: plain values, the lengths in epochs of the data."""
 
-    num_samples: int  # images of the data set
     global_batch_size: int  # N, images per optimizer step over all ranks
-    steps_per_epoch: int  # S = floor(num_samples / N)
+    steps_per_epoch: int  # S = floor(images of the data set / N)
     epochs: int  # of the main schedule; the bank warm-up comes before it
     base_lr: float  # of the encoder, per 256 images
     lr_warmup_epochs: float  # linear warm-up of both learning rates in the main schedule
@@ -35,15 +34,15 @@ class Schedule:
 
     def __post_init__(self):
         assert self.bank_rule in BANK_RULES, self.bank_rule
-        assert self.steps_per_epoch == self.num_samples // self.global_batch_size > 0, self
+        assert self.steps_per_epoch > 0, self
 
     @property
-    def peak_lr(self):
+    def peak_lr(self) -> float:
         """The encoder's absolute learning rate after warm-up: base_lr * N / 256."""
         return self.base_lr * self.global_batch_size / 256
 
     @property
-    def warmup_steps(self):
+    def warmup_steps(self) -> int:
         """Steps of the bank warm-up: enough to fill the bank, or the epochs asked for if those are more."""
         if self.bank_rule != "caco" and self.bank_warmup_epochs == 0:
             return 0
@@ -51,11 +50,11 @@ class Schedule:
         return max(steps_to_fill, self.bank_warmup_epochs * self.steps_per_epoch)
 
     @property
-    def main_steps(self):
+    def main_steps(self) -> int:
         return self.epochs * self.steps_per_epoch
 
     @property
-    def total_steps(self):
+    def total_steps(self) -> int:
         return self.warmup_steps + self.main_steps
 
 
@@ -75,7 +74,7 @@ class HyperParameters:
     is_switch: bool
 
 
-def hyper_parameters(schedule, step):
+def hyper_parameters(schedule: Schedule, step: int) -> HyperParameters:
     """The hyper-parameters of ``step``, counted from the first update, bank warm-up included."""
     assert 0 <= step < schedule.total_steps, (step, schedule.total_steps)
     if step < schedule.warmup_steps:
@@ -114,11 +113,11 @@ def _bank_warmup(schedule, step):
     )
 
 
-def linear_warmup(t, num_steps):
+def linear_warmup(t: int, num_steps: int) -> float:
     """(t + 1) / num_steps up to 1: the first step already moves."""
     return min(1.0, (t + 1) / num_steps) if num_steps > 0 else 1.0
 
 
-def cosine_decay(t, num_steps):
+def cosine_decay(t: int, num_steps: int) -> float:
     """From 1 at t <= 0 down to 0 at t = num_steps along half a cosine."""
     return 0.5 * (1 + math.cos(math.pi * t / num_steps)) if t > 0 else 1.0

@@ -144,7 +144,6 @@ def build_augment(config: Config, backend: str = "inductor") -> Callable:
 def build_schedule(config: Config, order: Any) -> Schedule:
     """The schedule of a config over an order's ``num_samples`` and ``steps_per_epoch``."""
     return Schedule(
-        num_samples=order.num_samples,
         global_batch_size=config.data.global_batch_size,
         steps_per_epoch=order.steps_per_epoch,
         epochs=config.optim.epochs,
