@@ -60,6 +60,7 @@ def deepspeed_loop(rank, world_size, stage, grouped, attach, **zero):
     config = {
         "train_micro_batch_size_per_gpu": 8 // world_size,
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # by default it clips at a norm of 1
         "zero_optimization": {"stage": stage, **zero},
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=lars, config=config)

@@ -171,11 +171,11 @@ def test_average_at_the_end_of_a_step_gives_the_keys_of_one_at_the_start(changes
     assert ours == pytest.approx(authors, rel=1e-12)  # the last average is empty: momentum 1
 
 
-def test_steps_outside_the_schedule_and_inconsistent_epochs_are_refused():
+def test_steps_outside_the_schedule_and_epochs_without_one_are_refused():
     for step in (-1, 100):
         with pytest.raises(AssertionError):
             hyper_parameters(BASE, step)
     with pytest.raises(AssertionError):
-        replace(steps_per_epoch=11)
+        replace(steps_per_epoch=0)
     with pytest.raises(AssertionError):
         replace(bank_rule="dino")

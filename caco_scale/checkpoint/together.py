@@ -50,7 +50,7 @@ def together(function: Callable[[], T], group: dist.ProcessGroup | None) -> list
         outcome = (function(), None)
     except (Exception, CheckpointException) as error:
         outcome, cause = (None, reason_of(error)), error
-    outcomes = [outcome]
+    outcomes: list = [outcome]
     if group is not None:
         outcomes = [None] * dist.get_world_size(group)
         try:

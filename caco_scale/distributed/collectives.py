@@ -10,7 +10,7 @@ Shapes: R ranks; B rows a rank, equal on all; K rows sharded over the ranks, S o
 import functools
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -130,7 +130,7 @@ def gather_objects(value: T, group: Group = None) -> list[T]:
     """Every rank's ``value`` (anything that pickles) in rank order, on every rank. Between hosts only."""
     if world_size(group) == 1:
         return [value]
-    values = [None] * world_size(group)
+    values: list = [None] * world_size(group)
     dist.all_gather_object(values, value, group=_host_group(_resolve(group)))
     return values
 
@@ -182,4 +182,6 @@ def new_host_group(group: Group = None, **options: Any) -> dist.ProcessGroup:
     ``options``: of ``torch.distributed.new_group``.
     """
     ranks = dist.get_process_group_ranks(_resolve(group))
-    return dist.new_group(ranks, backend="gloo", timeout=_exchange_timeout, **options)
+    return cast(
+        dist.ProcessGroup, dist.new_group(ranks, backend="gloo", timeout=_exchange_timeout, **options)
+    )

@@ -15,17 +15,18 @@ from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import KwargsHandler
 
+from caco_scale.choices import STRATEGIES
 from caco_scale.distributed.collectives import set_exchange_timeout
 from caco_scale.errors import UserError, one_line
 
 # torch renames the option; both names mean the same here, and 2.11 knows only this one.
 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 # What launchers leave in the environment of a process that is one of several.
 PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -46,7 +47,7 @@ def _is_true(environment, variable):
 
 
 def launched_strategy(environment: Mapping[str, str]) -> str:
-    """The strategy that the launcher's config file asks for, one of :data:`STRATEGIES`.
+    """The strategy that the launcher's config file asks for, one of :data:`~caco_scale.choices.STRATEGIES`.
 
     Raises:
         UserError: what this program does not train with, and what does the same.
@@ -262,10 +263,12 @@ def start_processes(asked_world_size: int = 0, timeout_seconds: float = 1800) ->
     # accelerate 1.15 believes to be rank 0 of 1 on a CPU unless it is told the backend; alone it refuses one.
     grouped = int(os.environ.get("WORLD_SIZE", 1)) > 1 or strategy.startswith("zero")
     backend, timeout = "gloo" if on_cpu else "nccl", timedelta(seconds=timeout_seconds)
-    handlers = [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if grouped else []
+    handlers: list[KwargsHandler] = (
+        [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if grouped else []
+    )
     # Buffers are not broadcast (SyncBN keeps them equal); mixed precision belongs to the model's own forward.
     handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True))
-    options = {"mixed_precision": "no", "dynamo_backend": "no", "kwargs_handlers": handlers}
+    options: dict[str, Any] = {"mixed_precision": "no", "dynamo_backend": "no", "kwargs_handlers": handlers}
     if strategy.startswith("zero"):
         accelerator = _start_deepspeed(on_cpu, options)
     else:

@@ -23,6 +23,9 @@ from torch.distributed.tensor import DTensor
 from caco_scale.distributed.collectives import all_gather_rows, rank, shard_range
 from caco_scale.errors import UserError
 
+# A tensor, a DTensor, or a parameter to which DeepSpeed has given attributes of its own (``ds_tensor`` and others).
+EngineTensor = Any
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -54,12 +57,12 @@ class FlatPartition:
         return [flat.narrow(0, piece.start, piece.numel) for piece in self.pieces]
 
 
-def is_zero3(parameter: torch.Tensor) -> bool:
+def is_zero3(parameter: EngineTensor) -> bool:
     """Whether DeepSpeed ZeRO-3 has partitioned this parameter."""
     return hasattr(parameter, "ds_tensor")
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: EngineTensor) -> torch.Tensor:
     """The part of ``tensor`` that this rank holds, to read or to change in place; all of it where it is whole."""
     if isinstance(tensor, DTensor):
         return tensor.detach().to_local()
@@ -68,7 +71,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def flat_part(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+def flat_part(tensor: EngineTensor) -> tuple[torch.Tensor, int]:
     """This rank's part as a flat view and its offset in the whole's flat view: ((n,), int)."""
     if isinstance(tensor, DTensor):
         group, ranks = shard_group(tensor), tensor.device_mesh.size()
@@ -82,7 +85,7 @@ def flat_part(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return tensor.detach().view(-1), 0
 
 
-def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+def whole_shape(tensor: EngineTensor) -> tuple[int, ...]:
     """The shape of the whole, of which this rank may hold a part."""
     return tuple(tensor.ds_shape if is_zero3(tensor) else tensor.shape)
 
@@ -102,7 +105,7 @@ def shard_group(tensor: DTensor) -> dist.ProcessGroup:
 
 
 @torch.no_grad()
-def gather_whole(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def gather_whole(tensor: EngineTensor, device: torch.device) -> torch.Tensor:
     """The whole of a parameter on every rank's ``device``, a copy of its own unless it is whole already. Collective."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
@@ -112,7 +115,7 @@ def gather_whole(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.detach()
 
 
-def refresh_gathered(parameters: Iterable[torch.Tensor]) -> None:
+def refresh_gathered(parameters: Iterable[EngineTensor]) -> None:
     """Gather anew the parameters that ZeRO-3 keeps whole besides their partition, which was changed. Collective.
 
     It calls small parameters persistent and never gathers them again by itself: they would go stale unseen.

@@ -111,7 +111,7 @@ class _Share:
     belongs to. ``dimensions``: of the L whole tensors.
     """
 
-    tensors: tuple[Tensors, Tensors, Tensors]
+    tensors: list[Tensors]
     slots: list[int]
     dimensions: list[int]
     group: dist.ProcessGroup | None
@@ -136,7 +136,8 @@ class LARS(torch.optim.Optimizer):
         engine, *_ = deepspeed.initialize(model=model, optimizer=lars, config=config)
         lars.attach(engine)
 
-    With either the step is collective: one all-reduce of (2, L) float64 for a group.
+    (DeepSpeed clips gradients at a norm of 1 unless ``config`` sets ``gradient_clipping`` to 0.) With either the step
+    is collective: one all-reduce of (2, L) float64 for a group.
 
     Raises:
         UserError: at a step, for flat tensors of an engine that it is not attached to.
@@ -252,19 +253,14 @@ class LARS(torch.optim.Optimizer):
                 whole.append(p)
         for group, together in ((None, whole), *rows.items()):
             if together:
-                parts = [tuple(map(local_part, (p, p.grad, self._buffer(p)))) for p in together]
-                dimensions = [p.ndim for p in together]
-                yield _Share(
-                    tuple(map(list, zip(*parts, strict=True))),
-                    list(range(len(together))),
-                    dimensions,
-                    group,
-                    together[0].device,
-                )
+                tensors = [together, [p.grad for p in together], [self._buffer(p) for p in together]]
+                tensors = [[local_part(tensor) for tensor in part] for part in tensors]
+                slots, dimensions = list(range(len(together))), [p.ndim for p in together]
+                yield _Share(tensors, slots, dimensions, group, together[0].device)
 
     def _share_of_flat(self, p, partition):
         return _Share(
-            tuple(partition.views(flat) for flat in (p, p.grad, self._buffer(p))),
+            [partition.views(flat) for flat in (p, p.grad, self._buffer(p))],
             [piece.slot for piece in partition.pieces],
             [len(whole_shape(parameter)) for parameter in partition.parameters],
             partition.group,

@@ -2,7 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ class Strategy:
         self.device = accelerator.device
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         assert self.world_size == collectives.world_size(), "accelerate and torch see different processes"
-        self.module = convert_sync_batchnorm(model, self.device.type).to(self.device)
+        self.module: Any = convert_sync_batchnorm(model, self.device.type).to(self.device)
 
     def __call__(self, views: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Queries of all views and keys of the two global views: see ``QueryKeyModel.forward``."""
@@ -60,12 +61,12 @@ class Strategy:
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def evaluation_encoder(self) -> Iterator[nn.Module]:
+    def evaluation_encoder(self) -> Generator[nn.Module, None, None]:
         """The whole query encoder on every rank, to run as each rank likes, ranks apart. Entering is collective."""
         yield self.module.query
 
     @contextlib.contextmanager
-    def loading(self) -> Iterator[None]:
+    def loading(self) -> Generator[None, None, None]:
         """Context in which another loads ``module`` and ``optimizer`` in place, what this rank holds of them.
 
         Copies that an engine keeps of the parameters follow on the way out. Collective.
@@ -99,7 +100,7 @@ class WholeCopy:
         self._copy = copy.deepcopy(encoder).to("meta")
 
     @contextlib.contextmanager
-    def of(self, encoder: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    def of(self, encoder: nn.Module, device: torch.device) -> Generator[nn.Module, None, None]:
         """The copy with all of ``encoder``'s parameters and buffers, on every rank; entering is collective."""
         whole = self._copy.to_empty(device=device)
         for target, source in zip(whole.parameters(), encoder.parameters(), strict=True):

@@ -1,5 +1,7 @@
 """Choose and build the strategy of a launch, and refuse what it could not train exactly."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -18,7 +20,7 @@ def build_strategy(
     build_optimizer: OptimizerBuilder,
     compiled: bool = False,
 ) -> Strategy:
-    """The strategy ``name`` (:data:`~caco_scale.distributed.launch.STRATEGIES`) around a fresh model. Collective.
+    """The strategy ``name`` (:data:`~caco_scale.choices.STRATEGIES`) around a fresh model. Collective.
 
     Args:
         accelerator: of :func:`~caco_scale.distributed.launch.start_processes`.
@@ -39,7 +41,7 @@ def build_strategy(
     return Zero(accelerator, model, build_optimizer)
 
 
-def compile_encoders(model: nn.Module, backend: str = "inductor") -> None:
+def compile_encoders(model: Any, backend: str = "inductor") -> None:
     """Compile both encoders: once for each size of view, whatever follows (a graph of free sizes would be slower)."""
     model.query.compile(backend=backend, dynamic=False)
     model.key.compile(backend=backend, dynamic=False)
