@@ -212,7 +212,7 @@ WRONG_NUMBERS = [
         ("--batch_size", "65"),
         "--batch_size 65 is more than the 64 training images: give 64 or less",
     ),
-    ("linear", ("--batch_size", "1.5"), "--batch_size is '1.5', which is not int"),
+    ("linear", ("--batch_size", "1.5"), "--batch_size is 1.5, which is not int"),
     ("linear-fast", ("--batch_size", "100"), "--batch_size 100 is more than the 64 training images"),
     ("linear-fast", ("--lr", "1e300"), "--lr is 1e+300: give at most 1000000.0"),
     ("finetune", ("--fraction", "0"), "--fraction is 0.0: give a number above 0"),
