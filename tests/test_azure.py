@@ -92,7 +92,7 @@ def test_a_set_in_azure_is_built_read_verified_and_repaired(container, tmp_path)
     assert done.returncode == 0, done.stderr
     remote = Remote(url)
     expected = {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir() if path.is_file()}
-    assert {name: remote.read_whole(name) for name in remote.list()} == expected
+    assert {name: remote.read_whole(name) for name in remote.listing()} == expected
     assert verify(url, full=True, workers=1) == [(url, manifest)]
     for cache in ("none", str(tmp_path / "cache")):
         store, on_disk = open_store(url, cache), open_store(local)

@@ -37,7 +37,7 @@ def tree(tmp_path):
 def objects(url):
     """Every object directly below an address with its bytes."""
     remote = Remote(url)
-    return {name: remote.read_whole(name) for name in remote.list()}
+    return {name: remote.read_whole(name) for name in remote.listing()}
 
 
 def local_files(folder):
@@ -151,7 +151,7 @@ def test_a_dry_run_writes_nothing(tree, s3, tmp_path):
         assert done.returncode == 0, done.stderr
         assert "would write 30 images in 4 shards, about 0.1 MB" in done.stdout
     assert not (tmp_path / "dry").exists()
-    assert not Remote(f"{s3}/dry").list()
+    assert not Remote(f"{s3}/dry").listing()
 
 
 def test_short_side(tree, tmp_path):
