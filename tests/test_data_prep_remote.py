@@ -55,7 +55,7 @@ def test_a_set_in_the_bucket_is_the_one_on_disk_at_any_number_of_workers(tree, s
     assert done.returncode == 0, done.stderr
     expected = local_files(tmp_path / "set")
     assert objects(f"{s3}/one") == objects(f"{s3}/three") == expected
-    assert not Remote(f"{s3}/one").list(".build")
+    assert not Remote(f"{s3}/one").listing(".build")
     assert build(tree, f"{s3}/one", samples_per_shard=8)[0][2]  # finished already
     assert verify(f"{s3}/one", full=True, workers=1) == [(f"{s3}/one", manifest)]
     line = refused("another build (seed 0 there, 1 now", "build", tree, f"{s3}/one", "--seed", 1)
@@ -83,7 +83,7 @@ def test_killed_twice_on_the_way_into_the_bucket(s3, tmp_path):
     target, remote = f"{s3}/killed", Remote(f"{s3}/killed")
     for workers, until in ((2, 8), (1, 20)):
         process = start("build", source, target, "--samples-per-shard", 1, "--workers", workers)
-        while process.poll() is None and len(remote.list(".build")) <= until:
+        while process.poll() is None and len(remote.listing(".build")) <= until:
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
@@ -94,7 +94,7 @@ def test_killed_twice_on_the_way_into_the_bucket(s3, tmp_path):
         assert remote.size("manifest.json") is None
         with pytest.raises(UserError, match=r"has no manifest\.json"):
             open_store(target, "none")
-    recorded = len(remote.list(".build")) - 1
+    recorded = len(remote.listing(".build")) - 1
     assert 20 <= recorded < 60
     done = command("build", source, target, "--samples-per-shard", 1, "--workers", 2)
     assert done.returncode == 0, done.stderr
@@ -257,7 +257,7 @@ def test_archives_into_the_bucket_killed_twice_verified_and_trained_on(s3, tmp_p
     target, remote = f"{s3}/imagenet/train", Remote(f"{s3}/imagenet/train")
     for until in (2, 5):
         process = start("build", train, target, "--samples-per-shard", 1, "--workers", 1)
-        while process.poll() is None and len(remote.list(".build")) <= until:
+        while process.poll() is None and len(remote.listing(".build")) <= until:
             time.sleep(0.02)
         assert process.poll() is None
         process.kill()
