@@ -22,7 +22,7 @@ from caco_scale.data.views import ViewSpec
 from caco_scale.errors import UserError
 from caco_scale.run.audit import read_audit
 from caco_scale.run.files import read_json_lines
-from caco_scale.training.assemble import TrainingData
+from caco_scale.training.checks import Start, check_batch, check_data, check_evaluation
 from data_prep.build import build
 from data_prep.index import index
 
@@ -224,7 +224,10 @@ def prepared(shards, val_shards):
         data__global_batch_size=8,
         eval__knn_k=3,
     )
-    return TrainingData(config, 0, 1)
+    start = Start(config, "ddp", 0, 1, torch.device("cpu"))
+    for check in (check_batch, check_data, check_evaluation):
+        check(start)
+    return start.data
 
 
 def test_an_evaluation_without_labels_is_refused_before_training(class_folders, tmp_path):
