@@ -11,10 +11,9 @@ import yaml
 from launch import ROOT, SMALL, launch
 from shard_sets import make_shard_set
 
+from caco_scale.distributed.deepspeed_config import deepspeed_config, find_deepspeed_json
 from caco_scale.distributed.launch import (
     check_world_size,
-    deepspeed_config,
-    find_deepspeed_json,
     launched_strategy,
     refuse_lost_driver,
 )
