@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     config, plan = parse(sys.argv[1:] if arguments is None else arguments, prog, Plan)
     from caco_scale.doctor.checks import everywhere, examine
 
-    findings = everywhere(examine(config, plan.processes and (plan.strategy, plan.processes)))
+    findings = everywhere(examine(config, (plan.strategy, plan.processes) if plan.processes else None))
     failures = sum(f.status == "FAIL" for f in findings)
     if int(os.environ.get("RANK", 0)):
         sys.exit(0)  # rank 0 answers for all; a failure here would have it ended before it speaks

@@ -3,7 +3,7 @@
 Shapes: N global batch, B this rank's share of it, b a micro-batch, H pixels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class TrainingData:
         self.batch_size = share_size(data.global_batch_size, world_size)
         self.micro_batch_size = data.micro_batch_size or self.batch_size
 
-    def batches(self, start: int, end: int) -> Iterator[Batch]:
+    def batches(self, start: int, end: int) -> Generator[Batch, None, None]:
         """This rank's :class:`~caco_scale.data.loader.Batch` of every step from ``start`` up to ``end``."""
         return train_batches(
             self.store,
