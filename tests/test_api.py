@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from launch import SMALL, by, environment, final_state, launch, planned_keys, relative_difference
+from launch import ROOT, SMALL, by, environment, final_state, launch, planned_keys, relative_difference
 from PIL import Image
 from run_directories import save_run
 from shard_sets import make_shard_set, smooth_image
@@ -86,6 +86,11 @@ def test_every_public_name_is_there_documented_and_annotated(name):
                 p.name for p in signature.parameters.values() if p.annotation is p.empty and p.name != "self"
             ]
             assert not bare, f"{name}.{member.__name__}: {bare} without a type"
+
+
+def test_the_page_shows_every_public_name():
+    page = (ROOT / "caco_scale" / "examples" / "README.md").read_text()
+    assert [name for name in caco_scale.__all__ if name not in page] == []
 
 
 def test_pretrain_is_the_function_whatever_was_imported():
