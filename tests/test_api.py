@@ -24,7 +24,7 @@ from caco_scale.data.store import open_store
 from caco_scale.errors import UserError
 
 STEPS = SMALL["run.max_steps"]
-PUBLIC = sorted(set(caco_scale.__all__) - {"LARS"})
+PUBLIC = sorted(caco_scale.__all__)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 Group = dist.ProcessGroup | None  # None: all ranks
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 
 _exchange_timeout = timedelta(minutes=30)
 
@@ -135,7 +136,7 @@ def gather_objects(value: T, group: Group = None) -> list[T]:
     return values
 
 
-def all_max(value: float, group: Group = None) -> float:
+def all_max(value: N, group: Group = None) -> N:
     """The largest of the ranks' ``value`` (a Python number), on every rank. Between hosts only."""
     return max(gather_objects(value, group))
 

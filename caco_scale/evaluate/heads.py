@@ -82,11 +82,18 @@ class LinearHeads:
                 [gradient[head] for gradient in gradients],
                 [velocity[head] for velocity in self.velocity],
             )
-            how = {"lr": rate * factor, "momentum": MOMENTUM}
+            lr = rate * factor
             if self.optimizer == "lars":
-                lars_update(own, *moving, weight_decay=0.0, trust_coefficient=TRUST_COEFFICIENT, **how)
+                lars_update(
+                    own,
+                    *moving,
+                    lr=lr,
+                    momentum=MOMENTUM,
+                    weight_decay=0.0,
+                    trust_coefficient=TRUST_COEFFICIENT,
+                )
             else:
-                momentum_update(own, *moving, **how)
+                momentum_update(own, *moving, lr=lr, momentum=MOMENTUM)
         return losses
 
     def tensors(self) -> dict[str, Tensor]:

@@ -135,7 +135,7 @@ class FineTuned:
             )
             part.backward()
             loss += part.detach()
-        gradients = [p.grad.flatten() for p in self.parameters]
+        gradients = [p.grad.flatten() for p in self.parameters if p.grad is not None]
         summed = collectives.all_reduce_(torch.cat([loss.view(1), *gradients]))
         loss, *gradients = summed.split([1, *(len(gradient) for gradient in gradients)])
         for p, gradient in zip(self.parameters, gradients, strict=True):
