@@ -9,7 +9,8 @@ import sys
 import tomllib
 
 import pytest
-from launch import ROOT, environment
+from launch import ROOT, SMALL, environment
+from shard_sets import make_shard_set
 
 from caco_scale import commands, flags
 from caco_scale.__main__ import dispatch
@@ -146,6 +147,27 @@ def test_every_module_is_its_command(tmp_path, module, name):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_program_trains_with_loader_processes(tmp_path):
+    """As pip installs it: a script that imports the entry point, which loader processes import again."""
+    program = tmp_path / "caco"
+    program.write_text(
+        "import sys\nfrom caco_scale.__main__ import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+    )
+    shards = make_shard_set(tmp_path / "set", num_images=48, samples_per_shard=20)
+    given = {**SMALL, "data.shards": shards, "data.workers": 1, "run.dir": "run", "run.max_steps": 2}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, program, "pretrain", "demo", *words],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/DONE").exists()
 
 
 # ---- the README's commands
