@@ -4,9 +4,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from caco_scale.commands import COMMANDS, every_command
+from caco_scale.commands.table import COMMANDS, every_command
 from caco_scale.errors import exit_on_user_error, run_command
-from caco_scale.flags import pick
+from caco_scale.flags.read import pick
 
 ABOUT = "CaCo: self-supervised pre-training of image encoders at cluster scale (arXiv:2203.14370)."
 

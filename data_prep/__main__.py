@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional
 
 from caco_scale.errors import UserError, exit_on_user_error, unless_nobody_reads
-from caco_scale.flags import Switch, read_command, shown
-from caco_scale.rules import Rule
+from caco_scale.flags.read import Switch, read_command, shown
+from caco_scale.flags.rules import Rule
 
 PROG = "python -m data_prep"
 ONE_PER_CLASS = Rule(lambda x: x >= 10, "give at least 10, one image per class")

@@ -19,9 +19,9 @@ from oracle import enqueue, oracle_step, random_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from caco_scale.choices import BANK_EXCHANGES as EXCHANGES
 from caco_scale.distributed import collectives
 from caco_scale.errors import UserError
+from caco_scale.flags.choices import BANK_EXCHANGES as EXCHANGES
 from caco_scale.method import bank_compute
 from caco_scale.method.bank import ShardedBank
 from caco_scale.method.bank_exchange import pack_nearest, unpack_nearest

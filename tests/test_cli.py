@@ -12,11 +12,12 @@ import pytest
 from launch import ROOT, SMALL, environment
 from shard_sets import make_shard_set
 
-from caco_scale import commands, flags
 from caco_scale.__main__ import dispatch
-from caco_scale.completion import script
+from caco_scale.commands import table as commands
+from caco_scale.commands.completion import script
 from caco_scale.config import parse
 from caco_scale.errors import UserError
+from caco_scale.flags import read as flags
 
 EVERY = list(commands.every_command())
 # Module commands that are not the name of a command of ``caco``.

@@ -10,7 +10,7 @@ import tyro
 from launch import environment
 
 from caco_scale.errors import UserError
-from caco_scale.flags import flag_types, read, read_both, shown
+from caco_scale.flags.read import flag_types, read, read_both, shown
 
 
 @dataclass(frozen=True)

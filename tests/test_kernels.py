@@ -8,9 +8,9 @@ import torch
 from gloo import run_ranks
 from oracle import oracle_step, random_inputs
 
-from caco_scale.choices import KERNEL_INPUTS
 from caco_scale.distributed.collectives import shard_range
 from caco_scale.errors import UserError
+from caco_scale.flags.choices import KERNEL_INPUTS
 from caco_scale.method.bank import ShardedBank
 
 CASES = [  # samples, rows, dim, views, T, T_bank, rule

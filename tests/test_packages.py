@@ -6,7 +6,7 @@ from importlib import metadata
 from launch import ROOT
 from packaging.requirements import Requirement
 
-from caco_scale import packages
+from caco_scale.run import packages
 
 
 def test_a_checkout_says_what_its_pyproject_says():
@@ -16,7 +16,7 @@ def test_a_checkout_says_what_its_pyproject_says():
 
 
 def test_an_installation_says_what_its_metadata_say_without_extras(monkeypatch, tmp_path):
-    monkeypatch.setattr(packages, "__file__", str(tmp_path / "caco_scale/packages.py"))
+    monkeypatch.setattr(packages, "__file__", str(tmp_path / "caco_scale/run/packages.py"))
     lines = ["torch>=2.11", 'pytest; extra == "test"', 'tomli; python_version < "3"']
     monkeypatch.setattr(metadata, "requires", lambda name: lines if name == "caco_scale" else None)
     assert packages.requirements() == [Requirement("torch>=2.11")]
@@ -28,7 +28,7 @@ def test_a_bare_copy_says_nothing(monkeypatch, tmp_path):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(packages, "__file__", str(tmp_path / "caco_scale/packages.py"))
+    monkeypatch.setattr(packages, "__file__", str(tmp_path / "caco_scale/run/packages.py"))
     monkeypatch.setattr(metadata, "requires", missing)
     assert packages.requirements() == []
 

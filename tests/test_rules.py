@@ -7,9 +7,9 @@ from typing import Annotated
 
 import pytest
 
-from caco_scale import rules
 from caco_scale.errors import UserError
-from caco_scale.rules import AreaRange, Count, Free, PositiveFloat, PositiveInt, Probability
+from caco_scale.flags import rules
+from caco_scale.flags.rules import AreaRange, Count, Free, PositiveFloat, PositiveInt, Probability
 
 
 @dataclass(frozen=True)

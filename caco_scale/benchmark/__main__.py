@@ -14,8 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from caco_scale.benchmark.measure import Measured
 from caco_scale.config import Config, parse
 from caco_scale.errors import exit_on_user_error
-from caco_scale.flags import pick, read, shown, summary
-from caco_scale.rules import PositiveFloat, PositiveInt
+from caco_scale.flags.read import pick, read, shown, summary
+from caco_scale.flags.rules import PositiveFloat, PositiveInt
 
 PROG = "python -m caco_scale.benchmark"
 # What a measurement imports stands in its ``run``: --help and a typo are answered at once.

@@ -5,7 +5,7 @@
     recipes.py       a Config from a YAML file or from a checkpoint's plain values
     command_line.py  recipe and flags, as typed, to a Config
 
-Knows of no other room: of the package only ``errors``, ``rules``, ``choices`` and ``flags``. It is imported by what
+Knows of no other room: of the package only ``errors`` and ``flags``. It is imported by what
 builds the parts of a run, by commands and reports; the mathematics takes plain values.
 """
 

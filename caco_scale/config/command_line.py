@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from typing import Any, TypeVar, overload
 
-from caco_scale import flags
 from caco_scale.config.fields import Config
 from caco_scale.config.recipes import load_recipe, recipe_names
 from caco_scale.config.values import check, replace
+from caco_scale.flags import read as flags
 
 Own = TypeVar("Own")
 

@@ -9,8 +9,16 @@ from dataclasses import dataclass, field
 
 import tyro
 
-from caco_scale.choices import BankExchange, BankKernel, BankRule, Compute, KernelInputs, Optimizer, Stem
-from caco_scale.rules import (
+from caco_scale.flags.choices import (
+    BankExchange,
+    BankKernel,
+    BankRule,
+    Compute,
+    KernelInputs,
+    Optimizer,
+    Stem,
+)
+from caco_scale.flags.rules import (
     Amount,
     AreaRange,
     Count,

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from caco_scale import flags
 from caco_scale.config.fields import Config
 from caco_scale.errors import UserError, did_you_mean, one_line
+from caco_scale.flags import read as flags
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import yaml
 
-from caco_scale import rules
 from caco_scale.config.fields import Config
 from caco_scale.errors import UserError
+from caco_scale.flags import rules
 
 
 def flatten(config: Config) -> dict[str, Any]:

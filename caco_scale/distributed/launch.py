@@ -20,10 +20,10 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import KwargsHandler
 
-from caco_scale.choices import STRATEGIES
 from caco_scale.distributed.collectives import set_exchange_timeout
 from caco_scale.distributed.deepspeed_config import deepspeed_config
 from caco_scale.errors import UserError
+from caco_scale.flags.choices import STRATEGIES
 
 # torch renames the option; both names mean the same here, and 2.11 knows only this one.
 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
@@ -45,7 +45,7 @@ def _is_true(environment, variable):
 
 
 def launched_strategy(environment: Mapping[str, str]) -> str:
-    """The strategy that the launcher's config file asks for, one of :data:`~caco_scale.choices.STRATEGIES`.
+    """The strategy that the launcher's config file asks for, one of :data:`~caco_scale.flags.choices.STRATEGIES`.
 
     Raises:
         UserError: what this program does not train with, and what does the same.

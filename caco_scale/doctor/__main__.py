@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from caco_scale.errors import exit_on_user_error, run_command
-from caco_scale.flags import shown
-from caco_scale.rules import Rule
+from caco_scale.flags.read import shown
+from caco_scale.flags.rules import Rule
 
 PROG = "python -m caco_scale.doctor"
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caco_scale import packages
-from caco_scale.choices import STRATEGIES
 from caco_scale.config import Config
 from caco_scale.errors import UserError, one_line
+from caco_scale.flags.choices import STRATEGIES
+from caco_scale.run import packages
 
 if TYPE_CHECKING:  # imported where they are used: a torch that is missing is a finding
     from caco_scale.training.assemble import TrainingData

@@ -17,8 +17,8 @@ from typing import Annotated, ClassVar
 from caco_scale.checkpoint import folder
 from caco_scale.config import Config
 from caco_scale.errors import UserError, exit_on_user_error
-from caco_scale.flags import shown
-from caco_scale.rules import ABOVE_0, PositiveInt
+from caco_scale.flags.read import shown
+from caco_scale.flags.rules import ABOVE_0, PositiveInt
 from caco_scale.run.files import read_json_lines
 
 PROG = "python -m caco_scale.doctor.estimate"

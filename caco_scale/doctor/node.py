@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from caco_scale import packages
 from caco_scale.errors import one_line
+from caco_scale.run import packages
 
 SHM = "/dev/shm"
 

@@ -33,8 +33,8 @@ import tyro
 from caco_scale.doctor.meeting import Meeting, Place, against_the_others, check_network, clock_offsets
 from caco_scale.doctor.node import examine
 from caco_scale.errors import UserError, exit_on_user_error, one_line, run_command
-from caco_scale.flags import read, shown
-from caco_scale.rules import FROM_0, Amount, Count, PositiveFloat
+from caco_scale.flags.read import read, shown
+from caco_scale.flags.rules import FROM_0, Amount, Count, PositiveFloat
 
 PROG = "python -m caco_scale.doctor.preflight"
 BAD_NODES, NO_CULPRIT = 3, 4  # exit codes

@@ -15,10 +15,10 @@ from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional
 
-from caco_scale.choices import Encoder, Stem
 from caco_scale.errors import exit_on_user_error, run_command
-from caco_scale.flags import Switch, read_command, shown
-from caco_scale.rules import ABOVE_0, FROM_0, SEED, Count, PositiveFloat, PositiveInt, at_most
+from caco_scale.flags.choices import Encoder, Stem
+from caco_scale.flags.read import Switch, read_command, shown
+from caco_scale.flags.rules import ABOVE_0, FROM_0, SEED, Count, PositiveFloat, PositiveInt, at_most
 
 PROG = "python -m caco_scale.evaluate"
 Colours = tuple[Annotated[float, FROM_0], Annotated[float, FROM_0], Annotated[float, FROM_0]]

@@ -8,9 +8,9 @@ from typing import Annotated
 
 from tyro.conf import Positional
 
-from caco_scale.choices import Encoder, ExportFormat
 from caco_scale.errors import exit_on_user_error
-from caco_scale.flags import Switch, read, shown
+from caco_scale.flags.choices import Encoder, ExportFormat
+from caco_scale.flags.read import Switch, read, shown
 
 PROG = "python -m caco_scale.export"
 

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from caco_scale import config as configuration
 from caco_scale.atomic import write_atomically
 from caco_scale.checkpoint.folder import read_values
-from caco_scale.choices import EXPORT_FORMATS
 from caco_scale.errors import UserError
 from caco_scale.export.library_names import check_library, library_model, to_timm
 from caco_scale.export.model_card import write_card
+from caco_scale.flags.choices import EXPORT_FORMATS
 from caco_scale.run.scores import evaluation_scores, logged_scores
 from caco_scale.weights.files import read_tensors
 from caco_scale.weights.load import Weights, load_weights

@@ -33,9 +33,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from caco_scale.choices import BankExchange, BankKernel, BankRule, KernelInputs
 from caco_scale.distributed import collectives
 from caco_scale.errors import UserError
+from caco_scale.flags.choices import BankExchange, BankKernel, BankRule, KernelInputs
 from caco_scale.method.bank_compute import build_compute
 from caco_scale.method.bank_exchange import Logits, build_exchange
 from caco_scale.method.bank_rows import initial_rows

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from caco_scale.choices import BANK_KERNELS, KERNEL_INPUTS, BankKernel, KernelInputs
 from caco_scale.errors import UserError, one_of
+from caco_scale.flags.choices import BANK_KERNELS, KERNEL_INPUTS, BankKernel, KernelInputs
 
 # Bytes that a block of queries' exponentials with all own rows takes. They stay until Z is known, for which each block
 # waits in one all-reduce: a GPU takes few, large blocks, on a CPU memory counts.

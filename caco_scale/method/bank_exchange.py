@@ -16,9 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from caco_scale.choices import BANK_EXCHANGES, BankExchange
 from caco_scale.distributed import collectives
 from caco_scale.errors import one_of
+from caco_scale.flags.choices import BANK_EXCHANGES, BankExchange
 from caco_scale.method.bank_compute import Compute
 
 Totals = Callable[[slice, Tensor], Tensor]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from caco_scale.choices import BANK_RULES, BankRule
 from caco_scale.errors import UserError, one_of
+from caco_scale.flags.choices import BANK_RULES, BankRule
 
 # Below these exp(s / T), with s from −1 to 1, or its sum over the rows could leave the numbers of the dtype.
 MIN_TEMPERATURE = {torch.float32: 0.02, torch.float64: 0.003}

@@ -15,8 +15,8 @@ from torchvision import models
 from torchvision.models import vision_transformer
 from torchvision.models.resnet import BasicBlock
 
-from caco_scale.choices import STEMS
 from caco_scale.errors import UserError, did_you_mean
+from caco_scale.flags.choices import STEMS
 
 RESNETS = tuple(
     name

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from caco_scale.choices import OPTIMIZERS
 from caco_scale.distributed.partition import FlatPartition, flat_part, local_part
 from caco_scale.errors import UserError, did_you_mean
+from caco_scale.flags.choices import OPTIMIZERS
 from caco_scale.optim.lars import LARS
 
 

@@ -9,7 +9,7 @@ Legend: N global batch, K bank rows, S steps per epoch, W learning-rate warm-up 
 import math
 from dataclasses import dataclass
 
-from caco_scale.choices import BANK_RULES, BankRule
+from caco_scale.flags.choices import BANK_RULES, BankRule
 
 
 @dataclass(frozen=True)

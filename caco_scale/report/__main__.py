@@ -17,8 +17,8 @@ from typing import Annotated
 from tyro.conf import Positional
 
 from caco_scale.errors import UserError, exit_on_user_error
-from caco_scale.flags import read, shown
-from caco_scale.rules import FROM_0
+from caco_scale.flags.read import read, shown
+from caco_scale.flags.rules import FROM_0
 
 
 def write_report(

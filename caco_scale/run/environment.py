@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from caco_scale.packages import installed_versions
+from caco_scale.run.packages import installed_versions
 
 
 def git_commit(folder: str | Path) -> str | None:

@@ -33,7 +33,7 @@ class Start:
 
     Attributes:
         config: with ``precision.compute`` settled.
-        strategy: one of :data:`~caco_scale.choices.STRATEGIES`.
+        strategy: one of :data:`~caco_scale.flags.choices.STRATEGIES`.
         rank, world_size, device: of this process among those that will train.
         newest: the newest complete checkpoint of the run directory, which whoever starts looks for.
         micro_batch_size: b, of :func:`check_batch`; 0 before.

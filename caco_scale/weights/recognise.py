@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from caco_scale.choices import ENCODERS
 from caco_scale.errors import UserError
+from caco_scale.flags.choices import ENCODERS
 from caco_scale.method.encoders import ARCHITECTURES
 from caco_scale.weights.build import differences, expected_shapes, folded
 

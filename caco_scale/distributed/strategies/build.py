@@ -20,7 +20,7 @@ def build_strategy(
     build_optimizer: OptimizerBuilder,
     compiled: bool = False,
 ) -> Strategy:
-    """The strategy ``name`` (:data:`~caco_scale.choices.STRATEGIES`) around a fresh model. Collective.
+    """The strategy ``name`` (:data:`~caco_scale.flags.choices.STRATEGIES`) around a fresh model. Collective.
 
     Args:
         accelerator: of :func:`~caco_scale.distributed.launch.start_processes`.

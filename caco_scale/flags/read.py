@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from caco_scale import rules
 from caco_scale.errors import UserError, did_you_mean, unless_nobody_reads
+from caco_scale.flags import rules
 
 T = TypeVar("T")
 Own = TypeVar("Own")

@@ -18,7 +18,7 @@ def requirements() -> list[Requirement]:
 
     A checkout's ``pyproject.toml`` speaks before the metadata, which are as old as its installation.
     """
-    lines = _from_checkout(Path(__file__).parents[1] / "pyproject.toml")
+    lines = _from_checkout(Path(__file__).parents[2] / "pyproject.toml")
     if lines is None:
         try:
             lines = metadata.requires(NAME) or []

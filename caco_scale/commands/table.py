@@ -7,7 +7,7 @@ module has ``main(arguments, prog)``, and its flags as a dataclass; those of a g
 import importlib
 from typing import Any, NamedTuple
 
-from caco_scale.flags import summary
+from caco_scale.flags.read import summary
 
 
 class Command(NamedTuple):
@@ -30,7 +30,9 @@ COMMANDS = {
     "estimate": Command("caco_scale.doctor.estimate", "Steps, hours and price of a run.", "Estimate"),
     "preflight": Command("caco_scale.doctor.preflight", "Check the nodes of a job.", "Preflight"),
     "benchmark": Command("caco_scale.benchmark.__main__", "Measure against straightforward peers."),
-    "completion": Command("caco_scale.completion", "Print what makes a shell complete these.", "Completion"),
+    "completion": Command(
+        "caco_scale.commands.completion", "Print what makes a shell complete these.", "Completion"
+    ),
 }
 
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from caco_scale import commands
+from caco_scale.commands import table as commands
 from caco_scale.config import Config, recipe_names
 from caco_scale.errors import exit_on_user_error
-from caco_scale.flags import choices, flag_types, is_positional, read
+from caco_scale.flags.read import choices, flag_types, is_positional, read
 
 PROG = "caco completion"
 SCRIPT = """\
