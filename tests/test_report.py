@@ -421,11 +421,11 @@ def move_data(**fields):
         (diverged, "tensors are not finite (conv1.weight)"),
         (
             move_data(data__shards="/nowhere/train"),
-            "No pictures: shard directory /nowhere/train does not exist",
+            "No pictures: data.shards /nowhere/train does not exist",
         ),
         (
             move_data(data__val_shards="/nowhere/val"),
-            "No neighbours of validation images: shard directory /nowhere/val",
+            "No neighbours of validation images: data.val_shards /nowhere/val does not exist",
         ),
         (move_data(data__val_shards=""), "No neighbours of validation images: data.val_shards is empty"),
     ],

@@ -85,7 +85,7 @@ def draw_pictures(run: Run, limit: int | None = None) -> Pictures:
     val = None
     try:
         if run.config.data.val_shards:
-            val = read_images(run, run.config.data.val_shards, limit)
+            val = read_images(run, run.config.data.val_shards, limit, "data.val_shards")
         else:
             drawn.notes.append("No neighbours of validation images: data.val_shards is empty.")
     except UserError as error:
@@ -128,9 +128,9 @@ def data_address(run: Run, address: str) -> str:
     return address
 
 
-def read_images(run: Run, address: str, limit: int | None) -> Images:
-    """A sample of a shard set as :class:`Images`. UserError where the set is away or damaged."""
-    store = open_store(data_address(run, address), cache_dir="none", retry_policy=RETRY_POLICY)
+def read_images(run: Run, address: str, limit: int | None, flag: str = "data.shards") -> Images:
+    """A sample of a set as :class:`Images`. ``flag``: what named it. UserError where it is away or damaged."""
+    store = open_store(data_address(run, address), cache_dir="none", retry_policy=RETRY_POLICY, flag=flag)
     size = run.config.views.size
     limit = limit or min(MAX_IMAGES, max(NUM_NEAREST, MEMORY_BYTES // (3 * size**2)))
     ids = spread_ids(store.manifest.num_samples, limit)
