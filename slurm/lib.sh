@@ -15,7 +15,7 @@ MISTAKE=2 NO_PROGRESS=42 LEFT_TO_SLURM=143 # exit codes
 
 say() { printf '%s%s\n' "${JOB:+$(date '+%F %T') [$JOB.$RESTART] }" "$*"; }
 
-# A mistake that no requeue mends: one line, and the job fails.
+# A mistake that no requeue fixes: one line, and the job fails.
 die() {
   say "error: $*" >&2
   exit $MISTAKE
@@ -79,7 +79,7 @@ make_places() {
   # The jobs that carry one submission on share a count of failures; a submission by hand begins a new one.
   CHAIN=${CACO_CHAIN:-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
   { mkdir -p "$LOGS" && date > "$LOGS/started"; } 2> /dev/null
-  [ -s "$LOGS/started" ] || die "cannot write $LOGS: mend its rights or free its disk, or give another RUNS or RUN_DIR"
+  [ -s "$LOGS/started" ] || die "cannot write $LOGS: fix its rights or free its disk, or give another RUNS or RUN_DIR"
   ln -sfn "$(basename "$LOGS")" "$RUN_DIR/slurm/latest"
 }
 
@@ -160,7 +160,7 @@ refuse_to_loop() {
   ((STARTS < MAX_STARTS)) || why="this is start $((STARTS + 1)), more than MAX_STARTS"
   [ -n "$why" ] || return 0
   note "gave-up" "$why"
-  say "error: $why at step $(newest_step): see $RUN_DIR/slurm/*/node*.log, mend it and submit again" >&2
+  say "error: $why at step $(newest_step): see $RUN_DIR/slurm/*/node*.log, fix it and submit again" >&2
   exit $NO_PROGRESS
 }
 
@@ -253,7 +253,7 @@ preflight() {
   bad=$(sed -n 's/^bad node \([^:]*\):.*/\1/p' "$log" | sort -u)
   grep '^bad node' "$log" || grep -m 1 -E '^(no node|error:)' "$log"
   if ((NODES > 1 && $(wc -w <<< "$bad") == NODES)); then
-    say "error: no node passes the preflight, so none is left out: mend what it says of them, or SHM_GB" >&2
+    say "error: no node passes the preflight, so none is left out: fix what it says of them, or SHM_GB" >&2
   else
     BAD_NODES=$(paste -s -d , <<< "$bad")
   fi

@@ -1,4 +1,4 @@
-"""The doctor: what would fail is found before the run, with what mends it, and by the exit code."""
+"""The doctor: what would fail is found before the run, with what fixes it, and by the exit code."""
 
 import dataclasses
 import subprocess

@@ -258,7 +258,7 @@ def test_a_full_disk_of_the_cache_ends_the_caching_and_not_the_reading(shards, e
         store = open_store(server.url, str(tmp_path / "cache"), retry_policy=QUICK)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         try:
-            with pytest.warns(UserWarning, match=r"nothing more is cached: data\.cache_dir .*free or mend"):
+            with pytest.warns(UserWarning, match=r"nothing more is cached: data\.cache_dir .*free or fix"):
                 store.fetch(0)
             store.counters.take()
             store.fetch(0)
@@ -267,7 +267,7 @@ def test_a_full_disk_of_the_cache_ends_the_caching_and_not_the_reading(shards, e
             if ranges:
                 assert contents(store) == expected
             else:
-                with pytest.raises(UserError, match=r"data\.cache_dir .*free or mend"):
+                with pytest.raises(UserError, match=r"data\.cache_dir .*free or fix"):
                     store.read(0, 0, 512)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -133,7 +133,7 @@ class ShardCache:
 
     def _broken(self, error):
         return UnusableCache(
-            f"data.cache_dir {self.directory}: {error.strerror}: free or mend that disk, lower data.cache_bytes, or "
+            f"data.cache_dir {self.directory}: {error.strerror}: free or fix that disk, lower data.cache_bytes, or "
             "give another directory"
         )
 

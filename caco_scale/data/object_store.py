@@ -29,7 +29,7 @@ PART_BYTES = 8 << 20  # of a multipart upload
 PROGRESS_BYTES = 1 << 16  # a failed attempt that brought this much is not counted against the budget
 CONNECT_SECONDS = 10
 FIRST_DELAY_SECONDS, LAST_DELAY_SECONDS = 0.1, 20.0
-REFUSED = (400, 401, 403, 405, 407)  # statuses that no retry mends
+REFUSED = (400, 401, 403, 405, 407)  # statuses that no retry fixes
 THREADS = 16  # requests in flight in one process
 # Variables that may name an endpoint without TLS, which is then allowed.
 ENDPOINTS = (
@@ -312,7 +312,7 @@ def _reason(error):
 
 
 def _final_error(error, what, verb, reason):
-    """The UserError of an error that no retry will mend, or None."""
+    """The UserError of an error that no retry will fix, or None."""
     from obstore import exceptions
 
     if isinstance(error, FileNotFoundError | exceptions.NotFoundError) or "NoSuchBucket" in reason:  # ty: ignore[deprecated]

@@ -114,7 +114,7 @@ class ResultFolder:
             write_atomically(self.path / name, data)
         except OSError as error:
             raise UserError(
-                f"cannot write {self.path / name}: {error.strerror}; free or mend that place and start again"
+                f"cannot write {self.path / name}: {error.strerror}; free or fix that place and start again"
             ) from None
 
 

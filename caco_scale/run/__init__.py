@@ -1,8 +1,8 @@
 """A run's own things: what it leaves on disk, what it says, what asks it to stop, how it is measured.
 
     directory.py    the run directory: config, attempts, metrics, markers (written by files.py, held by lock.py)
-    environment.py  what a run ran on (packages.py: which versions it needs)
-    audit.py      which samples every step trained on
+    environment.py  what a run ran on                packages.py    the versions that this package needs
+    audit.py        which samples every step used
     telemetry.py    metrics and what is shown of them (meter.py: throughput; display.py: bar or lines)
     signals.py      SIGTERM and the like -> a flag   stopping.py   the files STOP and SAVE, the end of a SLURM job
     diagnostics.py  signs of collapse                profiling.py  where a step goes
