@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -26,6 +27,7 @@ from caco_scale.data.views import (
     draw_colour,
     draw_crop,
 )
+from caco_scale.data.workers import stream
 from caco_scale.distributed import collectives
 from caco_scale.errors import UserError
 
@@ -242,6 +244,25 @@ def test_a_worker_that_hangs_is_a_users_error(shards):
             for _ in stream:
                 pass
         assert not any(worker.is_alive() for worker in workers)
+    finally:
+        collectives.set_exchange_timeout(before.total_seconds())
+
+
+def one_payload_and_no_other():
+    yield {"number": 1}
+    time.sleep(3600)
+
+
+def test_a_worker_killed_with_no_batch_on_its_way_is_noticed_at_once():
+    before = collectives.exchange_timeout()
+    collectives.set_exchange_timeout(60)
+    try:
+        payloads = stream([one_payload_and_no_other], workers=1)
+        assert next(payloads) == {"number": 1}
+        (worker,) = multiprocessing.active_children()
+        threading.Timer(1, worker.kill).start()  # by then the trainer waits
+        with pytest.raises(UserError, match=r"a data worker died .*lower data.workers"):
+            next(payloads)
     finally:
         collectives.set_exchange_timeout(before.total_seconds())
 

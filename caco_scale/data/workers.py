@@ -25,6 +25,7 @@ from caco_scale.errors import UserError, one_line
 from caco_scale.run.signals import end_with_trainer, shielded
 
 LAST_WORD_SECONDS = 5  # for workers that were killed
+LOOK_SECONDS = 5  # between two looks whether a worker has died while the trainer waits
 
 
 def stream(stages: Sequence[Callable], workers: int) -> Generator[dict, None, None]:
@@ -40,7 +41,7 @@ def stream(stages: Sequence[Callable], workers: int) -> Generator[dict, None, No
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=functools.partial(_start_worker, dict(os.environ)),
-        timeout=exchange_timeout().total_seconds() + LAST_WORD_SECONDS if workers else 0,
+        timeout=LOOK_SECONDS if workers else 0,
         pin_memory=torch.cuda.is_initialized(),  # pages locked for copies to the GPU that the trainer uses
         generator=torch.Generator(),  # else it would draw from the global one, whose state is the trainer's
     )
@@ -67,7 +68,7 @@ def _unwrap(payloads):
     try:
         while True:
             with deadline:
-                payload = next(payloads, None)
+                payload = _next(payloads, deadline)
             if payload is None:
                 return
             if "user_error" in payload:
@@ -91,12 +92,25 @@ def _unwrap(payloads):
         del payloads  # ends the workers now: the traceback of an error would keep it, and them, alive
 
 
+def _next(payloads, deadline):
+    """The next payload, or None. torch looks for dead workers only when its time limit ends: a short one, many times.
+
+    Else one that was killed with no batch on its way would be noticed after the whole ``exchange_timeout()``.
+    """
+    while True:
+        try:
+            return next(payloads, None)
+        except RuntimeError as error:
+            if deadline.passed or not str(error).startswith("DataLoader timed out"):
+                raise
+
+
 class _Deadline:
     """Ends workers that let the trainer wait for a batch for longer than ``collectives.exchange_timeout()``.
 
     By SIGKILL: a worker may hang as a whole, and then the trainer waits for it in a place that has no time limit of its
     own (the shared memory that a finished batch comes in). One that the kernel keeps, as while a disk is silent,
-    hears nothing of it; then the DataLoader's own limit ends the wait, a little later.
+    hears nothing of it; then the DataLoader's next look ends the wait.
     """
 
     def __init__(self, workers):
