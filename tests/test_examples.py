@@ -71,9 +71,10 @@ def test_an_example_from_a_wheel_in_an_empty_folder(name, installed, tmp_path):
     "words",
     [
         ["lars_under_fsdp2"],
-        ["lars_under_deepspeed", "1"],
         ["lars_under_deepspeed", "2"],
-        ["lars_under_deepspeed", "3"],
+        # The plain loops of test_lars_engines.py are at all three stages.
+        pytest.param(["lars_under_deepspeed", "1"], marks=pytest.mark.slow),
+        pytest.param(["lars_under_deepspeed", "3"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
