@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, ClassVar
 
 from caco_scale.checkpoint import folder
@@ -39,7 +38,7 @@ def total_steps(config: Config) -> tuple[int, int]:
         raise UserError(
             f"data.global_batch_size {batch:,} is more than the {images:,} training images: lower it"
         )
-    schedule = build_schedule(config, SimpleNamespace(steps_per_epoch=images // batch))
+    schedule = build_schedule(config, images // batch)
     return min(schedule.total_steps, config.run.max_steps or schedule.total_steps), images
 
 

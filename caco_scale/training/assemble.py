@@ -6,7 +6,6 @@ Shapes: N global batch, B this rank's share of it, b a micro-batch, H pixels.
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -141,11 +140,11 @@ def build_augment(config: Config, backend: str = "inductor") -> Callable:
     return torch.compile(augment, backend=backend, dynamic=False) if config.precision.compile else augment
 
 
-def build_schedule(config: Config, order: Any) -> Schedule:
-    """The schedule of a config over an order's ``num_samples`` and ``steps_per_epoch``."""
+def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
+    """The schedule of a config over data of so many steps an epoch."""
     return Schedule(
         global_batch_size=config.data.global_batch_size,
-        steps_per_epoch=order.steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
         epochs=config.optim.epochs,
         base_lr=config.optim.lr,
         lr_warmup_epochs=config.optim.warmup_epochs,

@@ -54,7 +54,7 @@ def run(
     refuse_to_start(start, OF_DATA)
     data = start.data
     assert data is not None
-    schedule = build_schedule(config, data.order)
+    schedule = build_schedule(config, data.order.steps_per_epoch)
     end = min(schedule.total_steps, config.run.max_steps or schedule.total_steps)
     with RunDirectory(config.run.dir, accelerator.is_main_process) as directory:
         checkpointer = Checkpointer(directory.checkpoints, keep=config.run.keep_checkpoints)

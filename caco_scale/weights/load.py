@@ -153,12 +153,10 @@ def _load_file(path, which, arch, stem):
     kind, which, state, others = choose_encoder(path, content, which)
     state = timm_vit_renamed(state)
     heads = {name: state.pop(name) for name in list(state) if name.startswith(HEADS)}
-    names = {name: name for name in heads}
     arch, stem = find_architecture(path, state, arch or metadata.get("arch"), stem or metadata.get("stem"))
     backbone, num_features, unexpected = fill_backbone(arch, stem, state, str(path))
     projector = fill_projector(num_features, within(heads, "fc."))
-    if projector is not None:
-        names = {name: name for name in heads if not name.startswith("fc.")}
+    unused = [name for name in heads if projector is None or not name.startswith("fc.")]
     return Weights(
         path=str(path),
         kind=kind,
@@ -168,7 +166,7 @@ def _load_file(path, which, arch, stem):
         num_features=num_features,
         backbone=backbone,
         projector=projector,
-        unmatched=(*unexpected, *names, *others),
+        unmatched=(*unexpected, *unused, *others),
         sha256=digest(backbone),
         metadata={key: metadata[key] for key in ("recipe", "step", "epoch", "git_commit") if key in metadata},
         **_views_of(path, metadata),
