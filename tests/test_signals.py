@@ -92,7 +92,11 @@ def wait_until_gone(pids, seconds=60):
 
 
 def test_as_a_context_the_handlers_that_it_found_come_back():
-    found = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # set here: a shell starts background jobs with SIGINT ignored, and the handlers of the tests' own process with it
+    found = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
     try:
         with Signals() as signals:
             signal.raise_signal(signal.SIGTERM)
@@ -103,7 +107,8 @@ def test_as_a_context_the_handlers_that_it_found_come_back():
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGTERM, found)
+        for number, handler in found.items():
+            signal.signal(number, handler)
 
 
 def test_outside_the_main_thread_no_signal_is_taken_over():
