@@ -90,6 +90,18 @@ def fsdp2_loop(rank, world_size, grouped):
     return {name: p.full_tensor().detach().double().numpy() for name, p in model.named_parameters()}
 
 
+def fsdp1_loop(original, first):
+    """A step under torch's older wrapper; ``first``: the optimizer is made before the model is wrapped."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = make_model()
+    lars = make_lars(model, False) if first else None
+    model = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+    lars = lars or make_lars(model, False)
+    F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    lars.step()
+
+
 def every_engine(rank, world_size):
     """All loops, one after the other in the same processes: {name: state or the error's line}."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -104,6 +116,11 @@ def every_engine(rank, world_size):
     found["small subgroups"] = deepspeed_loop(rank, world_size, 3, False, attach=True, sub_group_size=50)
     for grouped in (False, True):
         found[f"fsdp2, {grouped=}"] = fsdp2_loop(rank, world_size, grouped)
+    for original, first in ((False, False), (True, False), (True, True)):
+        try:
+            found[f"fsdp1, {original=}, {first=}"] = fsdp1_loop(original, first)
+        except UserError as error:
+            found[f"fsdp1, {original=}, {first=}"] = str(error)
     return found
 
 
@@ -126,6 +143,11 @@ def test_a_plain_loop_of_every_engine_is_one_plain_process():
             assert isinstance(line, str), f"ZeRO-{stage} trained with another optimizer"
             assert "lars.attach(engine)" in line
             assert "\n" not in line
+        refused = [found.pop(name) for name in list(found) if name.startswith("fsdp1")]
+        assert len(refused) == 3
+        for line in refused:
+            assert line is not None, "FSDP1 trained with another optimizer"
+            assert "fully_shard (FSDP2)" in line
         assert len(found) == 9
         differences = {name: distance(state, expected) for name, state in found.items()}
         assert all(value <= TOLERANCE for value in differences.values()), differences

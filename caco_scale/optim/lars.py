@@ -27,6 +27,9 @@ from caco_scale.distributed.partition import (
 from caco_scale.errors import UserError
 
 Tensors = list[torch.Tensor]
+FSDP_FLATTENED = (
+    "_fsdp_flattened"  # what FSDP1 marks its flat tensors with, and the parameters that are views of them
+)
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,8 @@ class LARS(torch.optim.Optimizer):
     is collective: one all-reduce of (2, L) float64 for a group.
 
     Raises:
-        UserError: at a step, for flat tensors of an engine that it is not attached to.
+        UserError: at a step, for flat tensors of an engine that it is not attached to, and for those of torch's older
+            FullyShardedDataParallel (FSDP1), whose pieces it cannot tell.
     """
 
     def __init__(
@@ -225,6 +229,12 @@ class LARS(torch.optim.Optimizer):
 
         False only for the step without gradients by which an engine has the state made; UserError else.
         """
+        if any(getattr(p, FSDP_FLATTENED, False) for p in params):
+            raise UserError(
+                "LARS cannot tell layers apart in the flat tensors of FullyShardedDataParallel (FSDP1), and would "
+                "silently be momentum SGD: shard the model by torch.distributed.fsdp.fully_shard (FSDP2), "
+                "under which it is exact"
+            )
         foreign = [
             p
             for p in params
