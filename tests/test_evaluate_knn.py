@@ -128,7 +128,7 @@ def test_the_same_command_again_shows_the_former_result_and_another_refuses_its_
     with pytest.raises(SystemExit) as caught:
         main([*options, "--size", "18"])
     assert caught.value.code == 2
-    assert "holds another evaluation (size: 16 -> 18)" in capsys.readouterr().err
+    assert "holds another evaluation (resize: 16 -> 18; size: 16 -> 18)" in capsys.readouterr().err
 
 
 def image_folder(path, per_class=5, classes=3, seed=0):
@@ -190,13 +190,23 @@ def test_train_and_val_in_one_folder_need_one_flag(place, tmp_path):
     assert result["data"]["val"] == {"url": str(tmp_path / "set/val"), "images": 15, "classes": 3}
 
 
-def test_the_interval_is_the_percentile_bootstrap():
-    generator = np.random.default_rng(0)
-    right = np.arange(400) < 300
-    drawn = right[generator.integers(0, 400, (10_000, 400))].mean(1) * 100
-    assert interval(300, 400) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.3)
-    assert interval(400, 400) == (100.0, 100.0)
-    assert interval(0, 400) == (0.0, 0.0)
+def test_the_interval_is_wilsons():
+    for correct, total in ((0, 40), (1, 40), (39, 40), (300, 400), (1996, 2000)):
+        low, high = (bound / 100 for bound in interval(correct, total))
+        for bound in (low, high):  # where the score test of this p just rejects at 5%
+            if 0 < bound < 1:
+                assert abs(correct / total - bound) / np.sqrt(bound * (1 - bound) / total) == pytest.approx(
+                    1.959964
+                )
+    assert interval(2000, 2000) == (pytest.approx(99.808, abs=0.001), 100.0)
+    assert interval(0, 40) == (0.0, pytest.approx(8.762, abs=0.001))
+
+
+@pytest.mark.parametrize(("total", "share"), [(40, 0.02), (40, 0.5), (40, 0.95), (300, 0.998), (2000, 0.97)])
+def test_the_interval_covers_what_it_says(total, share):
+    outcomes = np.random.default_rng(0).binomial(total, share, 4000)
+    inside = [low <= 100 * share <= high for low, high in (interval(int(n), total) for n in outcomes)]
+    assert 0.9 < np.mean(inside) < 0.99
 
 
 def test_a_runs_own_figures_are_the_commands_and_their_cost_is_in_the_metrics(tmp_path):

@@ -13,6 +13,7 @@ from PIL import Image
 from shard_sets import encode, smooth_image
 from torchvision.transforms import RandomResizedCrop
 
+from caco_scale.data import views
 from caco_scale.data.order import sample_keys
 from caco_scale.data.views import (
     CorruptSample,
@@ -23,6 +24,7 @@ from caco_scale.data.views import (
     decode_image,
     draw_colour,
     draw_crop,
+    usual_resize,
 )
 from caco_scale.errors import UserError
 
@@ -293,14 +295,60 @@ def test_small_crops_are_enlarged_and_whole_images_kept():
     assert np.abs(crop.astype(int) - expected.permute(1, 2, 0).numpy()).max() <= 1
 
 
-@pytest.mark.parametrize(("height", "width"), [(60, 80), (301, 200), (20, 45)])
-def test_centre_crop_is_torchvisions_resize_and_centre_crop(height, width):
-    pixels = image(height, width)
-    expected = T.center_crop(T.resize(channels_first(pixels), [37], antialias=True), [32, 32])
-    assert np.abs(centre_crop(pixels, 32).astype(int) - expected.permute(1, 2, 0).numpy()).max() <= 1
+def torchvisions(pixels, resize, size):
+    return (
+        T.center_crop(T.resize(channels_first(pixels), [resize], antialias=True), [size, size])
+        .permute(1, 2, 0)
+        .numpy()
+    )
 
 
-def test_centre_crop_leaves_images_of_its_size_alone():
+@pytest.mark.parametrize(
+    ("size", "resize", "shapes"),
+    [
+        (32, 37, [(60, 80), (301, 200), (20, 45), (32, 41), (32, 32), (37, 37), (31, 33)]),
+        (
+            224,
+            256,
+            [(224, 224), (224, 301), (333, 224), (256, 256), (256, 411), (223, 225), (500, 375), (100, 99)],
+        ),
+        (224, 256, [(57, 900), (2000, 130), (225, 224)]),
+        (97, 111, [(97, 97), (97, 160), (240, 111)]),
+    ],
+)
+def test_centre_crop_is_torchvisions_resize_and_centre_crop(size, resize, shapes):
+    for height, width in shapes:
+        pixels = image(height, width)
+        found = centre_crop(pixels, size, resize).astype(int)
+        assert np.abs(found - torchvisions(pixels, resize, size)).max() <= 1, (height, width)
+        if size > 96:
+            assert np.array_equal(found, centre_crop(pixels, size)), (
+                "256 for 224 is usual, whatever the image"
+            )
+
+
+def test_small_images_are_evaluated_whole_and_as_they_are():
     pixels = image(32, 41)
     assert np.array_equal(centre_crop(pixels, 32), pixels[:, 4:36])
     assert np.array_equal(centre_crop(pixels[:, :32], 32), pixels[:, :32])
+    for shape in ((33, 33), (64, 40)):
+        found = centre_crop(image(*shape), 32).astype(int)
+        assert np.abs(found - torchvisions(image(*shape), 32, 32)).max() <= 1
+    assert [usual_resize(size) for size in (32, 64, 96, 128, 224, 384)] == [32, 64, 96, 146, 256, 439]
+
+
+@pytest.mark.parametrize("shape", [(17, 400), (8, 4000), (3000, 9), (1, 300), (401, 7), (2, 2000)])
+def test_of_thin_images_only_what_the_crop_shows_is_resized(shape):
+    """Within one grey level of the whole resized image, of which 65,500 x 8 pixels would fill 1.7 GB."""
+    for size, resize in ((32, 37), (6, 6), (48, 64)):
+        found = centre_crop(image(*shape), size, resize).astype(int)
+        assert np.abs(found - torchvisions(image(*shape), resize, size)).max() <= 1
+
+
+def test_the_thinnest_image_is_never_resized_whole(monkeypatch):
+    monkeypatch.setattr(views, "_resize", None)
+    pixels = np.zeros((65_500, 8, 3), np.uint8)
+    pixels[32_740:32_760] = 200
+    found = centre_crop(pixels, 224)
+    assert found.shape == (224, 224, 3)
+    assert found.max() == 200

@@ -48,7 +48,7 @@ class Backbone(nn.Module):
         return self.module(images)
 
     def prepare(self, image: Any) -> torch.Tensor:
-        """One image as the evaluation sees it: resized, its centre cropped, normalised -> (3, H, H) float32.
+        """One image as the evaluation sees it: resized as usual, its centre cropped, normalised -> (3, H, H) float32.
 
         ``image``: the path of an image file, an image of PIL, or an array (height, width, 3) of uint8. UserError for
         what is none of them or does not decode.

@@ -202,6 +202,9 @@ class Eval:
     """Neighbours that vote."""
     knn_temperature: Free[PositiveFloat] = 0.2
     """Temperature of the votes' weights."""
+    resize: Free[Count] = 0
+    """Shorter side of images before the central views.size is cut out; 0 = 256 for 224 in proportion, and views.size
+    itself (whole images) up to 96 pixels."""
     baselines: Free[bool] = False
     """Before the first step, also evaluate raw pixels and the untrained encoder."""
 

@@ -41,6 +41,11 @@ def check(config: Config) -> None:
     warmup_epochs, epochs = config.optim.warmup_epochs, config.optim.epochs
     if warmup_epochs >= epochs:
         raise UserError(f"optim.warmup_epochs {warmup_epochs:g} must be below optim.epochs {epochs}")
+    resize, size = config.eval.resize, config.views.size
+    if 0 < resize < size:
+        raise UserError(
+            f"eval.resize {resize} is less than views.size {size}, the square that is cut out: give {size} up"
+        )
 
 
 def differences(saved: Config, config: Config) -> list[str]:

@@ -101,10 +101,11 @@ def evaluation_batches(
     batch_size: int,
     workers: int,
     ids: NDArray[np.int64] | None = None,
+    resize: int = 0,
 ) -> Generator[tuple[torch.Tensor, torch.Tensor, torch.Tensor], None, None]:
     """This rank's part of a shard set for evaluation: every sample exactly once over the ranks, centre-cropped.
 
-    ids: ascending numbers of the samples to read, (n,); None: all of the set.
+    ids: ascending numbers of the samples to read, (n,); None: all of the set. size, resize: of :func:`centre_crop`.
 
     Returns an iterator of (indices (b,) int64 in the set, crops (b, size, size, 3) uint8, labels (b,) int64,
     -1 where there is none), in index order; ranks take contiguous parts that differ by at most one sample. A
@@ -113,7 +114,7 @@ def evaluation_batches(
     numbers = range(store.manifest.num_samples) if ids is None else ids
     start, stop = (len(numbers) * r // world_size for r in (rank, rank + 1))
     batches = tuple(numbers[b : min(b + batch_size, stop)] for b in range(start, stop, batch_size))
-    reader = functools.partial(evaluation_reader, EvaluationJob(store, size, batches))
+    reader = functools.partial(evaluation_reader, EvaluationJob(store, size, resize, batches))
     return _evaluation_stream(stream([reader, errors_as_data], workers), store)
 
 

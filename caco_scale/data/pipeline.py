@@ -58,6 +58,7 @@ class EvaluationJob:
 
     store: Store
     size: int
+    resize: int
     batches: tuple[Sequence[int] | NDArray[np.int64], ...]  # sample ids
 
 
@@ -146,7 +147,7 @@ def evaluation_reader(job: EvaluationJob) -> Iterator[dict]:
         samples = job.store.concurrently(functools.partial(_read, job.store), places)
         for index, sample in zip(batch, samples, strict=True):
             try:
-                images.append(centre_crop(_decode(job.store, sample), job.size))
+                images.append(centre_crop(_decode(job.store, sample), job.size, job.resize))
             except CorruptSample as error:
                 corrupt.append(f"{_name(sample)}: {error}")
                 continue

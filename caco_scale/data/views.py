@@ -31,6 +31,10 @@ MAX_PIXELS = 100_000_000
 FALLBACK_FORMATS = ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 CROP_TRIES = 10
 EVALUATION_CROP_SHARE = 0.875  # of the resized shorter side: 224 of 256
+WHOLE_UP_TO = (
+    96  # pixels of the encoder's images; up to here sets (CIFAR, STL-10) are evaluated on whole images
+)
+THIN = 16  # long side by short side; of thinner images only what the crop shows is resized
 # Two streams of one key: the crop and the colours of a view must not share random numbers.
 CROP_STREAM, COLOUR_STREAM = np.uint64(0xC209), np.uint64(0xC0102)
 
@@ -239,18 +243,58 @@ def crop_resize(image: NDArray[np.uint8], box: ArrayLike, size: int) -> NDArray[
     return _resize(image[top : top + height, left : left + width], size, size)
 
 
-def centre_crop(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """The view for evaluation: shorter side to size / 0.875, then the central (size, size, 3) uint8.
+def usual_resize(size: int) -> int:
+    """The shorter side, in pixels, to which images are resized before the central ``size`` is cut out for evaluation.
 
-    As torchvision's Resize and CenterCrop. An image whose shorter side is already ``size`` is only cropped.
+    256 for 224, and in that proportion for all above 96 pixels; up to there ``size`` itself, so that the small square
+    images of CIFAR and its kin are evaluated whole and untouched, as the field does.
     """
-    height, width = image.shape[:2]
-    shorter = min(height, width)
-    if shorter != size:
-        target = round(size / EVALUATION_CROP_SHARE)
-        height, width = (
-            int(target * side / shorter) if side != shorter else target for side in (height, width)
-        )
-        image = _resize(image, height, width)
+    return size if size <= WHOLE_UP_TO else round(size / EVALUATION_CROP_SHARE)
+
+
+def describe_crop(size: int, resize: int = 0) -> str:
+    """What :func:`centre_crop` does to an image, in words."""
+    return f"shorter side to {resize or usual_resize(size)} pixels, of which the central {size} x {size}"
+
+
+def centre_crop(image: NDArray[np.uint8], size: int, resize: int = 0) -> NDArray[np.uint8]:
+    """The view for evaluation: torchvision's Resize(resize) and CenterCrop(size) -> (size, size, 3) uint8.
+
+    ``resize``: pixels of the shorter side, at least ``size``; 0: :func:`usual_resize`. It depends on nothing of the
+    image. Equal to torchvision's antialiased resize of uint8 tensors (the same kernel; its resize of PIL images
+    differs from it by up to 2 grey levels), but for images thinner than 16 to 1, of which it is off by 1 level at most.
+    """
+    resize = resize or usual_resize(size)
+    assert resize >= size, (resize, size)
+    shorter = min(image.shape[:2])
+    height, width = (int(resize * side / shorter) if side != shorter else resize for side in image.shape[:2])
     top, left = round((height - size) / 2), round((width - size) / 2)
-    return np.ascontiguousarray(image[top : top + size, left : left + size])
+    if max(height, width) > THIN * resize:
+        return _resize_part(image, (height, width), (top, left), size)
+    return np.ascontiguousarray(_resize(image, height, width)[top : top + size, left : left + size])
+
+
+def _resize_part(image, shape, corner, size):
+    """The square at ``corner`` of what :func:`_resize` to ``shape`` gives, without making the rest of it."""
+    (first_row, rows), (first_column, columns) = (
+        _bilinear_weights(*axis, size) for axis in zip(image.shape[:2], shape, corner, strict=True)
+    )
+    part = image[first_row:, first_column:][: rows.shape[1], : columns.shape[1]].astype(np.float64)
+    square = np.einsum("iy,yxc,jx->ijc", rows, part, columns, optimize=True)
+    return np.floor(square + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def _bilinear_weights(old, new, start, count):
+    """torch's antialiased bilinear resize of an axis from ``old`` to ``new``, for ``count`` places from ``start``.
+
+    -> (first old place that is needed, weights (count, old places)).
+    """
+    scale = old / new
+    support = max(scale, 1.0)
+    centres = scale * (start + np.arange(count) + 0.5)
+    low = np.maximum((centres - support + 0.5).astype(int), 0)
+    high = np.minimum((centres + support + 0.5).astype(int), old)
+    places = np.arange(low.min(), high.max())
+    weights = (1 - np.abs(places + 0.5 - centres[:, None]) / support).clip(0)
+    weights *= (places >= low[:, None]) & (places < high[:, None])
+    return low.min(), weights / weights.sum(axis=1, keepdims=True)

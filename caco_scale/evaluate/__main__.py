@@ -49,6 +49,9 @@ class Evaluation:
     """First layer in a file of weights (default: found out)."""
     size: Annotated[int | None, ABOVE_0, at_most(8192), shown("PIXELS")] = None
     """Side of the images (default: the run's, else 224)."""
+    resize: Annotated[int | None, ABOVE_0, at_most(16384), shown("PIXELS")] = None
+    """Shorter side before the central --size is cut out (default: the run's, else 256 for 224 in proportion, and --size
+    itself, whole images, up to 96)."""
     mean: Annotated[Colours | None, shown("R G B")] = None
     """Mean of the colours (default: the run's)."""
     std: Annotated[Deviations | None, shown("R G B")] = None

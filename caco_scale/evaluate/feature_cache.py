@@ -76,6 +76,7 @@ def _extract(task, store, place, blocks):
         world_size=1,
         batch_size=task.images_at_once,
         workers=task.workers,
+        resize=task.resize,
     )
     rows, waiting = [], list(blocks)
     stream = feature_batches(task.weights.backbone, batches, unit_norm=False, **task.extraction())

@@ -269,6 +269,7 @@ def evaluate_knn(
     val_store: Store,
     *,
     size: int,
+    resize: int = 0,
     k: int | Sequence[int] = 20,
     temperature: float | Sequence[float] = 0.2,
     device: torch.device | str = "cpu",
@@ -282,7 +283,8 @@ def evaluate_knn(
 ) -> Any:
     """kNN top-1 accuracy in percent of ``encode``'s features: training against validation shard set.
 
-    Images are centre crops of ``size`` pixels without augmentation; ``encode=pixels`` gives the raw images'
+    Images are centre crops of ``size`` pixels (after ``resize``, see
+    :func:`~caco_scale.data.views.centre_crop`) without augmentation; ``encode=pixels`` gives the raw images'
     figure. Every rank calls it with its ``rank`` and gets the same number; training state is left alone.
 
     Args:
@@ -297,7 +299,13 @@ def evaluate_knn(
 
     def extract(store):
         batches = evaluation_batches(
-            store, size, rank=rank, world_size=world_size, batch_size=batch_size, workers=workers
+            store,
+            size,
+            rank=rank,
+            world_size=world_size,
+            batch_size=batch_size,
+            workers=workers,
+            resize=resize,
         )
         return extract_features(encode, batches, device=device, names=names, **how)
 

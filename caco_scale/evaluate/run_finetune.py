@@ -27,7 +27,7 @@ from caco_scale.errors import UserError
 from caco_scale.evaluate.features import feature_batches
 from caco_scale.evaluate.heads import INITIAL_STD, MOMENTUM, Score
 from caco_scale.evaluate.loop import NO_LABEL, LabelledBatch, LabelledImages, check_batch, fit, restore
-from caco_scale.evaluate.results import CONFIDENCE, show
+from caco_scale.evaluate.results import CONFIDENCE, INTERVAL_WORDS, show
 from caco_scale.evaluate.run_linear import with_intervals
 from caco_scale.evaluate.task import Task, build_task
 
@@ -210,5 +210,8 @@ def _show(task, folder, result):
         "top-5 %": result["top5"],
         "mean per class %": result["mean_per_class"],
     }
-    notes = [f"written to {folder.path / 'result.json'}, the images used to {folder.path / SAMPLES}"]
+    notes = [
+        INTERVAL_WORDS,
+        f"written to {folder.path / 'result.json'}, the images used to {folder.path / SAMPLES}",
+    ]
     show(f"fine-tuning of {task.weights.path}", [row], notes)

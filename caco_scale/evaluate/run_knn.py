@@ -5,7 +5,7 @@ from typing import Any
 
 from caco_scale.errors import UserError
 from caco_scale.evaluate.knn import evaluate_knn
-from caco_scale.evaluate.results import CONFIDENCE, interval, show
+from caco_scale.evaluate.results import CONFIDENCE, INTERVAL_WORDS, interval, show
 from caco_scale.evaluate.task import build_task
 from caco_scale.weights.build import digest
 
@@ -32,7 +32,7 @@ def run(flags: Any) -> dict[str, Any]:
         show(
             f"kNN top-1 of {task.weights.path}",
             _table(result),
-            [f"written to {folder.path / 'result.json'}"],
+            [INTERVAL_WORDS, f"written to {folder.path / 'result.json'}"],
         )
     return result
 
@@ -65,6 +65,7 @@ def _evaluate(task, folder, ks, temperatures, names):
         task.train,
         task.val,
         size=task.size,
+        resize=task.resize,
         k=ks,
         temperature=temperatures,
         rank=task.rank,

@@ -24,7 +24,7 @@ from caco_scale.errors import UserError
 from caco_scale.evaluate.feature_cache import features_of, remove_features
 from caco_scale.evaluate.heads import LinearHeads, Score, growth, score_features
 from caco_scale.evaluate.loop import NO_LABEL, LabelledBatch, LabelledImages, check_batch, fit, restore
-from caco_scale.evaluate.results import CONFIDENCE, interval, show
+from caco_scale.evaluate.results import CONFIDENCE, INTERVAL_WORDS, interval, show
 from caco_scale.evaluate.task import Task, build_task
 
 AUTHORS_LR = 0.025  # per 256 images, of the command that the authors publish; their parser's default is 0.1
@@ -256,7 +256,7 @@ def choose(rates: Sequence[float], held_out: Score, val: Score, finite: Sequence
 
 
 def with_intervals(score: dict[str, Any]) -> dict[str, Any]:
-    """A score with bootstrap intervals of top-1 and top-5."""
+    """A score with intervals of top-1 and top-5."""
     kept = {name: score[name] for name in ("top1", "top5", "mean_per_class", "images")}
     return {
         **kept,
@@ -281,7 +281,8 @@ def _show(task, folder, result):
         for row in rows
     ]
     notes = [
-        f"{CONFIDENCE}% intervals: " + ", ".join(_interval_text(result, name) for name in ("top1", "top5")),
+        ", ".join(_interval_text(result, name) for name in ("top1", "top5")),
+        INTERVAL_WORDS,
         f"base learning rate {result['lr']:g} per 256 images: {result['lr_source']}",
     ]
     if "results" in result:

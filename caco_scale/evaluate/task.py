@@ -13,6 +13,7 @@ from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.store import open_store
 from caco_scale.data.store.base import Store
 from caco_scale.data.store.folder import split_folders
+from caco_scale.data.views import describe_crop, usual_resize
 from caco_scale.distributed.collectives import gather_objects
 from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.errors import UserError
@@ -30,8 +31,8 @@ FULL_NAMES = {"knn": "kNN", "linear": "linear evaluation", "finetune": "fine-tun
 class Task:
     """What is evaluated: an encoder and two sets of images, on this rank.
 
-    ``size``, ``mean``, ``std``: of the images that the encoder is given. ``dtype``: of images and parameters;
-    ``autocast_dtype``: of the forward pass, None: the same.
+    ``size``, ``mean``, ``std``: of the images that the encoder is given; ``resize``: their shorter side before the
+    centre crop. ``dtype``: of images and parameters; ``autocast_dtype``: of the forward pass, None: the same.
     """
 
     accelerator: "Accelerator"
@@ -39,6 +40,7 @@ class Task:
     train: Store
     val: Store
     size: int
+    resize: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dtype: torch.dtype
@@ -87,6 +89,7 @@ class Task:
             world_size=self.world_size,
             batch_size=self.images_at_once,
             workers=self.workers,
+            resize=self.resize,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -97,6 +100,7 @@ class Task:
             "train": self.train.fingerprint(),
             "val": self.val.fingerprint(),
             "size": self.size,
+            "resize": self.resize,
             "mean": list(self.mean),
             "std": list(self.std),
             "compute": str(self.autocast_dtype or self.dtype).removeprefix("torch."),
@@ -151,13 +155,15 @@ def build_task(flags: Any) -> Task:
     train.check()
     val.check()
     check_same_classes(train, val, FULL_NAMES[flags.command])
+    size = flags.size or weights.size
     compute = {"fp64": torch.float64}.get(flags.precision, torch.float32)
     task = Task(
         accelerator=accelerator,
         weights=weights,
         train=train,
         val=val,
-        size=flags.size or weights.size,
+        size=size,
+        resize=_resize(flags, weights, size),
         mean=tuple(flags.mean or weights.mean),
         std=tuple(flags.std or weights.std),
         dtype=compute,
@@ -207,6 +213,17 @@ def _sources(flags):
     return train, val, weights
 
 
+def _resize(flags, weights, size):
+    """The shorter side before the centre crop: as asked, else the run's, else the usual one."""
+    of_run = ((weights.config or {}).get("eval") or {}).get("resize") or 0
+    resize = flags.resize or (of_run if size == weights.size else 0) or usual_resize(size)
+    if resize < size:
+        raise UserError(
+            f"--resize {resize} is less than the {size} pixels that are cut out: give {size} or more"
+        )
+    return resize
+
+
 def _introduce(task):
     weights = task.weights
     task.say(
@@ -218,6 +235,7 @@ def _introduce(task):
             f" and {len(weights.unmatched) - 8} more" * (len(weights.unmatched) > 8)
         )
         task.say(f"in the file but not used: {names}")
+    task.say(f"images for evaluation: {describe_crop(task.size, task.resize)}")
     for name, store in (("training", task.train), ("validation", task.val)):
         task.say(
             f"{name}: {store.manifest.num_samples:,} images of {len(store.manifest.classes)} classes in {store.url}"

@@ -138,7 +138,10 @@ def _score_lines(config, logged, evaluated):
         f"| {_cell(words)} | {_cell(place)} | {top1:.2f}% | {_interval(between)} |"
         for words, place, top1, between in rows
     ]
-    return "| | validation images | top-1 | 95% interval |\n|---|---|---|---|\n" + "\n".join(lines)
+    return (
+        "| | validation images | top-1 | 95% interval (over images, not seeds) |\n|---|---|---|---|\n"
+        + "\n".join(lines)
+    )
 
 
 def _interval(between):

@@ -134,7 +134,7 @@ def read_images(run: Run, address: str, limit: int | None, flag: str = "data.sha
     size = run.config.views.size
     limit = limit or min(MAX_IMAGES, max(NUM_NEAREST, MEMORY_BYTES // (3 * size**2)))
     ids = spread_ids(store.manifest.num_samples, limit)
-    reading = {"rank": 0, "world_size": 1, "batch_size": 64, "workers": 0}
+    reading = {"rank": 0, "world_size": 1, "batch_size": 64, "workers": 0, "resize": run.config.eval.resize}
     try:
         batches = list(evaluation_batches(store, size, ids=ids, **reading))
     except OSError as error:

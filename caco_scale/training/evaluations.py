@@ -3,6 +3,7 @@
 import time
 
 from caco_scale.config import Config
+from caco_scale.data.views import describe_crop
 from caco_scale.distributed.collectives import gather_objects
 from caco_scale.distributed.strategies.base import Strategy
 from caco_scale.evaluate.features import pixels
@@ -34,6 +35,8 @@ class Evaluations:
         self.knn: dict[int | str, float] = {}
         if config.eval.knn_every and not data.val_store:
             telemetry.note("no kNN evaluation: data.val_shards is empty")
+        if data.val_store:
+            telemetry.note(f"images for kNN: {describe_crop(config.views.size, config.eval.resize)}")
 
     def due(self, step: int) -> bool:
         """Whether the encoder after ``step`` steps is to be evaluated, and has not been."""
@@ -106,6 +109,7 @@ class Evaluations:
                 rank=strategy.rank,
                 world_size=strategy.world_size,
                 size=config.views.size,
+                resize=config.eval.resize,
                 mean=config.views.mean,
                 std=config.views.std,
                 k=config.eval.knn_k,
