@@ -141,18 +141,22 @@ class Repair(FromSource):
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """Make a foreign WebDataset set readable."""
+    """Make a foreign WebDataset set readable. As in webdataset, files in a row whose names are equal up to the first
+    dot are one sample; what has no image is left out and counted."""
 
     src: Positional[Annotated[str, shown("SRC")]]
     """Folder of tars, or a pattern like s3://bucket/train-{000..012}.tar."""
     to: Annotated[str | None, shown("DIR")] = None
     """Directory for manifest and indexes (default: beside the tars)."""
+    image: Annotated[str | None, shown("EXT")] = None
+    """Extension of the image to read (rgb.png), where samples have several and none is plainly .jpg, .png, ..."""
 
     def run(self) -> None:
         from data_prep.index import index
         from data_prep.progress import say
 
-        place, manifest = index(self.src, self.to)
+        place, manifest = index(self.src, self.to, self.image)
+        say(*(f"{place}: {note}" for note in manifest.build["notes"]))
         say(
             f"{place}: {manifest.num_samples:,} samples ({sum(manifest.class_counts):,} with a label) in "
             f"{len(manifest.shards):,} shards, {manifest.num_bytes / 1e6:,.1f} MB; give it as data.shards"

@@ -11,7 +11,8 @@ import re
 import tarfile
 
 from caco_scale.data.folders import File, Listing, hidden
-from caco_scale.data.shards import Manifest, whole_tar_members
+from caco_scale.data.shards import Manifest
+from caco_scale.data.tars import whole_tar_members
 from caco_scale.errors import UserError, one_line
 from data_prep.tar import TarSource
 

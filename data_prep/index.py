@@ -7,18 +7,28 @@ from collections import Counter
 
 from caco_scale.atomic import write_atomically
 from caco_scale.data.addresses import is_remote, local_path
+from caco_scale.data.folders import is_image
 from caco_scale.data.object_store import Remote
-from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo, expand_braces, index_tar, plain_name
+from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo, expand_braces, plain_name
+from caco_scale.data.tars import Notes, index_tar
 from caco_scale.errors import UserError
 
 
-def index(pattern: str | os.PathLike, to: str | os.PathLike | None = None) -> tuple[str, Manifest]:
+def index(
+    pattern: str | os.PathLike, to: str | os.PathLike | None = None, image: str | None = None
+) -> tuple[str, Manifest]:
     """Make a foreign WebDataset set readable: index its tars and write a manifest; returns (place, manifest).
 
     pattern: ``s3://bucket/set/train-{000..012}.tar``, or a folder, whose tars are all taken. to: where manifest and
-    indexes go; beside the tars if not given. Nothing of the tars is changed, and every byte is read once.
-    UserError: a tar that is missing, cut or damaged, a name that is no plain file name.
+    indexes go; beside the tars if not given. image: of samples with several images, the extension of the one to
+    read. Nothing of the tars is changed, and every byte is read once. What is left out of them is in
+    ``manifest.build["notes"]``, in words with numbers. UserError: a tar that is missing, cut or damaged, a name that is
+    no plain file name, samples whose image cannot be told (:func:`~caco_scale.data.tars.index_tar`), tars without any.
     """
+    if image is not None:
+        image = image.lower().lstrip(".")
+        if not is_image(f"x.{image}"):
+            raise UserError(f"--image {image} is no image's extension: give one like jpg or rgb.png")
     pattern = os.fspath(pattern)
     if pattern.startswith("pipe:") or "|" in pattern:
         raise UserError(f"{pattern!r} is a shell pipe: nothing is run to read data, give files or an address")
@@ -43,18 +53,30 @@ def index(pattern: str | os.PathLike, to: str | os.PathLike | None = None) -> tu
     if is_remote(place):
         Remote(place).check_writable()
     _refuse_manifest(place)
-    shards, labels = [], Counter()
+    shards, labels, notes = [], Counter(), Notes()
     write = (
         Remote(place).write
         if is_remote(place)
         else lambda name, data, **_: write_atomically(os.path.join(place, name), data)
     )
     for name in names:
-        info, found, data = _index_one(tars, folder, name)
+        info, found, data = _index_one(tars, folder, name, image, notes)
+        if not info.num_samples:
+            notes.add("tars without a sample", name)
         write(info.index_name, data)
         shards.append(info)
         labels.update(found)
-    build = {"foreign": True} | ({} if place == folder else {"shards_at": folder})
+    if not sum(shard.num_samples for shard in shards):
+        raise UserError(
+            f"{pattern} has no sample with an image in {len(shards):,} tars: {'; '.join(notes.lines())}"
+        )
+    build = {
+        "foreign": True,
+        "notes": notes.lines(),
+        **({"shards_at": folder} if place != folder else {}),
+        **({"pattern": os.path.basename(pattern)} if "{" in pattern else {}),
+        **({"image": image} if image else {}),
+    }
     classes = range(max(labels, default=-1) + 1)
     manifest = Manifest(
         classes=tuple(str(label) for label in classes),
@@ -80,7 +102,7 @@ def _refuse_manifest(place):
         raise UserError(f"{place} has a {MANIFEST_NAME} already: remove it, or write elsewhere with --to")
 
 
-def _index_one(tars, folder, name):
+def _index_one(tars, folder, name, image, notes):
     """(ShardInfo, labels, bytes of the index) of one tar."""
     digest = hashlib.sha256()
     with tempfile.TemporaryFile() as file:
@@ -92,10 +114,7 @@ def _index_one(tars, folder, name):
             raise UserError(f"cannot read {folder}/{name}: {error.strerror}") from None
         num_bytes = file.tell()
         file.seek(0)
-        try:
-            index = index_tar(file)
-        except UserError as error:
-            raise UserError(f"{folder}/{name}: {error}") from None
+        index = index_tar(file, f"{folder}/{name}", image, notes)
     data = index.to_bytes()
     index_name = name.removesuffix(".tar") + ".idx"
     sha256 = hashlib.sha256(data).hexdigest()

@@ -33,7 +33,7 @@ def repair(
     src, dst = os.fspath(src), os.fspath(dst)
     store = open_store(dst, "none")
     if getattr(store, "local_index", None) or store.manifest.build.get("foreign"):
-        raise UserError(f"{dst} is an indexed foreign set: there is no source here to build its shards from")
+        raise UserError(f"{dst} is an indexed foreign set: {store.repair_hint}")
     if store.remote:
         store.remote.check_writable()
     manifest = store.manifest

@@ -5,7 +5,7 @@ import os
 from typing import Protocol
 
 from caco_scale.data.folders import SPLITS, File, Listing, hidden
-from caco_scale.data.shards import whole_tar_members
+from caco_scale.data.tars import whole_tar_members
 from caco_scale.errors import UserError
 
 

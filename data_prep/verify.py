@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from caco_scale.data.addresses import is_remote, local_path
-from caco_scale.data.folders import SPLITS, is_image
+from caco_scale.data.folders import SPLITS
 from caco_scale.data.object_store import Remote, Unreachable
-from caco_scale.data.shards import MANIFEST_NAME, Manifest, index_tar, read_sample
+from caco_scale.data.samples import NoImage, image_of, problem_of
+from caco_scale.data.shards import MANIFEST_NAME, Manifest, read_sample
 from caco_scale.data.store import open_store
 from caco_scale.data.store.base import Store
 from caco_scale.data.store.local import LocalStore
+from caco_scale.data.tars import index_tar
 from caco_scale.errors import UserError
 from data_prep.destination import FULL_DISK, free_space
 from data_prep.imagenet import check_expected
@@ -101,14 +103,10 @@ def check_shard(store: Store, number: int, full: bool = False) -> tuple[str | No
         if problem:
             return problem, none
         index = store.index(number)
-        labels = index.labels[index.labels >= 0]
-        if len(labels) and labels.max() >= len(none):
-            return f"label {labels.max()} with {len(none)} classes", none
-        if full:
-            problem = _wrong_bytes(store, number, index)
-            if problem:
-                return problem, none
-        return None, np.bincount(labels, minlength=len(none))
+        problem = (_wrong_bytes(store, number, index) if full else None) or problem_of(index, len(none))
+        if problem:
+            return problem, none
+        return None, np.bincount(index.labels[index.labels >= 0], minlength=len(none))
     except Unreachable:
         raise
     except OSError as error:
@@ -148,7 +146,7 @@ def _wrong_bytes(store, number, index):
         if digest.hexdigest() != info.sha256:
             return "its sha256 differs"
         file.seek(0)
-        if index_tar(file).to_bytes() != index.to_bytes():
+        if index_tar(file, info.name, store.manifest.build.get("image")).to_bytes() != index.to_bytes():
             return "its index is not that of the tar"
         for position in range(len(index)):
             start, size = index.span(position)
@@ -162,12 +160,9 @@ def _decode(sample):
         prepare_image,
     )
 
-    image = next((data for extension, data in sample.items() if is_image("x." + extension)), None)
-    if image is None:
-        raise CorruptSample(f"sample {sample['__key__']} has no image")
     try:
-        prepare_image(image)
-    except CorruptSample as error:
+        prepare_image(sample[image_of([name for name in sample if not name.startswith("__")])])
+    except (NoImage, CorruptSample) as error:
         raise CorruptSample(f"sample {sample['__key__']}: {error}") from None
 
 

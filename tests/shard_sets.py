@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
-from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo, index_tar
+from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo
+from caco_scale.data.tars import index_tar
 
 
 def smooth_image(generator, height, width):

@@ -18,8 +18,9 @@ from s3_server import WebServer
 from test_data_prep import CLASSES, command, encoded, files_of, processes_in, refused, start, write_tree
 
 from caco_scale.data.object_store import Remote
-from caco_scale.data.shards import ShardIndex, index_tar
+from caco_scale.data.shards import ShardIndex
 from caco_scale.data.store import open_store
+from caco_scale.data.tars import index_tar
 from caco_scale.errors import UserError
 from data_prep.build import build
 from data_prep.index import index

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
-from caco_scale.data.folders import IMAGE_EXTENSIONS
 from caco_scale.data.order import Order, key64, rank_share, sample_keys
+from caco_scale.data.samples import NoImage, image_of
 from caco_scale.data.shards import read_sample
 from caco_scale.data.store.base import Store
 from caco_scale.data.views import (
@@ -186,11 +186,11 @@ def _decode(store, sample):
 
 
 def _decode_bytes(sample):
-    for extension in IMAGE_EXTENSIONS:
-        if extension in sample:
-            return decode_image(sample[extension])
-    found = ", ".join(key for key in sample if not key.startswith("__")) or "nothing"
-    raise CorruptSample(f"no image file (one of {', '.join(IMAGE_EXTENSIONS)}) but {found}")
+    try:
+        image = image_of([name for name in sample if not name.startswith("__")])
+    except NoImage as error:
+        raise CorruptSample(str(error)) from None
+    return decode_image(sample[image])
 
 
 def _substitute(job, epoch, sample_id, error):

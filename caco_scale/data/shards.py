@@ -6,14 +6,11 @@ in training. The manifest names the shards with counts, sizes and hashes, and is
 with one is complete.
 """
 
-import io
 import json
-import os
 import re
-import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +25,6 @@ MAX_PATTERN_SHARDS = 1_000_000
 MAX_LABEL = 1_000_000  # a manifest counts the images of every class up to the highest label
 SHA256 = r"[0-9a-f]{64}"
 BLOCK = 512  # bytes of a tar block
-# webdataset's rules (tariterators.py; importing that would import torch): the key of a file ends at the first
-# dot of its name, the rest is the extension; files with names of the second kind are passed over.
-KEY_AND_EXTENSION = r"((?:.*/|)[^.]+)[.]([^/]*)"
-META_FILES = r"__[^/]*__($|/)"
 
 
 def plain_name(name: str) -> str:
@@ -273,89 +266,6 @@ class ShardIndex:
             return cls(keys, header["extensions"], arrays)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"not a shard index ({one_line(error)}): build the shard set again") from None
-
-
-def index_tar(path_or_fileobj: str | os.PathLike | BinaryIO) -> ShardIndex:
-    """Index a tar by the conventions of webdataset: files in a row that share a key are one sample.
-
-    Takes a path or a seekable binary file. A tar that is cut short or damaged is a UserError (tarfile alone
-    would silently lose its last samples), and so is a file name that occurs twice in one sample.
-    """
-    if isinstance(path_or_fileobj, str | os.PathLike):
-        with open(path_or_fileobj, "rb") as file:
-            return _index_file(file, os.fspath(path_or_fileobj))
-    return _index_file(path_or_fileobj, getattr(path_or_fileobj, "name", "the tar"))
-
-
-def whole_tar_members(file: BinaryIO | io.RawIOBase, name: str) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of an uncompressed tar; UserError (after the last) when it is cut short or damaged.
-
-    tarfile alone takes a tar that is cut at a header for a shorter one.
-    """
-    end = count = 0
-    num_bytes = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.size < 0 or member.offset_data + member.size > num_bytes:
-                    raise EOFError(f"{member.name!r} claims {member.size:,} bytes")
-                yield member
-                tar.members.clear()  # ty: ignore[missing-attribute] (tarfile keeps every member it met)
-                end = tar.offset
-                count += 1
-    except UserError:
-        raise
-    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
-        raise UserError(f"{name} is not a whole tar ({one_line(error)}, after {count:,} files)") from None
-    file.seek(end)
-    if file.read(BLOCK) != bytes(BLOCK):
-        raise UserError(
-            f"{name} is not a whole tar (cut short or damaged after {end:,} bytes, {count:,} files)"
-        )
-
-
-def _padded(size):
-    return -(-size // BLOCK) * BLOCK
-
-
-def _index_file(file, name):
-    samples: list[list[Any]] = []
-    for member in whole_tar_members(file, name):
-        name_parts = re.fullmatch(KEY_AND_EXTENSION, member.name)
-        if not (member.isreg() or member.isdir()):
-            raise UserError(
-                f"{name}: {member.name!r} is a link or a device: nothing is read from where it points, write the tar "
-                "with the files themselves (tar --hard-dereference --dereference)"
-            )
-        if not member.isreg() or not name_parts or re.match(META_FILES, member.name):
-            continue
-        if member.issparse():
-            raise UserError(f"{name}: {member.name} is stored as a sparse file: write the tar without -S")
-        key, extension = name_parts[1], name_parts[2].lower()
-        if not samples or samples[-1][0] != key:
-            samples.append([key, member.offset, 0, -1, []])
-        sample = samples[-1]
-        if any(extension == other for other, _, _ in sample[4]):
-            raise UserError(f"{name}: two files {member.name!r} in one sample")
-        sample[2] = member.offset_data + _padded(member.size) - sample[1]
-        sample[4].append((extension, member.offset_data - sample[1], member.size))
-        if extension == "cls":
-            file.seek(member.offset_data)
-            sample[3] = _label(file.read(min(member.size, 32)), f"{name}: {member.name!r}")
-    return ShardIndex.from_samples(samples)
-
-
-def _label(data, where):
-    try:
-        label = int(data)
-    except ValueError:
-        return -1
-    if label > MAX_LABEL:
-        raise UserError(
-            f"{where} has the label {label:,}, more than {MAX_LABEL:,}: number the classes from 0"
-        )
-    return max(label, -1)
 
 
 class Samples(Protocol):

@@ -23,6 +23,7 @@ from caco_scale.flags.choices import STRATEGIES
 from caco_scale.run import packages
 
 if TYPE_CHECKING:  # imported where they are used: a torch that is missing is a finding
+    from caco_scale.data.store.base import Store
     from caco_scale.training.assemble import TrainingData
     from caco_scale.training.checks import Start
 
@@ -146,12 +147,28 @@ def bank_rows(config: Config, world_size: int) -> str:
     return f"bank of {config.bank.size:,} rows: {max(rows):,} to {min(rows):,} on a rank"
 
 
+def check_samples(store: "Store") -> list[Finding]:
+    """Whether every shard's index has samples that training takes -> findings. Reads all indexes."""
+    from caco_scale.data.samples import problem_of
+
+    shards, num_classes = store.manifest.shards, len(store.manifest.classes)
+    try:
+        indexes = store.concurrently(store.index, range(len(shards)))
+        for info, index in zip(shards, indexes, strict=True):
+            if problem := problem_of(index, num_classes):
+                return [fail(f"{store.url}: {info.name}: {problem}: {store.repair_hint}")]
+    except UserError as error:
+        return [fail(one_line(error))]
+    return [ok(f"{store.url}: every sample of {len(shards):,} shard(s) has an image, by their indexes")]
+
+
 def check_loader(
     config: Config, data: "TrainingData", environment: Mapping[str, str] = os.environ
 ) -> list[Finding]:
     """How many workers feed a process, by the rate that one has here -> findings. Reads 128 images, caches none."""
+    corrupt: dict[str, str] = {}
     try:
-        rate = worker_rate(config, data.store.manifest)
+        rate = worker_rate(config, data.store.manifest, corrupt)
     except UserError as error:
         return [fail(one_line(error))]
     cores, processes = len(os.sched_getaffinity(0)), int(environment.get("LOCAL_WORLD_SIZE", 1))
@@ -165,11 +182,28 @@ def check_loader(
             f"; but {cores} core(s) for {processes} process(es) here bear at most {most} each: "
             f"give --data.workers {most}"
         )
-    return [note(text)]
+    return [note(text), *_undecoded(config, data, corrupt)]
 
 
-def worker_rate(config: Config, manifest: Any) -> float:
-    """Images that one loader worker prepares in a second of CPU time, views included, waiting for a store excluded."""
+def _undecoded(config, data, corrupt):
+    """The finding on images that did not decode among the few that were read."""
+    if not corrupt:
+        return []
+    total, limit = data.store.manifest.num_samples, config.data.max_corrupt
+    read = min(2 * min(MEASURED_IMAGES, total), total)
+    name, why = next(iter(corrupt.items()))
+    text = f"{len(corrupt)} of {read} images that were read do not decode, the first {name} ({why})"
+    # One or two may be all there are.
+    if len(corrupt) > limit * total or (len(corrupt) > 2 and len(corrupt) > limit * read):
+        return [fail(f"{text}, more than data.max_corrupt {limit:g}: {data.store.verify_hint}")]
+    return [note(f"{text}: {data.store.verify_hint}")]
+
+
+def worker_rate(config: Config, manifest: Any, corrupt: dict[str, str] | None = None) -> float:
+    """Images that one loader worker prepares in a second of CPU time, views included, waiting for a store excluded.
+
+    ``corrupt``: {shard/key: why} of images that do not decode is added there.
+    """
     from caco_scale.data.loader import train_batches
     from caco_scale.data.object_store import RetryPolicy
     from caco_scale.data.order import Order
@@ -184,10 +218,13 @@ def worker_rate(config: Config, manifest: Any) -> float:
     )
     topology = {"rank": 0, "world_size": 1, "workers": 0, "seed": config.run.seed}
     batches = train_batches(store, order, view_specs(config.views), start_step=0, num_steps=2, **topology)
-    next(batches)  # what is only done once: imports, indices
+    first = next(batches)  # what is only done once: imports, indices
     start = time.process_time()
-    next(batches)
-    return batch / max(time.process_time() - start, 1e-6)
+    second = next(batches)
+    seconds = time.process_time() - start
+    if corrupt is not None:
+        corrupt.update({entry["key"]: entry["error"] for b in (first, second) for entry in b.corrupt})
+    return batch / max(seconds, 1e-6)
 
 
 def check_memory(start: "Start", offloaded: bool = False) -> list[Finding]:
@@ -258,7 +295,7 @@ def examine_start(start: "Start", offloaded: bool) -> list[Finding]:
     if start.micro_batch_size:
         findings += [ok(bank_rows(start.config, start.world_size)), *check_memory(start, offloaded)]
     if start.data:
-        findings += check_loader(start.config, start.data)
+        findings += check_samples(start.data.store) + check_loader(start.config, start.data)
     return findings
 
 

@@ -6,6 +6,7 @@ need not be a tar.
 
 import hashlib
 import json
+import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from caco_scale.data.cache import ShardCache
 from caco_scale.data.counters import Counters
 from caco_scale.data.object_store import Remote
 from caco_scale.data.order import first_ids, locate
-from caco_scale.data.shards import Manifest, Samples, ShardIndex, ShardInfo
+from caco_scale.data.shards import MANIFEST_NAME, Manifest, Samples, ShardIndex, ShardInfo
 from caco_scale.errors import UserError
 
 MAX_OPEN_FILES = 128
@@ -71,7 +72,21 @@ class Store:
     @property
     def repair_hint(self) -> str:
         """What to do about damaged shards or images, in words."""
+        if self.manifest.build.get("foreign"):
+            return (
+                "there is no source to build tars of others from: put the good tar back, or remove "
+                f"{self.url.rstrip('/')}/{MANIFEST_NAME} and run `{self._index_command()}`"
+            )
         return f"`python -m data_prep repair SRC {self.url}` builds what is bad again from its source"
+
+    def _index_command(self):
+        """What has made this indexed foreign set, and would again."""
+        build = self.manifest.build
+        tars = build.get("shards_at", self.url)
+        words = [f"{tars.rstrip('/')}/{build['pattern']}" if "pattern" in build else tars]
+        words += ["--to", self.url] if "shards_at" in build else []
+        words += ["--image", build["image"]] if "image" in build else []
+        return f"python -m data_prep index {shlex.join(words)}"
 
     @property
     def verify_hint(self) -> str:
