@@ -1,12 +1,15 @@
 """RUN_OR_WEIGHTS: the formats of others give their own model's features, and what is wrong is one line."""
 
+import argparse
 import pickle
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from weight_files import (
@@ -25,9 +28,11 @@ from caco_scale.checkpoint.state import State
 from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.errors import UserError
 from caco_scale.export import write as export
-from caco_scale.method.encoders import build_backbone
+from caco_scale.export.__main__ import main
+from caco_scale.method.encoders import ARCHITECTURES, build_backbone
 from caco_scale.method.model import Encoder, QueryKeyModel
 from caco_scale.weights.load import load_weights
+from caco_scale.weights.recognise import find_architecture, split_heads, timm_vit_renamed
 
 
 def images(size=64):
@@ -95,7 +100,7 @@ def test_dino_backbone_alone_and_numpy_numbers_beside_it(pair, tmp_path):
     assert weights.unmatched == ("top1", "best")
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnext50_32x4d"])
 def test_torchvision_is_recognised_by_its_shapes(arch, tmp_path):
     model = torchvision_state(arch)
     weights = load_weights(save(model.state_dict(), tmp_path / "tv.pth"))
@@ -103,6 +108,91 @@ def test_torchvision_is_recognised_by_its_shapes(arch, tmp_path):
     assert weights.unmatched == ("fc.weight", "fc.bias")
     model.fc = torch.nn.Identity()
     assert torch.equal(features(weights.backbone), features(model))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_backbone_is_taken_for_itself(arch):
+    """A deeper one holds all tensors of a shallower one, and must not be cut down to it."""
+    with torch.device("meta"):
+        state = build_backbone(arch)[0].state_dict()
+    assert find_architecture(Path("w"), state, None, None)[0] == arch
+
+
+VIT = "vit_base_patch16_224"
+# Models of timm with all that a backbone of ours has and more: (name, options, a tensor that is named, whose it is).
+WITH_MORE_PARTS = [
+    ("seresnet18", {}, "layer1.0.se.fc1.{weight, bias}", "timm's seresnet18"),
+    ("seresnext50_32x4d", {}, "layer4.2.se.fc2.{weight, bias}", "timm's seresnext50_32x4d"),
+    ("resnet18", {"block_args": {"attn_layer": "eca"}}, "layer1.0.se.conv.weight", "ecaresnet"),
+    ("resnet18", {"block_args": {"attn_layer": "gc"}}, "layer1.0.se.conv_attn", "gcresnet"),
+    ("resnet200", {}, "layer2.8.conv1.weight", "more blocks"),
+    ("resnext101_32x4d", {}, "layer3.6.conv1.weight", "more blocks"),
+    (VIT, {"init_values": 1e-5}, "blocks.11.ls2.gamma", "LayerScale"),
+    (VIT, {"qk_norm": True}, "blocks.0.attn.q_norm.{weight, bias}", "qk_norm"),
+    (VIT, {"scale_mlp_norm": True}, "blocks.0.mlp.norm.{weight, bias}", "norms within attention or MLP"),
+    (VIT, {"reg_tokens": 4, "no_embed_class": True}, "reg_token", "registers"),
+    (VIT, {"pre_norm": True}, "norm_pre.{weight, bias}", "CLIP"),
+    (VIT, {"fc_norm": True}, "fc_norm.{weight, bias}", "another pooling"),
+    (VIT, {"global_pool": "map"}, "attn_pool.", "another pooling"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "tensor", "whose"), WITH_MORE_PARTS)
+def test_a_tensor_inside_the_backbone_that_would_not_be_used_is_an_error(name, options, tensor, whose):
+    with torch.device("meta"):
+        state = timm.create_model(name, **options).state_dict()
+    backbone, heads = split_heads(timm_vit_renamed(state))
+    assert set(heads) <= {f"{head}.{kind}" for head in ("fc", "head") for kind in ("weight", "bias")}
+    with pytest.raises(UserError) as caught:
+        find_architecture(Path("w"), backbone, None, None)
+    assert tensor in str(caught.value)
+    assert whose in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_parts_left_out_are_refused_in_a_file_and_by_export(tmp_path):
+    path = save(noise(timm.create_model("seresnet18"), 3).state_dict(), tmp_path / "se.pth")
+    for arch in (None, "resnet18"):
+        with pytest.raises(UserError, match=r"layer1.0.se.fc1.*timm's seresnet18"):
+            load_weights(path, arch=arch)
+    with pytest.raises(UserError, match=r"layer1.0.se.fc1"):
+        export.export(path, tmp_path / "w.pth", "torchvision")
+    assert not (tmp_path / "w.pth").exists()
+
+
+def test_another_of_our_backbones_than_asked_for_is_named(tmp_path):
+    path = save(torchvision_state("resnet34").state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"it is a resnet34 .stem imagenet.: give --arch resnet34"):
+        load_weights(path, arch="resnet18")
+
+
+def test_a_checkpoint_that_names_a_model_with_the_same_tensors_is_refused(tmp_path):
+    state = noise(timm.create_model("resnetblur18"), 3).state_dict()
+    for said in ({"arch": "resnetblur18"}, {"args": argparse.Namespace(model="resnetaa50.a1h_in1k")}):
+        path = save({**said, "state_dict": state}, tmp_path / "w.pth")
+        with pytest.raises(UserError, match="has an ordinary ResNet's tensors and other layers"):
+            load_weights(path)
+    assert load_weights(path, arch="resnet18").arch == "resnet18"
+
+
+def test_a_segmenters_backbone_may_be_dilated_and_is_refused(tmp_path):
+    model = torchvision.models.get_model("fcn_resnet50", weights=None, weights_backbone=None)
+    with pytest.raises(UserError, match=r"below convolutions .classifier.0.weight.*dilated"):
+        load_weights(save(model.state_dict(), tmp_path / "w.pth"))
+
+
+def test_the_parts_beside_a_backbone_are_listed(tmp_path):
+    state = torchvision_state().state_dict()
+    beside = ("projection_head.0.weight", "prototypes.weight", "predictor.0.bias", "queue", "n_averaged")
+    content = {
+        "model": {**state, **{name: torch.zeros(2) for name in beside}},
+        "model_ema": state,
+        "epoch": 3,
+    }
+    weights = load_weights(save(content, tmp_path / "w.pth"))
+    assert set(weights.unmatched) == {"fc.weight", "fc.bias", *beside, "model_ema", "epoch"}
+    with pytest.raises(UserError, match=r"not in it: normalise\.mean"):
+        load_weights(save({**state, "normalise.mean": torch.zeros(3)}, tmp_path / "w.pth"))
 
 
 def test_torchs_older_file_format_and_missing_batch_counts(tmp_path):
@@ -142,8 +232,9 @@ def save_run(folder, arch="tiny", stem="cifar"):
     """A run's checkpoint of two random encoders -> the model."""
     model = QueryKeyModel(encoder(arch, stem))
     noise(model.key, 9)
-    views = {"size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
-    config = {"recipe": "demo", "model": {"arch": arch, "stem": stem}, "views": views}
+    views = {"size": 32, "mean": [0.5, 0.4, 1 / 3], "std": [0.2, 0.3, 0.4]}
+    model_config = {"arch": arch, "stem": stem}
+    config = {"recipe": "demo", "model": model_config, "views": views, "eval": {"resize": 40}}
     tensors = {}
     for side in ("query", "key"):
         module = getattr(model, side)
@@ -168,20 +259,71 @@ def test_a_run_and_one_of_its_checkpoints(run):
     weights = load_weights(folder, which="key")
     assert torch.equal(features(weights.backbone), features(model.key.backbone))
     assert torch.equal(features(Encoder(weights.backbone, weights.projector)), features(model.key))
-    assert (weights.size, weights.mean, weights.std) == (32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    assert (weights.size, weights.mean, weights.std) == (32, (0.5, 0.4, 1 / 3), (0.2, 0.3, 0.4))
     assert (weights.metadata["step"], weights.unmatched) == (20, ())
     assert load_weights(folder, step=10).metadata["step"] == 10
     assert load_weights(folder / "checkpoints/step_00000010").encoder == "query"
 
 
+@pytest.mark.parametrize("which", ["query", "key"])
 @pytest.mark.parametrize("file_format", ["safetensors", "torchvision"])
-def test_our_own_exports(run, tmp_path, file_format):
+def test_our_own_exports_forget_nothing(run, tmp_path, file_format, which):
     folder, model = run
-    export.export(folder, tmp_path / "w", file_format)
+    export.export(folder, tmp_path / "w", file_format, which)
     weights = load_weights(tmp_path / "w")
-    assert (weights.arch, weights.stem in ("imagenet", "cifar")) == ("tiny", True)
-    assert torch.equal(features(weights.backbone), features(model.query.backbone))
-    assert weights.sha256 == load_weights(folder).sha256
+    assert (weights.kind, weights.encoder) == ("export of caco_scale", which)
+    assert (weights.arch, weights.stem) == ("tiny", "cifar")
+    assert (weights.size, weights.mean, weights.std) == (32, (0.5, 0.4, 1 / 3), (0.2, 0.3, 0.4))
+    assert (weights.resize, weights.assumed) == (40, ())
+    assert weights.metadata == {"recipe": "demo", "step": "20", "epoch": "10.0", "git_commit": ""}
+    assert torch.equal(features(weights.backbone), features(getattr(model, which).backbone))
+    assert weights.sha256 == load_weights(folder, which).sha256
+    other = {"query": "key", "key": "query"}[which]
+    with pytest.raises(UserError, match=f"holds the {which} encoder: drop --which {other}"):
+        load_weights(tmp_path / "w", which=other)
+    assert load_weights(tmp_path / "w", which=which).encoder == which
+    export.export(tmp_path / "w", tmp_path / "again.safetensors", "safetensors")
+    again = load_weights(tmp_path / "again.safetensors")
+    assert (again.encoder, again.size, again.std) == (which, 32, (0.2, 0.3, 0.4))
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_an_export_for_timm_forgets_nothing(tmp_path, name):
+    model = save_run(tmp_path / "run", "resnet18", "imagenet")
+    export.export(tmp_path / "run", tmp_path / name, "timm", "key")
+    weights = load_weights(tmp_path / name)
+    assert (weights.encoder, weights.size, weights.mean) == ("key", 32, (0.5, 0.4, 1 / 3))
+    loaded = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(tmp_path / name)).eval()
+    with torch.no_grad():
+        assert torch.allclose(loaded(images()), model.key.backbone(images()), atol=1e-4)
+
+
+def test_what_a_file_does_not_say_is_assumed_and_said(tmp_path, capsys):
+    path = save(torchvision_state().state_dict(), tmp_path / "tv.pth")
+    weights = load_weights(path)
+    assert (weights.encoder, weights.size, weights.assumed) == ("single", 224, ("size", "mean", "std"))
+    for which in ("query", "key"):
+        with pytest.raises(UserError, match="holds one encoder without saying whose: drop --which"):
+            load_weights(path, which=which)
+    main([str(path), "--to", str(tmp_path / "w.pth"), "--format", "torchvision"])
+    output = capsys.readouterr().out
+    assert "not used: fc.* (2)" in output
+    assert "does not say the size, mean, std of its images" in output
+    assert "features equal bit for bit to those of the backbone as it was read" in output
+    card = (tmp_path / "w.pth.md").read_text()
+    assert card.startswith("# resnet18, from state dict of torchvision's names\n")
+    for words in (
+        "| encoder | the file's only backbone, it does not say whose, without",
+        "| not used of it | fc.* (2) |",
+        "224 pixels; the source does not say its size, mean, std: assumed |",
+        "| licence | not stated",
+    ):
+        assert words in card, card
+    assert "without labels" not in card
+    again = load_weights(tmp_path / "w.pth")
+    assert (again.encoder, again.assumed) == ("single", ("size", "mean", "std"))
+    stem = load_weights(save(build_backbone("resnet18", "cifar")[0].state_dict(), tmp_path / "cifar.pth"))
+    assert (stem.size, stem.assumed) == (32, ("size", "mean", "std"))
 
 
 def test_the_metadata_of_an_export_say_what_images_it_wants(run, tmp_path):
@@ -190,9 +332,13 @@ def test_the_metadata_of_an_export_say_what_images_it_wants(run, tmp_path):
     save_file(state, tmp_path / "w", metadata=metadata)
     weights = load_weights(tmp_path / "w")
     assert (weights.size, weights.mean, weights.std) == (32, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-    save_file(state, tmp_path / "w", metadata={**metadata, "mean": "grey"})
-    with pytest.raises(UserError, match="metadata are damaged"):
-        load_weights(tmp_path / "w")
+    for wrong in (
+        *({"mean": "grey"}, {"std": "0.1 0.2"}, {"std": "0 1 1"}, {"mean": "nan 0 0"}),
+        *({"size": "0"}, {"size": str(10**9)}, {"size": "9" * 5000}, {"size": "wide"}, {"resize": "-1"}),
+    ):
+        save_file(state, tmp_path / "w", metadata={**metadata, **wrong})
+        with pytest.raises(UserError, match="metadata are damaged"):
+            load_weights(tmp_path / "w")
 
 
 def test_a_cifar_stem_is_told_from_an_imagenet_one(tmp_path):

@@ -24,8 +24,9 @@ class Backbone(nn.Module):
     torchvision's names: ``torchvision.models.resnet50().load_state_dict(backbone.module.state_dict(), strict=False)``.
 
     ``num_features``: F. ``arch``, ``stem``: as in the configuration's ``model``. ``size``: H of the images that it was
-    trained on; ``mean``, ``std``: what they were normalised with (:meth:`prepare` does so). ``step``: of the run, None
-    where the source does not say.
+    trained on; ``mean``, ``std``: what they were normalised with (:meth:`prepare` does so); ``assumed``: which of the
+    three the source does not say, so that they are guesses. ``resize``: the shorter side before the centre is cut out,
+    0: as usual. ``step``: of the run, None where the source does not say.
     """
 
     module: nn.Module
@@ -35,6 +36,8 @@ class Backbone(nn.Module):
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    assumed: tuple[str, ...]
+    resize: int
     step: int | None
 
     def __init__(self, module: nn.Module, **facts: Any):
@@ -48,12 +51,12 @@ class Backbone(nn.Module):
         return self.module(images)
 
     def prepare(self, image: Any) -> torch.Tensor:
-        """One image as the evaluation sees it: resized as usual, its centre cropped, normalised -> (3, H, H) float32.
+        """One image as the evaluation sees it: resized, its centre cropped, normalised -> (3, H, H) float32.
 
         ``image``: the path of an image file, an image of PIL, or an array (height, width, 3) of uint8. UserError for
         what is none of them or does not decode.
         """
-        crop = torch.from_numpy(centre_crop(_pixels(image), self.size))
+        crop = torch.from_numpy(centre_crop(_pixels(image), self.size, self.resize))
         return normalise(crop[None], self.mean, self.std)[0]
 
 
@@ -65,11 +68,11 @@ def load_backbone(
     Args:
         run_or_weights: a run directory, one of its checkpoints, an export of this program, or a checkpoint of CaCo's
             authors, MoCo, DINO, torchvision or timm. Nothing in a file is run.
-        which: ``query`` or ``key``, the encoder of the two; None: the query encoder, of DINO the teacher.
+        which: ``query`` or ``key``, of a source with both; None: the query encoder, of DINO the teacher.
         step: which checkpoint of the run; None: the newest.
 
     Raises:
-        UserError: no such place, damaged, no encoder that fits (it names the keys), values that are not finite.
+        UserError: no such place, damaged, no encoder that fits in every tensor (it names them), values not finite.
     """
     if which not in (None, "query", "key"):
         raise UserError(f"which is {which!r}: give query or key")
@@ -83,6 +86,8 @@ def load_backbone(
         size=weights.size,
         mean=weights.mean,
         std=weights.std,
+        assumed=weights.assumed,
+        resize=weights.resize,
         step=None if found in (None, "") else int(found),
     ).eval()
 

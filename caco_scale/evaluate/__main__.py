@@ -40,7 +40,7 @@ class Evaluation:
     val: Annotated[str | None, shown("VAL")] = None
     """Validation images (default: those of the run, or the val/ beside train/ in --data)."""
     which: Annotated[Encoder | None, shown("{query,key}")] = None
-    """Encoder (default: query; of DINO key, its teacher)."""
+    """Encoder, where there are two (default: query; of DINO key, its teacher)."""
     step: Annotated[int | None, FROM_0, shown("N")] = None
     """Checkpoint of the run (default: the newest)."""
     arch: Annotated[str | None, shown("ARCH")] = None
@@ -48,14 +48,14 @@ class Evaluation:
     stem: Annotated[Stem | None, shown("{imagenet,cifar}")] = None
     """First layer in a file of weights (default: found out)."""
     size: Annotated[int | None, ABOVE_0, at_most(8192), shown("PIXELS")] = None
-    """Side of the images (default: the run's, else 224)."""
+    """Side of the images (default: the run's, which its exports say; else 224, of the cifar stem 32)."""
     resize: Annotated[int | None, ABOVE_0, at_most(16384), shown("PIXELS")] = None
     """Shorter side before the central --size is cut out (default: the run's, else 256 for 224 in proportion, and --size
     itself, whole images, up to 96)."""
     mean: Annotated[Colours | None, shown("R G B")] = None
-    """Mean of the colours (default: the run's)."""
+    """Mean of the colours (default: the run's, which its exports say; else ImageNet's)."""
     std: Annotated[Deviations | None, shown("R G B")] = None
-    """Standard deviation of the colours (default: the run's)."""
+    """Standard deviation of the colours (default: the run's, which its exports say; else ImageNet's)."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """Number format of the encoder."""
     images_at_once: Annotated[int, ABOVE_0, at_most(2**20)] = 256

@@ -19,6 +19,7 @@ from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.errors import UserError
 from caco_scale.evaluate.results import ResultFolder
 from caco_scale.run.environment import describe_environment
+from caco_scale.weights.build import gist
 from caco_scale.weights.load import Weights, describe, load_weights
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def build_task(flags: Any) -> Task:
     )
     for module in filter(None, (weights.backbone, weights.projector)):
         module.to(accelerator.device, compute)
-    _introduce(task)
+    _introduce(task, flags)
     return task
 
 
@@ -215,8 +216,7 @@ def _sources(flags):
 
 def _resize(flags, weights, size):
     """The shorter side before the centre crop: as asked, else the run's, else the usual one."""
-    of_run = ((weights.config or {}).get("eval") or {}).get("resize") or 0
-    resize = flags.resize or (of_run if size == weights.size else 0) or usual_resize(size)
+    resize = flags.resize or (weights.resize if size == weights.size else 0) or usual_resize(size)
     if resize < size:
         raise UserError(
             f"--resize {resize} is less than the {size} pixels that are cut out: give {size} or more"
@@ -224,17 +224,18 @@ def _resize(flags, weights, size):
     return resize
 
 
-def _introduce(task):
+def _introduce(task, flags):
     weights = task.weights
     task.say(
         f"{task.world_size} process(es), {task.device.type}; {weights.encoder} encoder of {weights.path} "
         f"({weights.kind}, {weights.arch}, stem {weights.stem})"
     )
+    guessed = [name for name in weights.assumed if getattr(flags, name) is None]
+    if guessed:
+        values = ", ".join(f"{name} {str(getattr(task, name)).strip('()')}" for name in guessed)
+        task.say(f"assumed, for the file does not say it: {values}; --{', --'.join(guessed)} give others")
     if weights.unmatched:
-        names = ", ".join(weights.unmatched[:8]) + (
-            f" and {len(weights.unmatched) - 8} more" * (len(weights.unmatched) > 8)
-        )
-        task.say(f"in the file but not used: {names}")
+        task.say(f"in the file but not used: {gist(weights.unmatched)}")
     task.say(f"images for evaluation: {describe_crop(task.size, task.resize)}")
     for name, store in (("training", task.train), ("validation", task.val)):
         task.say(

@@ -26,7 +26,7 @@ class Export:
     format: ExportFormat
     """Format of the file."""
     which: Annotated[Encoder | None, shown("{query,key}")] = None
-    """Encoder (default: query; of DINO the teacher)."""
+    """Encoder, where there are two (default: query; of DINO the teacher)."""
     step: Annotated[int | None, shown("N")] = None
     """Step of the checkpoint (default: the newest)."""
     force: Switch = False
@@ -45,6 +45,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     of_step = f" of step {metadata['step']}" if metadata["step"] else ""
     what = "{encoder} backbone {arch} (stem {stem}){0}; {compared}".format(of_step, **metadata)
     print(f"wrote {flags.to} ({size:.1f} MB, {flags.format}) and {flags.to}.md: {what}")
+    if metadata["unused"]:
+        print(f"in {flags.run} but not used: {metadata['unused']}")
+    if unsaid := [name for name in ("size", "mean", "std") if name not in metadata]:
+        print(
+            f"{flags.run} does not say the {', '.join(unsaid)} of its images, and so the file does not either"
+        )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from caco_scale.data.views import describe_crop
 from caco_scale.export.library_names import loading_code
+from caco_scale.flags.choices import ENCODERS
 from caco_scale.run.scores import LoggedScore, is_percent
 
 
@@ -17,7 +19,10 @@ def write_card(
     values: Mapping[str, Any],
     *,
     source: str,
+    unused: str,
+    assumed: Mapping[str, str],
     config: Mapping[str, Any],
+    warmup_steps: int | None,
     environment: Mapping[str, Any],
     logged: tuple[dict | None, dict | None],
     evaluated: Sequence[LoggedScore],
@@ -29,35 +34,60 @@ def write_card(
         name, data: of the exported file.
         library: whose model it loads into; ``compared``: how that was compared, in words.
         metadata: what the exporter says of the tensors; ``values``: the checkpoint's, empty without one.
-        source: what file of weights it comes from, empty for a run.
+        source: what file of weights it comes from, empty for a run; ``unused``: the names in it that went nowhere;
+            ``assumed``: size, mean, std of the images as far as only guessed.
         config: flat, ``{"section.field": value}``; empty where it could not be read.
+        warmup_steps: of the bank warm-up, None where it is not known.
         environment: of ``environment.json``; empty where there is none.
         logged, evaluated: of :mod:`caco_scale.run.scores`, of this checkpoint.
     """
     arch, stem = metadata["arch"], metadata["stem"]
     command = environment.get("command")
     rows = [
-        ("encoder", f"{metadata['encoder']} encoder's backbone, without projector and classifier"),
+        ("encoder", f"{_whose(metadata['encoder'])}, without projector and classifier"),
         ("architecture", f"{arch}, {stem} stem"),
         *([("source", source)] if source else []),
+        *([("not used of it", unused)] if unused else []),
         ("recipe", metadata["recipe"] or "unknown"),
         ("method", _method(config)),
-        ("trained", _trained(config, values, metadata)),
+        ("trained", _trained(config, values, metadata, warmup_steps)),
         ("data", _data(config, values)),
-        ("input", _input(metadata)),
+        ("input", _input({**assumed, **metadata}, assumed)),
+        ("crop", _crop({**assumed, **metadata})),
         ("command", f"`{shlex.join(map(str, command))}`" if isinstance(command, list) else "unknown"),
         ("commit", metadata["git_commit"] or "unknown"),
         ("hardware", _hardware(environment)),
+        (
+            "licence",
+            "not stated: whoever publishes the file states one; the images' and the source's terms count",
+        ),
         ("file", f"`{name}`, {len(data):,} bytes, sha256 `{hashlib.sha256(data).hexdigest()}`"),
         ("checked", compared),
     ]
     table = "\n".join(f"| {row} | {_cell(value)} |" for row, value in rows)
     code = loading_code(library, arch, stem, name)
     return (
-        f"# {arch}, pre-trained without labels ({config.get('bank.rule', 'method unknown')})\n\n"
+        f"# {arch}{_title(config, source)}\n\n"
         f"| | |\n|---|---|\n{table}\n\n## Scores\n\n{_score_lines(config, logged, evaluated)}\n\n"
         f"## Load it\n\n```python\n{code}\n```\n\n"
         "`model` gives features, one row an image; normalise images as said under input, and call `model.eval()`.\n"
+    )
+
+
+def _title(config, source):
+    """What is known of how it was trained: of a file of others not even that it was without labels."""
+    if source:
+        return f", from {source.split(', ')[0]}"
+    return (
+        f", pre-trained without labels ({config['bank.rule']})" if config else ", pre-trained without labels"
+    )
+
+
+def _whose(encoder):
+    return (
+        f"{encoder} encoder's backbone"
+        if encoder in ENCODERS
+        else "the file's only backbone, it does not say whose"
     )
 
 
@@ -73,16 +103,24 @@ def _method(config):
     return f"{rule} (arXiv:2203.14370 and its baselines), bank of {size:,} rows, {temperature}"
 
 
-def _trained(config, values, metadata):
+def _trained(config, values, metadata, warmup_steps):
     epoch, step = values.get("epoch") or metadata["epoch"], values.get("step") or metadata["step"]
     if not step:
         return "unknown"
     text = f"{float(epoch):,.6g} epochs, " if epoch else ""
     text += f"{int(step):,} steps"
     if config:
-        warmup, main = config["bank.warmup_epochs"], config["optim.epochs"]
-        text += f" (schedule: {warmup} epochs of bank warm-up, then {main}; batch {config['data.global_batch_size']:,})"
+        text += f" (schedule: {_warmup(config, warmup_steps)}{config['optim.epochs']} epochs"
+        text += f"; batch {config['data.global_batch_size']:,})"
     return text
+
+
+def _warmup(config, steps):
+    """The bank warm-up in words, empty where there is none."""
+    if steps == 0:
+        return ""
+    asked, count = config["bank.warmup_epochs"], "" if steps is None else f" of {steps:,} steps"
+    return f"bank warm-up{count} ({f'{asked} epochs' if asked else 'until the bank is full'}), then "
 
 
 def _data(config, values):
@@ -91,9 +129,14 @@ def _data(config, values):
     return f"`{config['data.shards']}`{images}" if config.get("data.shards") else "unknown"
 
 
-def _input(metadata):
-    mean, std = (metadata[name].replace(" ", ", ") for name in ("mean", "std"))
-    return f"RGB from 0 to 1, minus ({mean}), divided by ({std}); trained on {metadata['size']} pixels"
+def _input(views, assumed):
+    mean, std = (views[name].replace(" ", ", ") for name in ("mean", "std"))
+    text = f"RGB from 0 to 1, minus ({mean}), divided by ({std}); {views['size']} pixels"
+    return f"{text}; the source does not say its {', '.join(assumed)}: assumed" if assumed else text
+
+
+def _crop(views):
+    return f"for evaluation: {describe_crop(int(views['size']), int(views.get('resize', 0)))}"
 
 
 def _hardware(environment):

@@ -4,16 +4,17 @@
                                 [--which query|key] [--step N] [--force]
 
 ``torchvision`` is a ``torch.save`` of a state dict for ``torchvision.models.<arch>()``; ``safetensors`` holds the
-same names, with where they come from as its metadata; ``timm`` is what ``timm.create_model(..., checkpoint_path=FILE)``
-reads, as safetensors if FILE ends so. The projector stays behind. A model card, FILE.md, says what it is and how to
-load it. One process on the CPU is enough, whatever trained; the file is loaded back into the library's own model and
-its features are compared with the trained backbone's before it appears.
+same names; ``timm`` is what ``timm.create_model(..., checkpoint_path=FILE)`` reads, as safetensors if FILE ends so. In
+its metadata a file says whose encoder it is, of which run, and what images it wants. The projector stays behind. A
+model card, FILE.md, says what it is and how to load it. One process on the CPU is enough, whatever trained; the file is
+loaded back into the library's own model and its features are compared with the trained backbone's before it appears.
 """
 
 import json
 import os
 from importlib import metadata as distributions
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,12 +22,15 @@ from safetensors.torch import save_file
 from caco_scale import config as configuration
 from caco_scale.atomic import write_atomically
 from caco_scale.checkpoint.folder import read_values
+from caco_scale.data.views import usual_resize
 from caco_scale.errors import UserError
 from caco_scale.export.library_names import check_library, library_model, to_timm
 from caco_scale.export.model_card import write_card
 from caco_scale.flags.choices import EXPORT_FORMATS
 from caco_scale.run.scores import evaluation_scores, logged_scores
-from caco_scale.weights.files import read_tensors
+from caco_scale.training.assemble import build_schedule
+from caco_scale.weights.build import gist
+from caco_scale.weights.files import read_tensors, with_metadata
 from caco_scale.weights.load import Weights, load_weights
 
 TOLERANCE = 1e-5  # of features, relative to the greatest where that is above one
@@ -41,7 +45,8 @@ def export(
     step: int | None = None,
     force: bool = False,
 ) -> dict[str, str]:
-    """Write the backbone of ``run`` (a run's or a checkpoint's directory, or weights) to the file ``to`` -> metadata.
+    """Write the backbone of ``run`` (a run's or a checkpoint's directory, or weights) to the file ``to`` -> metadata,
+    ``compared`` (how the file was checked) and ``unused`` (the names in a file of weights that went nowhere, in short).
 
     ``which``: the query or the key (momentum) encoder, None: as :func:`~caco_scale.weights.load.load_weights` has it;
     ``step``: which checkpoint of the run, default the newest. The model card goes to ``<to>.md``. Raises UserError: no
@@ -74,11 +79,11 @@ def export(
         raise UserError(f"{to} could not be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-    return {**metadata, "compared": compared}
+    return {**metadata, "compared": compared, "unused": gist(weights.unmatched)}
 
 
 def file_metadata(weights: Weights) -> dict[str, str]:
-    """Where a backbone comes from and what images it wants, as safetensors' metadata: names and strings."""
+    """Where a backbone comes from and what images it wants: names and strings; what nothing says is left out."""
     metadata = {
         "arch": weights.arch,
         "stem": weights.stem,
@@ -88,10 +93,15 @@ def file_metadata(weights: Weights) -> dict[str, str]:
         "epoch": weights.metadata.get("epoch", ""),
         "git_commit": _environment(weights).get("git_commit") or weights.metadata.get("git_commit", ""),
         "size": weights.size,
-        "mean": " ".join(f"{value:g}" for value in weights.mean),
-        "std": " ".join(f"{value:g}" for value in weights.std),
+        "resize": weights.resize or usual_resize(weights.size),
+        "mean": " ".join(map(str, weights.mean)),
+        "std": " ".join(map(str, weights.std)),
     }
-    return {name: "" if value is None else str(value) for name, value in metadata.items()}
+    unsaid = (
+        (*weights.assumed, "resize") if "size" in weights.assumed and not weights.resize else weights.assumed
+    )
+    known = {name: value for name, value in metadata.items() if name not in unsaid}
+    return {name: "" if value is None else str(value) for name, value in known.items()}
 
 
 def _check_target(to, card, file_format, force):
@@ -140,18 +150,34 @@ def _environment(weights):
 def _card(weights, name, data, library, metadata, compared):
     """The model card's text for the file ``name`` with the bytes ``data``."""
     run, values, logged, evaluated, config = _run_directory(weights), {}, (None, None), [], {}
+    warmup_steps = None
     if run is not None:
         values = read_values(Path(weights.path))
         logged = logged_scores(run, values["step"])
         of_this = (values["step"], weights.encoder)
         evaluated = [score for score in evaluation_scores(run) if (score.step, score.encoder) == of_this]
         try:
-            config = configuration.flatten(configuration.from_dict(weights.config, weights.path))
+            known = configuration.from_dict(weights.config, weights.path)
+            config, warmup_steps = configuration.flatten(known), _warmup_steps(known, values)
         except UserError:  # of another version: what it says of the model was enough for the tensors
             config = {}
-    facts = {"config": config, "environment": _environment(weights), "logged": logged, "evaluated": evaluated}
+    facts: dict[str, Any] = {"config": config, "warmup_steps": warmup_steps}
+    facts |= {"environment": _environment(weights), "logged": logged, "evaluated": evaluated}
     source = "" if run else f"{weights.kind}, `{Path(weights.path).name}`"
-    return write_card(name, data, library, metadata, values, source=source, compared=compared, **facts)
+    facts |= {"source": source, "unused": gist(weights.unmatched), "assumed": _assumed(weights)}
+    return write_card(name, data, library, metadata, values, compared=compared, **facts)
+
+
+def _warmup_steps(config, values):
+    """Of the bank warm-up, None where the checkpoint does not say how many images there were."""
+    images, batch = values.get("num_samples"), config.data.global_batch_size
+    known = isinstance(images, int) and images >= batch
+    return build_schedule(config, images // batch).warmup_steps if known else None
+
+
+def _assumed(weights):
+    """``{"size": "224", ...}`` of what the source does not say of its images."""
+    return {n: str(getattr(weights, n)).strip("()").replace(",", "") for n in weights.assumed}
 
 
 def _write(path, state, metadata, container):
@@ -161,7 +187,7 @@ def _write(path, state, metadata, container):
             {name: t.contiguous() for name, t in state.items()}, path, metadata={"format": "pt", **metadata}
         )
     else:
-        torch.save(state, path)
+        torch.save(with_metadata(state, metadata), path)
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
 
@@ -181,7 +207,9 @@ def _compare(path, weights, library):
     if not distance <= TOLERANCE * max(1.0, wanted.abs().max().item()):
         raise UserError(f"{library}'s model does not give the trained features back (off by {distance:.3g})")
     equal = "equal bit for bit" if distance == 0 else f"equal to {distance:.1g}"
-    return f"loaded back into {_version(library)}'s {weights.arch}, features {equal}"
+    # Of a file of others only what was read can be compared: its own program's model is not here.
+    of_what = "" if weights.config is not None else " to those of the backbone as it was read"
+    return f"loaded back into {_version(library)}'s {weights.arch}, features {equal}{of_what}"
 
 
 def _version(library):

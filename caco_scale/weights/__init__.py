@@ -2,17 +2,20 @@
 
 What is read                        by what it is recognised
 a run, one of its checkpoints       a directory; query or key encoder, with its projector
-our export (safetensors, torch)     torchvision's names; the metadata of safetensors name arch and stem
+our export (safetensors, torch)     torchvision's names; metadata: arch, stem, encoder, size, mean, std, recipe, step
 CaCo's authors                      ``state_dict`` of ``module.encoder_q.*`` and ``module.encoder_k.*``, ``Memory_Bank``
 MoCo v1, v2                         ``state_dict`` of ``module.encoder_q.*``
 MoCo v3                             ``state_dict`` of ``module.base_encoder.*`` and ``module.momentum_encoder.*``
 DINO                                ``student`` and ``teacher`` with ``backbone.*``, or the backbone alone
 torchvision, timm                   a state dict, alone or under ``state_dict`` or ``model``; timm's ViT is renamed
 
-A file holds tensors and plain values or is refused: nothing in it is run. The architecture follows from names and
-shapes; every key that has no place in the model is named, and a model with a parameter missing is never returned.
+A file holds tensors and plain values, no more than its size, or is refused: nothing in it is run. The architecture
+follows from names and shapes, all of them: a parameter that is missing and a tensor inside the backbone without a place
+are errors; heads, projectors and other encoders that are not used are named. What images the weights want is read, or
+said to be assumed.
 
-``load.py`` is the way in; ``files.py`` reads, ``recognise.py`` finds out what was read, ``build.py`` makes the modules.
+``load.py`` is the way in; ``claims.py`` checks a file and ``files.py`` reads it, ``recognise.py`` finds out what was
+read, ``build.py`` makes the modules.
 Of other rooms this one knows ``checkpoint`` (to read), ``method`` (to build), ``data.augment`` (ImageNet's mean) and
 ``errors``.
 """

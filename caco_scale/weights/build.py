@@ -1,7 +1,9 @@
 """Modules out of state dicts: on the CPU, in fp32, in eval mode, complete and finite or refused."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +12,15 @@ from caco_scale.errors import UserError
 from caco_scale.method.encoders import build_backbone
 from caco_scale.method.projector import build_projector
 
+MOST_SHOWN = 20_000  # letters of a list of names: all names of any backbone here have room
+
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a module's parameters and buffers."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
+@cache
 def expected_shapes(arch: str, stem: str) -> dict[str, tuple[int, ...]]:
     """Those of a backbone."""
     with torch.device("meta"):
@@ -35,12 +40,12 @@ def differences(
 
 
 def folded(names: Iterable[str]) -> str:
-    """Every name, those of one module together: ``bn1.{bias, weight}, conv1.weight``."""
+    """The names, those of one module together: ``bn1.{bias, weight}, conv1.weight``."""
     groups = {}
     for name in names:
         parent, _, last = name.rpartition(".")
         groups.setdefault(parent, []).append(last)
-    return ", ".join(
+    return _shown(
         f"{parent}.{{{', '.join(last)}}}"
         if len(last) > 1 and parent
         else ", ".join(f"{parent}.{x}".strip(".") for x in last)
@@ -48,22 +53,40 @@ def folded(names: Iterable[str]) -> str:
     )
 
 
-def fill_backbone(
-    arch: str, stem: str, state: Mapping[str, Tensor], path: str
-) -> tuple[nn.Module, int, list[str]]:
-    """A backbone with the tensors of a state dict in fp32: (module, F, names of the dict that it has no place for)."""
+def gist(names: Iterable[str]) -> str:
+    """Names by their first word, with how many there are of each: ``fc.* (2), encoder_k.* (161), epoch``."""
+    counts = Counter(
+        first + (".*" if rest else "") for first, _, rest in (name.partition(".") for name in names)
+    )
+    return _shown(f"{first} ({n})" if first.endswith(".*") else first for first, n in counts.items())
+
+
+def printable(text: str) -> str:
+    """What stands in a file, without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _shown(parts):
+    text = ", ".join(parts)
+    return printable(text[:MOST_SHOWN]) + (
+        f" ... ({len(text):,} letters in all)" if len(text) > MOST_SHOWN else ""
+    )
+
+
+def fill_backbone(arch: str, stem: str, state: Mapping[str, Tensor], path: str) -> tuple[nn.Module, int]:
+    """A backbone with all tensors of a state dict, in fp32 -> (module, F). UserError where they do not fit."""
     with torch.device("meta"):  # nothing to initialise: every tensor comes from the state dict
         backbone, num_features = build_backbone(arch, stem)
     expected = shapes(backbone)
     missing, unexpected, wrong = differences(expected, state)
-    if missing or wrong:
+    if missing or unexpected or wrong:
         raise UserError(
-            f"{path} does not hold a whole {arch} (stem {stem}): missing or of another shape: "
-            f"{folded([*missing, *wrong])}"
+            f"{path} does not hold a whole {arch} (stem {stem}) and nothing else: missing, of another shape or "
+            f"without a place: {folded([*missing, *wrong, *unexpected])}"
         )
     filled = {name: state.get(name, torch.zeros((), dtype=torch.int64)) for name in expected}
     _assign(backbone, filled, path)
-    return backbone, num_features, unexpected
+    return backbone, num_features
 
 
 def fill_projector(num_features: int, state: Mapping[str, Tensor]) -> nn.Sequential | None:
@@ -94,6 +117,11 @@ def _assign(module, state, path):
             or tensor.device.type != "cpu"
         ):
             raise UserError(f"{path}: {name} is no plain dense tensor ({tensor.dtype}, {tensor.layout})")
+        held = tensor.untyped_storage().nbytes()
+        if tensor.numel() * tensor.element_size() > held:  # expanded: a few bytes that stand for many
+            raise UserError(
+                f"{path}: {name} claims {tuple(tensor.shape)} of {held:,} bytes: save contiguous tensors"
+            )
         if reference.is_floating_point() != tensor.is_floating_point():
             raise UserError(f"{path}: {name} is {tensor.dtype}, {reference.dtype} expected")
         kept[name] = tensor.to(reference.dtype).contiguous()

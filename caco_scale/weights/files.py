@@ -5,6 +5,8 @@ import re
 import struct
 import warnings
 import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from numpy._core.multiarray import scalar
 from safetensors import SafetensorError, safe_open
 
 from caco_scale.errors import UserError, one_line
+from caco_scale.weights.claims import FalseClaim, check_pickles, check_zip
 
+METADATA_KEY = "caco_scale"
 # Values beside tensors that published checkpoints hold: records of plain values, which run nothing when they are made.
 PLAIN_RECORDS: list[Any] = [
     argparse.Namespace,
@@ -41,10 +45,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise UserError(f"{path} is empty: give a file of weights, or a run directory")
     if len(start) == 9 and start[8:] == b"{":
         return _read_safetensors(path, size)
-    if start.startswith(b"PK"):
-        _check_zip(path)
-    elif not start.startswith(b"\x80"):
+    if not start.startswith((b"PK", b"\x80")):
         raise UserError(f"{path} is no file of weights: neither safetensors nor torch.save wrote it")
+    try:
+        _check_zip(path, size) if start.startswith(b"PK") else _check_legacy(path, size)
+    except FalseClaim as error:
+        raise UserError(f"{path} {error}") from None
     try:
         with torch.serialization.safe_globals(PLAIN_RECORDS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's notes on old files; what it cannot read is an error
@@ -53,7 +59,27 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise _unreadable(path, error) from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: save model.state_dict()")
-    return content, {}
+    return content, _metadata_of(content)
+
+
+def with_metadata(state: Mapping[str, Any], metadata: Mapping[str, str]) -> OrderedDict[str, Any]:
+    """The state dict with metadata inside, for ``torch.save``: where torch keeps the versions of modules.
+
+    ``load_state_dict`` of any library takes it as it is, and :func:`read_tensors` gives the metadata back.
+    """
+    versions = getattr(state, "_metadata", {})
+    held = OrderedDict(state)
+    own = {"version": 1, **versions.get("", {}), METADATA_KEY: dict(metadata)}
+    held._metadata = OrderedDict({**versions, "": own})  # ty: ignore[missing-attribute]
+    return held
+
+
+def _metadata_of(content):
+    found: Any = getattr(content, "_metadata", {})
+    for key in ("", METADATA_KEY):
+        found = found.get(key) if isinstance(found, dict) else None
+    found = found if isinstance(found, dict) else {}
+    return {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, str)}
 
 
 def _read_safetensors(path, size):
@@ -64,10 +90,16 @@ def _read_safetensors(path, size):
         raise UserError(f"{path} ({size:,} bytes) is a damaged safetensors file: {one_line(error)}") from None
 
 
-def _check_zip(path):
-    """torch.load does not compare checksums."""
+def _check_legacy(path, size):
+    with open(path, "rb") as file:
+        check_pickles(file, size)
+
+
+def _check_zip(path, size):
+    """What torch.load does not: compare the checksums and what the file claims."""
     try:
         with zipfile.ZipFile(path) as archive:
+            check_zip(archive, size)
             bad = archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
         raise UserError(

@@ -1,6 +1,7 @@
 """RUN_OR_WEIGHTS to an encoder: of a run, of one of its checkpoints, or of a file."""
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -14,19 +15,33 @@ from caco_scale.checkpoint.folder import read_values, step_path, steps
 from caco_scale.checkpoint.read import load_tensors
 from caco_scale.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from caco_scale.errors import UserError, one_line
+from caco_scale.flags.choices import ENCODERS
 from caco_scale.weights.build import digest, fill_backbone, fill_projector
 from caco_scale.weights.files import read_tensors
-from caco_scale.weights.recognise import HEADS, choose_encoder, find_architecture, timm_vit_renamed, within
+from caco_scale.weights.recognise import (
+    check_stated_name,
+    choose_encoder,
+    find_architecture,
+    split_heads,
+    timm_vit_renamed,
+    within,
+)
+
+MOST_PIXELS = 8192  # of a side, as the flag --size has it
+FACTS = ("recipe", "step", "epoch", "git_commit")  # what an export says of its run
 
 
 @dataclass(frozen=True)
 class Weights:
     """An encoder out of a run or a file, on the CPU in fp32, in eval mode.
 
-    ``projector`` is None where the source has none that fits. ``kind``: what the source was taken for; ``encoder``:
-    query or key; ``size`` (pixels), ``mean``, ``std``: of the images that it was trained on, ImageNet's where the
-    source does not say. ``unmatched``: the keys of the source that went nowhere. ``sha256``: of the backbone's tensors.
-    ``metadata``: recipe, step, epoch, ... as far as the source says; ``config``: of a run, as nested plain values.
+    ``projector`` is None where the source has none that fits. ``kind``: what the source was taken for. ``encoder``:
+    query or key, or ``single``: the only one of a file that does not say which. ``size`` (pixels), ``mean``, ``std``:
+    of the images that it was trained on; ``assumed``: those of the three that the source does not say and that are
+    guesses (224 pixels, 32 for the stem ``cifar``; ImageNet's colours). ``resize``: the shorter side before the centre
+    crop of its evaluations (0: :func:`~caco_scale.data.views.usual_resize`). ``unmatched``: the keys of the source that
+    went nowhere, none of the backbone's among them. ``sha256``: of the backbone's tensors. ``metadata``: recipe, step,
+    epoch, ... as far as the source says; ``config``: of a run, as nested plain values.
     """
 
     path: str
@@ -39,9 +54,11 @@ class Weights:
     projector: nn.Module | None
     unmatched: tuple[str, ...]
     sha256: str
-    size: int = 224
+    size: int
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    resize: int = 0
+    assumed: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] | None = None
 
@@ -109,10 +126,9 @@ def _load_run(path, which):
     state = {name.removeprefix(prefixes[0]).removeprefix(prefixes[1]): t for name, t in tensors.items()}
     views = config.get("views") or {}
     arch, stem = config["model"]["arch"], config["model"]["stem"]
-    backbone, num_features, missing = fill_backbone(arch, stem, within(state, "backbone."), str(path))
+    backbone, num_features = fill_backbone(arch, stem, within(state, "backbone."), str(path))
     rest = within(state, "projector.")
     projector = fill_projector(num_features, rest) if rest else None
-    assert not missing, missing
     return Weights(
         path=str(path),
         kind="run of caco_scale",
@@ -124,9 +140,7 @@ def _load_run(path, which):
         projector=projector,
         unmatched=() if projector is not None else tuple(f"{which}.projector.{name}" for name in rest),
         sha256=digest(backbone),
-        size=views.get("size", 224),
-        mean=tuple(views.get("mean", IMAGENET_MEAN)),
-        std=tuple(views.get("std", IMAGENET_STD)),
+        **_images({**views, "resize": (config.get("eval") or {}).get("resize") or 0}, arch, stem),
         metadata={"recipe": config.get("recipe", ""), "step": values["step"], "epoch": values.get("epoch")},
         config=config,
     )
@@ -150,11 +164,12 @@ def _run_config(path, values):
 
 def _load_file(path, which, arch, stem):
     content, metadata = read_tensors(path)
-    kind, which, state, others = choose_encoder(path, content, which)
-    state = timm_vit_renamed(state)
-    heads = {name: state.pop(name) for name in list(state) if name.startswith(HEADS)}
+    said = metadata.get("encoder") if metadata.get("encoder") in ENCODERS else None
+    kind, which, state, others = choose_encoder(path, content, which, said)
+    check_stated_name(path, content, arch)
+    state, heads = split_heads(timm_vit_renamed(state))
     arch, stem = find_architecture(path, state, arch or metadata.get("arch"), stem or metadata.get("stem"))
-    backbone, num_features, unexpected = fill_backbone(arch, stem, state, str(path))
+    backbone, num_features = fill_backbone(arch, stem, state, str(path))
     projector = fill_projector(num_features, within(heads, "fc."))
     unused = [name for name in heads if projector is None or not name.startswith("fc.")]
     return Weights(
@@ -166,29 +181,46 @@ def _load_file(path, which, arch, stem):
         num_features=num_features,
         backbone=backbone,
         projector=projector,
-        unmatched=(*unexpected, *unused, *others),
+        unmatched=(*unused, *others),
         sha256=digest(backbone),
-        metadata={key: metadata[key] for key in ("recipe", "step", "epoch", "git_commit") if key in metadata},
-        **_views_of(path, metadata),
+        metadata={key: metadata[key] for key in FACTS if key in metadata},
+        **_images(_views_of(path, metadata), arch, stem),
     )
 
 
 def _views_of(path, metadata):
-    """Size, mean and standard deviation of the images, where the metadata of an export say them."""
+    """Size, mean and standard deviation of the images, as far as the metadata of an export say them."""
     try:
         views: dict[str, Any] = {
-            name: tuple(map(float, metadata[name].split())) for name in ("mean", "std") if name in metadata
+            name: tuple(map(float, metadata[name].split())) for name in ("mean", "std") if metadata.get(name)
         }
-        if "size" in metadata:
-            views["size"] = int(metadata["size"])
+        views |= {name: int(metadata[name]) for name in ("size", "resize") if metadata.get(name)}
         if any(len(views[name]) != 3 for name in ("mean", "std") if name in views):
             raise ValueError("mean and std are three numbers each")
+        if not 0 < views.get("size", 1) <= MOST_PIXELS or not 0 <= views.get("resize", 0) <= 2 * MOST_PIXELS:
+            raise ValueError(f"a size is 1 to {MOST_PIXELS} pixels")
+        if not all(map(math.isfinite, views.get("mean", ()))) or not all(
+            0 < x < math.inf for x in views.get("std", ())
+        ):
+            raise ValueError("mean and std are finite, std above zero")
     except ValueError as error:
         raise UserError(f"{path}: its metadata are damaged ({one_line(error)})") from None
     return views
 
 
+def _images(views, arch, stem):
+    """Size, mean, std and resize of :class:`Weights`, and which of the first three nothing says."""
+    usual = {
+        "size": 32 if arch == "tiny" or stem == "cifar" else 224,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+    }
+    known = {name: views[name] for name in (*usual, "resize") if name in views}
+    known |= {name: tuple(known[name]) for name in ("mean", "std") if name in known}
+    return {**usual, **known, "assumed": tuple(name for name in usual if name not in known)}
+
+
 def describe(weights: Weights) -> dict[str, Any]:
     """What was loaded, for a result's JSON: plain values."""
-    facts = ("path", "kind", "encoder", "arch", "stem", "sha256", "metadata", "unmatched")
+    facts = ("path", "kind", "encoder", "arch", "stem", "sha256", "metadata", "assumed", "unmatched")
     return json.loads(json.dumps({name: getattr(weights, name) for name in facts}))

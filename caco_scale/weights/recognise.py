@@ -1,5 +1,6 @@
 """What a file of weights holds: whose checkpoint it is, which of its encoders is meant, which architecture that is."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 from caco_scale.errors import UserError
 from caco_scale.flags.choices import ENCODERS
 from caco_scale.method.encoders import ARCHITECTURES
-from caco_scale.weights.build import differences, expected_shapes, folded
+from caco_scale.weights.build import differences, expected_shapes, folded, printable
 
 # Names of the two encoders within a state dict, with what they belong to; the first that occurs wins.
 PREFIXES = (
@@ -17,22 +18,49 @@ PREFIXES = (
     ("base_encoder.", "momentum_encoder.", "MoCo v3"),
     ("backbone.", None, "DINO"),
 )
-HEADS = ("fc.", "head.", "heads.", "last_layer.")
+# What may stand beside a backbone without being part of it, by the first words of its names: classifiers, projectors,
+# predictors, prototypes, MoCo's queue, MAE's decoder, the count of an average of models (EMA).
+HEADS = (
+    *("fc.", "head.", "heads.", "last_layer.", "classifier.", "pre_logits."),
+    *("projector.", "projection_head.", "predictor.", "prediction_head.", "prototypes."),
+    *("queue", "decoder_", "mask_token", "n_averaged"),
+)
+# Parts that a backbone of this program does not have, and whose they are.
+FOREIGN_PARTS = (
+    (r"\.se\.fc1\.", "squeeze-and-excitation, as in timm's se{arch}"),
+    (r"\.se\.", "channel attention, as in timm's ecaresnet and gcresnet models"),
+    (r"\.ls[12]\.|\.gamma", "LayerScale, as in DeiT III and DINOv2"),
+    (
+        r"\.attn\.(q|k)?_?norm\.|\.mlp\.norm\.",
+        "norms within attention or MLP, as in timm's ViTs with qk_norm",
+    ),
+    (r"^(reg|dist)_token", "register or distillation tokens, as in DINOv2 with registers and distilled DeiT"),
+    (r"^norm_pre\.", "a norm before the blocks, as in CLIP's ViT"),
+    (
+        r"^(fc_norm|attn_pool)\.",
+        "another pooling than the class token, as in MAE's fine-tuned ViTs and SigLIP",
+    ),
+    (r"^layer\d\.\d+\.conv1\.weight|^blocks\.\d+\.norm1\.weight", "more blocks, as a deeper model has"),
+)
+# Models of timm whose names and shapes are those of an ordinary ResNet while their layers are not (anti-aliasing).
+SAME_NAMES = re.compile(r"res\w*(blur|aa)\d", re.IGNORECASE)
+SINGLE = "single"  # the encoder of a file that holds one and does not say which
 
 
 def choose_encoder(
-    path: Path, content: Mapping[str, Any], which: str | None
+    path: Path, content: Mapping[str, Any], which: str | None, said: str | None = None
 ) -> tuple[str, str, dict[str, Tensor], list[str]]:
-    """(what the file is taken for, query or key, that encoder's state dict, the names of all the rest)."""
+    """(what the file is taken for, query or key or :data:`SINGLE`, its state dict, the names of all the rest).
+
+    ``said``: the encoder that the metadata of an export of ours name.
+    """
     outer = [name for name in content if isinstance(content[name], dict)]
     if "teacher" in outer or "student" in outer:
         which = which or "key"
         name = {"query": "student", "key": "teacher"}[which]
         kind, state = "DINO", content.get(name)
         if not isinstance(state, dict):
-            raise UserError(
-                f"{path} holds no {name} (--which {which}): it has {', '.join(map(str, content))}"
-            )
+            raise UserError(f"{path} holds no {name} (--which {which}): it has {folded(map(str, content))}")
     else:
         name = next((name for name in ("state_dict", "model") if name in outer), None)
         kind, state = "state dict of torchvision's names", content[name] if name else content
@@ -45,17 +73,40 @@ def choose_encoder(
     for query, key, family in PREFIXES:
         if not any(name.startswith((query, key or query)) for name in tensors):
             continue
+        if key is None:
+            _check_no_segmentation(path, tensors, query)
+            break
         which = which or "query"
-        prefix = query if which == "query" or key is None else key
-        found = within(tensors, prefix)
-        if not found:
+        prefix = query if which == "query" else key
+        if not (found := within(tensors, prefix)):
             raise UserError(f"{path} holds no {which} encoder ({prefix}*): try --which {_other(which)}")
-        if family != "DINO":
-            kind = "checkpoint of CaCo's authors" if "Memory_Bank" in content else family
+        kind = "checkpoint of CaCo's authors" if "Memory_Bank" in content else family
         return kind, which, found, others + [name for name in tensors if not name.startswith(prefix)]
-    if which == "key" and kind != "DINO":
-        raise UserError(f"{path} holds one encoder without saying whose: drop --which key")
-    return kind, which or "query", tensors, others
+    else:
+        query = ""
+    if kind != "DINO":
+        kind, which = ("export of caco_scale" if said else kind), _only_one(path, which, said)
+    found = within(tensors, query)
+    return kind, which or SINGLE, found, others + [name for name in tensors if not name.startswith(query)]
+
+
+def _only_one(path, which, said):
+    """Whose the only encoder of a file is."""
+    if which and which != said:
+        what = f"holds the {said} encoder" if said else "holds one encoder without saying whose"
+        raise UserError(f"{path} {what}: drop --which {which}")
+    return said or SINGLE
+
+
+def _check_no_segmentation(path, tensors, prefix):
+    """UserError: a backbone below convolutions. A segmenter's ResNet is dilated, and no name says so."""
+    beside = [name for name, tensor in tensors.items() if tensor.ndim == 4 and not name.startswith(prefix)]
+    if beside:
+        raise UserError(
+            f"{path} holds a {prefix[:-1]} below convolutions ({folded(beside)}), as segmenters and detectors have it: "
+            "their ResNets may be dilated, which gives other features and which no name says; if this one is not, save "
+            f"model.{prefix[:-1]}.state_dict() alone"
+        )
 
 
 def _other(which):
@@ -95,23 +146,42 @@ def timm_vit_renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {ours.get(name, name): value for name, value in state.items()}
 
 
+def split_heads(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(what must be the backbone, the :data:`HEADS` beside it)."""
+    heads = {name: tensor for name, tensor in state.items() if name.startswith(HEADS)}
+    return {name: tensor for name, tensor in state.items() if name not in heads}, heads
+
+
+def check_stated_name(path: Path, content: Mapping[str, Any], arch: str | None) -> None:
+    """Refuse (UserError) a checkpoint that names a model of :data:`SAME_NAMES`, unless the user says what it is."""
+    arguments = content.get("args")
+    for name in (content.get("arch"), *(getattr(arguments, key, None) for key in ("arch", "model"))):
+        if arch is None and isinstance(name, str) and SAME_NAMES.search(name):
+            raise UserError(
+                f"{path} says that it is a {printable(name[:80])}, which has an ordinary ResNet's tensors and other "
+                "layers: load it with timm; --arch ARCH takes it for an ordinary one, with other features"
+            )
+
+
 def find_architecture(
     path: Path, state: Mapping[str, Tensor], arch: str | None, stem: str | None
 ) -> tuple[str, str]:
-    """The (arch, stem) whose names and shapes the state dict has; UserError names the nearest and what differs."""
+    """The (arch, stem) whose names and shapes are exactly those of the state dict.
+
+    UserError names the nearest, what differs, and what would load it: a tensor that is left out changes the features.
+    """
     likely = ("resnet50", "tiny", "vit_b_16", "resnet18", "resnet34")
-    arches = [arch] if arch else dict.fromkeys((*likely, *ARCHITECTURES))
-    stems = [stem] if stem else [_stem(state)]
+    every = dict.fromkeys((*likely, *ARCHITECTURES))
     best: Any = None
-    for candidate in ((a, s) for a in arches for s in stems if (a, s) != ("vit_b_16", "cifar") or arch):
+    for candidate in _candidates([arch] if arch else every, [stem] if stem else [_stem(state)], arch):
         expected = expected_shapes(*candidate)
         missing, extra, wrong = differences(expected, state)
-        if not missing and not wrong:
+        if not (missing or extra or wrong):
             return candidate
-        distance = 2 * len(missing) + len(extra) + len(wrong)
+        distance = bool(missing or wrong), 2 * len(missing) + len(extra) + len(wrong)
         if best is None or distance < best[0]:
             best = distance, candidate, missing, extra, wrong, expected
-    _, (arch, stem), missing, extra, wrong, expected = best
+    _, nearest, missing, extra, wrong, expected = best
     parts = [
         f"missing: {folded(missing)}" if missing else "",
         f"not in it: {folded(extra)}" if extra else "",
@@ -120,9 +190,28 @@ def find_architecture(
         shapes = ", ".join(f"{n} {tuple(state[n].shape)} instead of {expected[n]}" for n in wrong)
         parts.append(f"another shape: {shapes}")
     raise UserError(
-        f"{path} fits no backbone of this program; nearest is {arch} (stem {stem}), but "
-        f"{'; '.join(filter(None, parts))}: give weights of one of {', '.join(ARCHITECTURES)}"
+        f"{path} fits no backbone of this program; nearest is {nearest[0]} (stem {nearest[1]}), but "
+        f"{'; '.join(filter(None, parts))}: {_what_loads_it(state, arch or stem, nearest[0], extra)}"
     )
+
+
+def _candidates(arches, stems, arch):
+    return ((a, s) for a in arches for s in stems if (a, s) != ("vit_b_16", "cifar") or arch)
+
+
+def _what_loads_it(state, was_asked, nearest, extra):
+    """The end of the error: a backbone of ours that was not asked for, or the model whose part it is."""
+    if was_asked:
+        for a, s in _candidates(ARCHITECTURES, [_stem(state)], None):
+            if not any(differences(expected_shapes(a, s), state)):
+                return f"it is a {a} (stem {s}): give --arch {a} --stem {s}, or neither"
+    for pattern, what in FOREIGN_PARTS:
+        if any(re.search(pattern, name) for name in extra):
+            return (
+                f"it has {what.format(arch=nearest)}, which this program does not build: load it with the library that "
+                f"wrote it, or give weights of one of {', '.join(ARCHITECTURES)}"
+            )
+    return f"give weights of one of {', '.join(ARCHITECTURES)}"
 
 
 def _stem(state):
