@@ -214,6 +214,8 @@ def test_what_torch_saves_is_read(tmp_path, new_format):
         ),
         "optimizer": {"state": {k: {"exp_avg": torch.zeros(2)} for k in range(50)}, "losses": [0.5] * 1000},
     }
+    if not new_format:  # torch itself does not read them back from it
+        del content["rare"]
     torch.save(content, tmp_path / "w", _use_new_zipfile_serialization=new_format)
     found, _ = read_tensors(tmp_path / "w")
     assert found["plain"] == content["plain"]

@@ -111,7 +111,9 @@ def check_pickles(file: IO[bytes], file_size: int) -> None:
         value = reader.read(file)
         claimed |= reader.storages
         if sum(claimed.values()) > file_size:
-            raise FalseClaim(f"has {file_size:,} bytes and claims tensors of {sum(claimed.values()):,}")
+            raise FalseClaim(
+                f"is cut or damaged: it has {file_size:,} bytes and claims tensors of {sum(claimed.values()):,}"
+            )
         if not reader.ended or (number == 0 and value != LEGACY_MAGIC):
             return  # as torch does
 
