@@ -1,11 +1,23 @@
 """Recipes and flags: what is read, what is refused and how it is said."""
 
 import json
+import math
+import os
 
 import pytest
 
 from caco_scale import config as configuration
-from caco_scale.config import check, flatten, from_dict, parse, recipe_names, replace, to_dict, to_yaml
+from caco_scale.config import (
+    check,
+    flatten,
+    from_dict,
+    load_recipe,
+    parse,
+    recipe_names,
+    replace,
+    to_dict,
+    to_yaml,
+)
 from caco_scale.errors import UserError
 
 
@@ -217,3 +229,123 @@ def test_help_shows_every_field_with_its_default(capsys):
     for name in flatten(parse(["demo"])).keys() - {"recipe"}:
         assert f"--{name}".replace("_", "-") in shown
     assert "1024" in shown
+
+
+def aliases(levels, wide=10, merge=False):
+    """A few short lines that stand for ``wide ** levels`` values."""
+    lines = ["a0: &a0 {k0: 1}" if merge else "a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    for level in range(1, levels):
+        many = ", ".join([f"*a{level - 1}"] * wide)
+        inside = f"{{<<: [{many}], k{level}: 1}}" if merge else f"[{many}]"
+        lines.append(f"a{level}: &a{level} {inside}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (aliases(9), "unknown field a0"),
+        (f"bank:\n  size: &a0 [1]\n{aliases(9)}\noptim: *a8", "duplicate anchor"),
+        (f"recipe: {{{aliases(9).replace(chr(10), ', ')}}}\nbank: 3", "bank is a section, not a value"),
+        ("views:\n  blur_p: [" + "[" * 300 + "]" * 300 + ", 1]", r"views\.blur_p is \[\[|nested too deep"),
+        ("bank: {size: {a: 3}}", r"bank\.size is {'a': '3'}: give a whole number"),
+        (aliases(7, merge=True), "200 at most|unknown field a0"),
+        ("bank: " + "[" * 5000, "nested too deep"),
+        ("bank: " + "{a: " * 3000 + "}" * 3000, "nested too deep"),
+        ("run: {dir: " + "x" * 100_000 + "}", "100,012 bytes, 100,000 at most"),
+        ("run: {dir: " + "x" * 50_000 + "}", r"run\.dir is x+\.\.\. \(50,000 characters\): no file can have"),
+        ("x" * 900 + ": 3", "unknown field"),
+        ("run: {" + "x" * 900 + ": 3}", "unknown field"),
+        ("run: 2020-13-45", "run is a section"),
+        ("bank: !!python/object:os.system {}", "is not a YAML file"),
+        ("\x00", "is not a YAML file"),
+        ("base: &b {lr: 1}\noptim: {<<: *b, lr: 2}", "unknown field base"),
+    ],
+)
+def test_a_file_of_too_much_is_one_short_line(text, message, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(path)
+    assert len(str(caught.value)) < 1500
+
+
+def test_a_file_that_is_none_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for name in (tmp_path / "pipe.yaml", "/dev/zero", tmp_path, "x" * 300, "a/" * 3000):
+        with pytest.raises(UserError, match="no recipe"):
+            load_recipe(name)
+
+
+def test_merged_keys_are_given_once(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("optim: &o {lr: 0.5, epochs: 30}\nbank: {size: 7}\n")
+    assert load_recipe(path).optim.epochs == 30
+    path.write_text("optim:\n  <<: {lr: 0.5, epochs: 30}\n  lr: 0.7\n")
+    assert (load_recipe(path).optim.lr, load_recipe(path).optim.epochs) == (0.7, 30)
+    path.write_text("optim:\n  <<: {lr: 0.5}\n  <<: {epochs: 30}\n")
+    with pytest.raises(UserError, match="<< is given twice, in lines 2 and 3"):
+        load_recipe(path)
+
+
+PATHS = ("run.dir", "run.resume", "data.audit", "data.cache_dir")
+
+
+def test_home_is_written_out_in_flags_and_recipes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    names, path = (*PATHS, "data.shards", "data.val_shards"), tmp_path / "mine.yaml"
+    path.write_text(
+        "run: {dir: ~/x, resume: ~/x}\ndata: {audit: ~/x, cache_dir: ~/x, shards: ~/x, val_shards: ~/x}\n"
+    )
+    one_word, two_words = (
+        [f"--{name}=~/x" for name in names],
+        [w for name in names for w in (f"--{name}", "~/x")],
+    )
+    for words in (one_word, two_words, [str(path)], ["~/mine.yaml"]):
+        monkeypatch.setenv("HOME", str(tmp_path) if words == ["~/mine.yaml"] else "/home/someone")
+        found = flatten(parse(words))
+        assert {found[name] for name in names} == {os.path.expanduser("~/x")}, words
+    assert parse(["--run.dir=~root/x", "--data.audit=./~"]).run.dir == "/root/x"
+    with pytest.raises(UserError, match=r"there is no user 'nobody-here'; write \./~nobody-here/x for"):
+        parse(["--run.dir=~nobody-here/x"])
+
+
+DEMO = configuration.load_recipe("demo")
+
+
+def refused(name, value):
+    """The error for a field's value."""
+    with pytest.raises(UserError) as caught:
+        check(replace(DEMO, **{name.replace(".", "__"): value}))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_is_none_of_an_object_store_and_can_be_a_files(name):
+    for value in ("s3://bucket/x", "gs://b", "s3:/bucket/x", "https://h/x", "file:///tmp/x"):
+        assert f"{name} is {value}: give a path" in refused(name, value)
+    for value in ("x" * 256, "a/" * 2100, "\u00fc" * 128, "a\0b"):
+        message = refused(name, value)
+        assert "no file can have this name" in message
+        assert len(message) < 400
+    check(replace(DEMO, **{name.replace(".", "__"): "x" * 255}))
+
+
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_run_directory_is_an_error(value):
+    with pytest.raises(
+        UserError, match=r"run\.dir is empty: give a directory, or leave it out for runs/demo"
+    ):
+        parse(["demo", f"--run.dir={value}"])
+
+
+NUMBERS = {n: v for n, v in flatten(configuration.Config()).items() if type(v) in (int, float)}
+
+
+def test_no_number_is_beyond_what_a_run_can_count():
+    for name, default in NUMBERS.items():
+        values = (10**30, -1) if isinstance(default, int) else (math.nan, math.inf, -math.inf, 1e300, -1.0)
+        for value in values:
+            assert refused(name, value).startswith(f"{name} is {value}: ")
+    with pytest.raises(UserError, match=r"--run\.timeout_seconds is 1e\+300: give at most 10000000"):
+        parse(["--run.timeout_seconds=1e300"])

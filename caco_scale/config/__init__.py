@@ -2,6 +2,7 @@
 
     fields.py        the sections and their fields: defaults, rules, units
     values.py        a Config as flat names, as plain values, beside another Config
+    yaml_file.py     YAML by words, within limits
     recipes.py       a Config from a YAML file or from a checkpoint's plain values
     command_line.py  recipe and flags, as typed, to a Config
 

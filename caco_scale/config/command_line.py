@@ -6,6 +6,7 @@ from typing import Any, TypeVar, overload
 from caco_scale.config.fields import Config
 from caco_scale.config.recipes import load_recipe, recipe_names
 from caco_scale.config.values import check, replace
+from caco_scale.errors import UserError
 from caco_scale.flags import read as flags
 
 Own = TypeVar("Own")
@@ -26,7 +27,7 @@ def parse(arguments: Iterable[str], prog: str = "python -m caco_scale.pretrain",
     """
     arguments = list(arguments)
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "demo"
-    config = load_recipe(name)
+    config = load_recipe(flags.at_home(name))
     if not config.run.dir:
         config = replace(config, run__dir=f"runs/{config.recipe}")
     about = (
@@ -35,11 +36,17 @@ def parse(arguments: Iterable[str], prog: str = "python -m caco_scale.pretrain",
     )
     if own is None:
         config = flags.read(Config, arguments, prog, default=config, about=about, usage="[RECIPE]")
-        check(config)
+        _check(config)
         return config
     about = f"{own.__doc__} {about}"
     config, options = flags.read_both(
         Config, own, arguments, prog, default=config, about=about, usage="[RECIPE]"
     )
-    check(config)
+    _check(config)
     return config, options
+
+
+def _check(config):
+    if not config.run.dir.strip():
+        raise UserError(f"run.dir is empty: give a directory, or leave it out for runs/{config.recipe}")
+    check(config)

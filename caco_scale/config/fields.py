@@ -6,6 +6,7 @@ either way; the data's content is held by its fingerprint).
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import tyro
 
@@ -24,18 +25,24 @@ from caco_scale.flags.rules import (
     Count,
     Free,
     Momentum,
+    Pixels,
+    Place,
     PositiveFloat,
     PositiveInt,
     Probability,
+    Seconds,
     Seed,
     Share,
+    Size,
+    Workers,
+    at_most,
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    dir: Free[str] = ""
-    """Run directory; empty = runs/<recipe>."""
+    dir: Free[Place] = ""
+    """Run directory, default runs/<recipe>; on a file system that all machines share, not in an object store."""
     seed: Seed = 0
     """Seed of the data order, the augmentation, the initial weights and the bank."""
     world_size: Free[Count] = 0
@@ -50,14 +57,14 @@ class Run:
     """Optimizer steps between two checkpoints (one more at the end and on a signal); 0 = only those."""
     keep_checkpoints: Free[Count] = 3
     """Newest checkpoints to keep; 0 = all."""
-    stop_before_end_seconds: Free[Amount] = 60
+    stop_before_end_seconds: Free[Annotated[Amount, at_most(10**7)]] = 60
     """Seconds before the end of a SLURM job, beyond a step and two saves, at which the run stops itself; 0 = off."""
-    timeout_seconds: Free[PositiveFloat] = 1800
-    """Seconds to wait for another process in one exchange, or for a batch of the loader; then the run ends as hung."""
+    timeout_seconds: Free[Seconds] = 1800
+    """Seconds to wait for a process in one exchange, a batch, or the disk of run.dir; then the run ends as hung."""
     profile_steps: Free[Count] = 0
     """Steps to measure after the first few: a trace and a table of their parts in run.dir/profile; 0 = none."""
-    resume: Free[str] = "auto"
-    """auto (newest complete checkpoint of run.dir, else a fresh start), never, or the path of a checkpoint."""
+    resume: Free[Place] = "auto"
+    """auto (newest complete checkpoint of run.dir, else a fresh start), never, or the path of a run or a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -66,33 +73,33 @@ class Data:
     """What to train on: a folder of images, or a shard set: a directory, s3://, gs://, az:// or https:// address."""
     val_shards: Free[str] = ""
     """Images of the kNN evaluation: a shard set or a folder of class folders, classes as in training; empty = none."""
-    global_batch_size: PositiveInt = 1024
+    global_batch_size: Size = 1024
     """Images per optimizer step over all processes."""
     micro_batch_size: Free[Count] = 0
     """Images per forward on one process (gradient accumulation); 0 = the process's whole share."""
-    workers: Free[Count] = 4
+    workers: Free[Workers] = 4
     """Loader processes per training process; 0 = load in the training process."""
     max_corrupt: Free[Share] = 0.001
     """Share of undecodable images above which the run stops (each is replaced and reported)."""
-    cache_dir: Free[str] = "auto"
+    cache_dir: Free[Place] = "auto"
     """Where a node keeps whole shards of an object store; auto = in its temporary directory, none = nowhere."""
     cache_bytes: Free[Count] = 0
     """Most bytes that the cache takes; 0 = four fifths of what is free on its disk."""
     retries: Free[Count] = 8
     """Failed attempts in a row, with growing pauses, after which an object store counts as unreachable."""
-    stall_seconds: Free[PositiveFloat] = 30
+    stall_seconds: Free[Seconds] = 30
     """Seconds without a byte after which a read of an object store has failed and is tried again."""
     lanes: Count = 0
     """Parts of the epoch that every global batch draws from; 0 = largest divisor of the batch up to 64."""
-    window: PositiveInt = 4096
+    window: Size = 4096
     """Images shuffled together within a lane."""
-    audit: Free[str] = ""
+    audit: Free[Place] = ""
     """File that receives the keys of every image trained on, per step (ranks above 0: FILE.rank<R>)."""
 
 
 @dataclass(frozen=True)
 class Views:
-    size: PositiveInt = 224
+    size: Pixels = 224
     """Pixels on a side of the two global views."""
     scale: AreaRange = (0.2, 1.0)
     """Share of the image's area that a global crop takes: least, most."""
@@ -108,7 +115,7 @@ class Views:
     """Probability of solarization in view 1 and view 2."""
     num_local_crops: Count = 0
     """Local crops besides the two global views (multi-crop)."""
-    local_size: PositiveInt = 96
+    local_size: Pixels = 96
     """Pixels on a side of a local crop."""
     local_scale: AreaRange = (0.05, 0.14)
     """Share of the image's area that a local crop takes: least, most."""
@@ -126,15 +133,15 @@ class Model:
     """Backbone: a torchvision ResNet's name, vit_b_16, or tiny."""
     stem: Stem = "imagenet"
     """First layer of a ResNet: imagenet (7x7, stride 2, max-pool) or cifar (3x3, no max-pool)."""
-    projector_hidden: PositiveInt = 2048
+    projector_hidden: Size = 2048
     """Width of the projector's two hidden layers."""
-    embedding_dim: PositiveInt = 256
+    embedding_dim: Size = 256
     """Size of an embedding and of a bank row."""
 
 
 @dataclass(frozen=True)
 class Bank:
-    size: PositiveInt = 65536
+    size: Size = 65536
     """Rows of the bank (learnable positives and negatives)."""
     rule: BankRule = "caco"
     """caco (positives and negatives learned), adco (negatives learned), moco (a queue of keys)."""

@@ -4,14 +4,14 @@ Both go the way of a command line: the values become words, ``--bank.size=4096``
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from caco_scale.config.fields import Config
-from caco_scale.errors import UserError, did_you_mean, one_line
+from caco_scale.config.yaml_file import excerpt, read_yaml
+from caco_scale.errors import UserError, did_you_mean
 from caco_scale.flags import read as flags
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -24,19 +24,15 @@ def recipe_names() -> list[str]:
 def load_recipe(name: str | Path) -> Config:
     """The Config of a recipe's name or of a YAML file's path."""
     path = RECIPES / f"{name}.yaml"
-    if not path.exists():
+    if not os.path.exists(path):  # pathlib raises for a name that no file can have
         path = Path(name)
-        if not path.is_file():
+        if not os.path.isfile(path):
+            shown = excerpt(str(name))
             raise UserError(
-                f"no recipe {str(name)!r}{did_you_mean(name, recipe_names())}: give one of "
+                f"no recipe {shown}{did_you_mean(str(name)[:80], recipe_names())}: give one of "
                 f"{', '.join(recipe_names())}, or the path of a YAML file"
             )
-    try:
-        values = yaml.load(path.read_text(), Words) or {}
-    except GivenTwice as error:
-        raise UserError(f"{path}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a YAML file: {one_line(error)}") from None
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no sections (run:, data:, bank: ...)")
     return from_dict({"recipe": path.stem, **values}, str(path))
@@ -45,33 +41,6 @@ def load_recipe(name: str | Path) -> Config:
 def makes_its_data(config: Config) -> bool:
     """Is it a demo, or a baseline of it, on the demo's own images, which the command builds?"""
     return config.recipe.split("_")[0] == "demo" and config.data.shards == load_recipe("demo").data.shards
-
-
-class GivenTwice(ValueError):
-    """A section or a field stands twice in a file: YAML's own reader would drop the first without a word."""
-
-
-class Words(yaml.SafeLoader):
-    """Reads YAML whose values stay the words that were typed; a key given twice is :class:`GivenTwice`."""
-
-    def compose_mapping_node(self, anchor):
-        node, lines = super().compose_mapping_node(anchor), {}
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue  # no name: refused later
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                fix = "join the two" if isinstance(value, yaml.MappingNode) else "keep one of them"
-                raise GivenTwice(f"{key.value} is given twice, in lines {lines[key.value]} and {line}: {fix}")
-            lines[key.value] = line
-        return node
-
-
-KEPT_MEANINGS = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")  # nothing, and ``<<: *anchor``
-Words.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in resolvers if tag in KEPT_MEANINGS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 
 
 def from_dict(values: Mapping[str, Any], source: str) -> Config:
@@ -86,21 +55,30 @@ def from_dict(values: Mapping[str, Any], source: str) -> Config:
     sections = [f.name for f in dataclasses.fields(Config)]
     for section, fields in values.items():
         if section not in sections:
-            raise UserError(f"{source}: unknown field {section}{did_you_mean(section, sections)}")
+            raise UserError(
+                f"{source}: unknown field {_name(section)}{did_you_mean(_name(section), sections)}"
+            )
         if section == "recipe":
-            recipe = str(fields)
+            recipe = _name(fields)
             continue
         if not isinstance(fields, Mapping):
-            raise UserError(f"{source}: {section} is a section, not a value ({fields!r})")
+            raise UserError(f"{source}: {section} is a section, not a value ({excerpt(fields)})")
         for key, value in fields.items():
-            name = f"{section}.{key}"
+            name = f"{section}.{_name(key)}"
             if name not in known:
                 raise UserError(f"{source}: unknown field {name}{did_you_mean(name, known)}")
             if value is None:
                 raise UserError(f"{source}: {name} has no value: give one, or leave the line out")
             several = isinstance(value, list | tuple)
             if several and len(value) > flags.most_values(known[name]):
-                raise UserError(f"{source}: {name} is {value}: {flags.wanted(known[name])}")
+                raise UserError(f"{source}: {name} is {excerpt(value)}: {flags.wanted(known[name])}")
+            if any(isinstance(item, list | tuple | Mapping) for item in (value if several else [value])):
+                raise UserError(f"{source}: {name} is {excerpt(value)}: {flags.wanted(known[name])}")
             words += [f"--{name}", *map(str, value)] if several else [f"--{name}={value}"]
     config = flags.read(Config, words, source, default=Config(), name_of=lambda name: f"{source}: {name}")
     return dataclasses.replace(config, recipe=recipe)
+
+
+def _name(key):
+    """A key as errors show it: what is no word, or none that was meant, as an excerpt."""
+    return key if isinstance(key, str) and len(key) <= 200 else excerpt(key)

@@ -2,7 +2,8 @@
 
 A flag is a field's name, dotted where it stands in a section: ``--bank.size 4096``, ``--short_side=160``; ``_`` and
 ``-`` are alike, no flag is abbreviated, the last of two wins. A bool's flag stands alone or before ``true`` or
-``false``. The docstring under a field is its line in ``--help``. A mistake is one line that names the nearest flag.
+``false``. ``~`` at the beginning of a value is the user's home. The docstring under a field is its line in ``--help``.
+A mistake is one line that names the nearest flag.
 
 This file knows dataclasses, their rules and errors; which commands there are, and what a recipe is, it does not know.
 """
@@ -10,6 +11,7 @@ This file knows dataclasses, their rules and errors; which commands there are, a
 import contextlib
 import dataclasses
 import io
+import os
 import sys
 import types
 import typing
@@ -207,7 +209,7 @@ def _group(arguments, hints, prog, name_of):
     while rest:
         word, equals, value = rest.pop(0).partition("=")
         if not word.startswith("--"):
-            words.append(word + equals + value)
+            words.append(at_home(word + equals + value))
             continue
         name = word[2:].replace("-", "_")
         if name not in flags:
@@ -228,7 +230,25 @@ def _take_values(values, rest, hint, called):
     if not values or len(values) < most < float("inf"):
         what = f"is {' '.join(values)}" if values else "has no value"
         raise UserError(f"{called} {what}: {wanted(hint)}")
-    return [BOOLS.get(word.lower(), word) for word in values] if _bare(hint) is bool else values
+    if _bare(hint) is bool:
+        return [BOOLS.get(word.lower(), word) for word in values]
+    return [at_home(word) for word in values]
+
+
+def at_home(word: str) -> str:
+    """A value with the ``~`` or ``~user`` that it begins with written out, as a shell does only for a word of its own.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    if not word.startswith("~"):
+        return word
+    path = os.path.expanduser(word)
+    if path == word:
+        raise UserError(
+            f"{word}: there is no user {word[1:].split('/')[0]!r}; write ./{word} for a name that begins so"
+        )
+    return path
 
 
 def _check_complete(words, given, hints, needed, prog):

@@ -8,6 +8,7 @@ tyro reads the type and passes over the rules; :func:`check` holds any dataclass
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -44,16 +45,35 @@ MOMENTUM = Rule(lambda x: 0 <= x <= 1, "a momentum is at most 1, at least 0")
 SEED = Rule(lambda x: 0 <= x < 2**63, "give a number from 0 up, below 2^63")
 AREA = Rule(lambda x: 0 < x[0] <= x[1] <= 1, "give two shares of the area, 0 < least <= most <= 1")
 
-Count = Annotated[int, FROM_0]
-PositiveInt = Annotated[int, ABOVE_0]
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+NAME = Rule(
+    lambda x: _is_name(x), "no file can have this name: give names of at most 255 bytes, 4,095 in all"
+)
+NO_ADDRESS = Rule(
+    lambda x: not ADDRESS.match(x),
+    "give a path: of an object store only data.shards and data.val_shards are read",
+)
+
+Count = Annotated[int, FROM_0, at_most(10**15)]
+PositiveInt = Annotated[int, ABOVE_0, at_most(10**15)]
+Size = Annotated[int, ABOVE_0, at_most(2**31 - 1)]
+Pixels = Annotated[int, ABOVE_0, at_most(8192)]
+Workers = Annotated[int, FROM_0, at_most(1024)]
+Seconds = Annotated[float, ABOVE_0, at_most(10**7)]
+Place = Annotated[str, NO_ADDRESS, NAME]
 Seed = Annotated[int, SEED]
-Amount = Annotated[float, FROM_0]
-PositiveFloat = Annotated[float, ABOVE_0]
+Amount = Annotated[float, FROM_0, at_most(10**9)]
+PositiveFloat = Annotated[float, ABOVE_0, at_most(10**9)]
 Share = Annotated[float, UP_TO_1]
 Probability = Annotated[float, PROBABILITY]
 Momentum = Annotated[float, MOMENTUM]
 AreaRange = Annotated[tuple[float, float], AREA]
 Free = Annotated[T, FreeAtResume]
+
+
+def _is_name(path):
+    parts = path.encode(errors="surrogateescape").split(b"/")
+    return max(map(len, parts)) <= 255 and sum(map(len, parts)) + len(parts) <= 4096 and "\0" not in path
 
 
 def field_types(cls: Any, prefix: str = "") -> dict[str, Any]:
@@ -87,7 +107,8 @@ def check(instance: Any, name_of: Callable[[str], str] = str) -> None:
             value = getattr(value, part)
         for rule, part in _rules(kind, value):
             if not rule.holds(part):
-                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                shown = shown if len(shown) <= 100 else f"{shown[:100]}... ({len(shown):,} characters)"
                 raise UserError(f"{name_of(name)} is {shown}: {rule.fix}")
 
 
