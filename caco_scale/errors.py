@@ -1,5 +1,6 @@
 """The one error a user sees: a single line with the numbers in it and the fix, exit code 2, no traceback."""
 
+import atexit
 import contextlib
 import difflib
 import functools
@@ -14,6 +15,10 @@ RANK_PATIENCE_SECONDS = 20
 
 class UserError(ValueError):
     """A user's mistake. The message is one line: what is wrong, the numbers in it, and what to do."""
+
+
+class Hung(UserError):
+    """A disk does not answer, nor would it to what else a process does at its end: a command ends at once."""
 
 
 def did_you_mean(name, names):
@@ -51,6 +56,8 @@ def exit_on_user_error(main):
                 time.sleep(RANK_PATIENCE_SECONDS)
             speaker = f"rank {rank}: " if rank else ""
             print(f"error: {speaker}{one_line(error)}", file=sys.stderr, flush=True)
+            if isinstance(error, Hung):
+                os._exit(2)
             sys.exit(2)
 
     return run
@@ -69,6 +76,15 @@ def unless_nobody_reads():
         sys.exit(0)
 
 
+_endings = []
+
+
+def at_end(function):
+    """Have ``function`` called when this process ends by itself: as ``atexit`` does, and by :func:`run_command`."""
+    atexit.register(function)
+    _endings.append(function)
+
+
 def run_command(main):
     """Run a command's ``main`` as the whole program; a good end ends the process here, with exit code 0.
 
@@ -83,4 +99,6 @@ def run_command(main):
             raise
     sys.stdout.flush()
     sys.stderr.flush()
+    for function in _endings:
+        function()
     os._exit(0)

@@ -22,6 +22,7 @@ from webdataset.pipeline import DataPipeline
 
 from caco_scale.distributed.collectives import exchange_timeout
 from caco_scale.errors import UserError, one_line
+from caco_scale.run.scratch import use_own_names
 from caco_scale.run.signals import end_with_trainer, shielded
 
 LAST_WORD_SECONDS = 5  # for workers that were killed
@@ -144,6 +145,7 @@ def start_fork_server() -> None:
     Worth calling early: its imports then overlap with building the model. It starts with the group's signals
     blocked, and so do the workers: torch's workers take a dead server for a dead trainer.
     """
+    use_own_names()
     multiprocessing.set_forkserver_preload(["caco_scale.data.loader"])
     with shielded(), _main_module_hidden():
         multiprocessing.forkserver.ensure_running()
