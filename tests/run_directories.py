@@ -6,6 +6,7 @@ import torch
 import yaml
 
 from caco_scale import config as configuration
+from caco_scale.checkpoint import sums
 from caco_scale.checkpoint.state import State
 from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.method.encoders import build_backbone
@@ -40,6 +41,20 @@ def save_checkpoint(folder, model, step, **values):
         tensors.update({f"{side}.{name}": p for name, p in module.named_parameters()})
         tensors.update({f"{side}_buffer.{name}": b for name, b in module.named_buffers()})
     Checkpointer(folder / "checkpoints").save(step, State(tensors, values), wait=True)
+
+
+def sign(checkpoint):
+    """Write the hashes of a checkpoint's files again, as after a change that is to be found by another check."""
+    files = [file for file in checkpoint.iterdir() if file.name != sums.NAME]
+    sums.write_sums(checkpoint, {file.name: sums.file_sha256(file) for file in files})
+
+
+def change_values(checkpoint, **changes):
+    """Give values.json of a checkpoint other fields (None: without it), and sign it."""
+    path = checkpoint / "values.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+    sign(checkpoint)
 
 
 def make_config(**changes):

@@ -1,7 +1,6 @@
 """Checkpoints: elastic, exact, atomic under kill -9, honest about full disks and damage."""
 
 import itertools
-import json
 import os
 import pickle
 import random
@@ -21,6 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from gloo import run_ranks
+from run_directories import change_values, sign
 from torch import nn
 
 import caco_scale
@@ -657,10 +657,9 @@ def test_metadata_cannot_run_code(tmp_path):
     }
     for name, call in calls.items():
         data = pickle.dumps({"state_dict_metadata": Malice(call)})
-        path.write_bytes(data)
         values = read_values(path.parent)
-        values["files"][".metadata"] = len(data)
-        (path.parent / "values.json").write_text(json.dumps(values))
+        path.write_bytes(data)
+        change_values(path.parent, files={**values["files"], ".metadata": len(data)})
         with pytest.raises(UserError, match=rf"\.metadata: it names {name}, which no checkpoint needs"):
             load_tensors(path.parent)
         assert not marker.exists()
@@ -670,14 +669,14 @@ def test_metadata_cannot_lead_out_of_the_folder(tmp_path):
     Checkpointer(tmp_path).save(1, State({"query.w": torch.zeros(3)}), wait=True)
     path = latest(tmp_path) / ".metadata"
     path.write_bytes(path.read_bytes().replace(b"__0_0.distcp", b"../../secret"))
+    sign(path.parent)
     with pytest.raises(UserError, match="unknown file"):
         load_tensors(path.parent)
 
 
 def test_another_format_is_an_error_with_the_way_out(tmp_path):
     Checkpointer(tmp_path).save(1, State({}), wait=True)
-    values = read_values(latest(tmp_path))
-    (latest(tmp_path) / "values.json").write_text(json.dumps({**values, "format": 2}))
+    change_values(latest(tmp_path), format=2)
     with pytest.raises(UserError, match="has format 2, this version reads 1: update"):
         load(latest(tmp_path), State({}))
 

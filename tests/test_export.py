@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 import yaml
+from run_directories import change_values as rewrite_values
 from run_directories import (
     make_config,
     metrics_lines,
@@ -297,11 +298,7 @@ class Bomb:
 
 
 def change_values(**changes):
-    def change(run):
-        path = run / "checkpoints/step_00000030/values.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-    return change
+    return lambda run: rewrite_values(run / "checkpoints/step_00000030", **changes)
 
 
 def change_config(text):

@@ -110,7 +110,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     run.flush()
     with open(run.metrics, "ab") as file:
         file.write(b'{"step": 25, "lo')
-    run.truncate_metrics(30)
+    run.truncate(30)
     run.append_metrics({"step": 31, "loss": math.nan})
     assert [line["step"] for line in metrics(run)] == [10, 20, 30, 30, 31]
     assert len(run.metrics.read_bytes().splitlines()) == 5

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from launch import SMALL, SWITCH, command, environment, launch, progress, start, start_command
+from run_directories import change_values
 from shard_sets import make_shard_set
 
 from caco_scale.checkpoint.folder import latest, read_values, steps
@@ -241,7 +242,7 @@ def test_an_evaluation_that_does_not_fit_is_left_to_the_next_job(flags, tmp_path
     values = latest(run / "checkpoints") / "values.json"
     text = json.loads(values.read_text())
     assert text["seconds"] == {"save": 0.0, "evaluation": 0.0}  # neither was over when it was written
-    values.write_text(json.dumps({**text, "seconds": {"save": 1.0, "evaluation": 100_000.0}}))
+    change_values(values.parent, seconds={"save": 1.0, "evaluation": 100_000.0})
 
     ending = {END: f"{time.time() + 50_000:.0f}"}
     flags["run.max_steps"] = last

@@ -2,11 +2,13 @@
 
 import io
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from launch import SMALL, SWITCH
+from run_directories import change_values
 from shard_sets import make_shard_set
 
 from caco_scale import config as configuration
@@ -161,3 +163,78 @@ def test_a_signal_of_the_caller_stops_a_run(config, tmp_path):
     changed = configuration.replace(config, run__dir=str(tmp_path))
     assert run(changed, Requested, ask) == Outcome(SWITCH + 2, "SIGINT", tmp_path)
     assert json.loads((tmp_path / "INTERRUPTED").read_text())["reason"] == "SIGINT"
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(step, key):
+    """A caller's function that ends the run where ``key`` of ``step`` has just been logged."""
+
+    def on_metrics(record):
+        if record["step"] == step and key in record:
+            raise Killed
+
+    return on_metrics
+
+
+def test_what_follows_a_save_is_run_and_logged_once(config, tmp_path):
+    """An evaluation is no part of its step's checkpoint: whether it was done is what the metrics say."""
+    config = configuration.replace(
+        config,
+        run__dir=str(tmp_path / "run"),
+        run__save_every=12,
+        run__max_steps=13,
+        run__keep_checkpoints=1,
+        data__val_shards=config.data.shards,
+        data__workers=0,
+        eval__knn_every=1,
+        eval__knn_k=3,
+    )
+
+    def evaluated():
+        return [
+            line["step"] for line in read_json_lines(tmp_path / "run/metrics.jsonl") if "knn_top1" in line
+        ]
+
+    for step in (12, 13):
+        with pytest.raises(Killed):
+            run(config, on_metrics=killed_at(step, "knn_top1"))
+        assert evaluated()[-1] == step
+        assert latest(tmp_path / "run/checkpoints").name == f"step_{step:08d}"
+        assert [step] not in [known[:1] for known in read_values(latest(tmp_path / "run/checkpoints"))["knn"]]
+    metrics = tmp_path / "run/metrics.jsonl"
+    metrics.write_text(
+        "".join(line for line in metrics.open() if '"step": 13, "epoch"' not in line or "loss" in line)
+    )
+    shutil.copytree(tmp_path / "run/checkpoints/step_00000013", tmp_path / "run/checkpoints/step_00000012")
+    change_values(tmp_path / "run/checkpoints/step_00000012", step=12)
+    assert evaluated() == [
+        12
+    ]  # killed in the middle of the last one, and before the older checkpoint was removed
+    assert run(config) == Outcome(13, None, tmp_path / "run")
+    assert evaluated() == [12, 13]
+    assert (tmp_path / "run/DONE").exists()
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000013"]
+    (tmp_path / "run/DONE").unlink()  # killed between the evaluation and the marker
+    assert run(config) == Outcome(13, None, tmp_path / "run")
+    assert evaluated() == [12, 13]
+    assert (tmp_path / "run/DONE").exists()
+
+
+def test_a_run_named_by_its_directory_gives_its_newest_checkpoint(config, tmp_path):
+    config = configuration.replace(config, data__workers=0)
+    called(config, tmp_path / "one", run__max_steps=4, run__save_every=2)
+    branch = {"run__resume": str(tmp_path / "one")}
+    called(config, tmp_path / "two", run__max_steps=5, **branch)
+    assert read_values(latest(tmp_path / "two/checkpoints"))["branched_from"].endswith("step_00000004")
+    called(
+        config, tmp_path / "one", run__max_steps=6
+    )  # the same command goes on with the branch all the same
+    outcome, _ = called(config, tmp_path / "two", run__max_steps=7, **branch)
+    assert outcome.step == 7
+    resumed = [line["resumed_step"] for line in read_json_lines(tmp_path / "two/attempts.jsonl")]
+    assert resumed == [4, 5]
+    with pytest.raises(UserError, match="no complete checkpoint in"):
+        called(config, tmp_path / "three", run__resume=str(tmp_path))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
+from caco_scale.checkpoint.folder import VALUES, damaged
 from caco_scale.checkpoint.read import load
 from caco_scale.checkpoint.state import Block, State
 from caco_scale.distributed.partition import flat_part, is_zero3, whole_shape
@@ -54,6 +55,8 @@ def restore(path: str | Path, strategy, bank) -> dict:
     """
     with strategy.loading():
         values = load(path, training_state(strategy, bank, {}))
+    if values["bank_pointer"] >= bank.size:
+        raise damaged(Path(path), VALUES, f"bank_pointer is {values['bank_pointer']} of {bank.size} rows")
     bank.pointer = values["bank_pointer"]
     return values
 

@@ -1,19 +1,25 @@
 """The folder of a run's checkpoints: names, what is complete, and how one appears or goes all at once.
 
 Nothing here needs torch. A checkpoint is written as ``step_XXXXXXXX.tmp`` and renamed last; the one that a repetition
-of its step replaces is ``step_XXXXXXXX.old.tmp`` meanwhile.
+of its step replaces is ``step_XXXXXXXX.old.tmp`` meanwhile. Whoever reads one goes through :func:`read_values` and
+:func:`check_files`: no byte is parsed before its file has the hash that ``SHA256SUMS`` says (of 0.1: its size).
 """
 
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from caco_scale.atomic import flush_to_disk
+from caco_scale.checkpoint import sums
+from caco_scale.checkpoint.values import check_values
 from caco_scale.errors import UserError, one_line
 
 FORMAT = 1
+TABLE, VALUES = ".metadata", "values.json"
+MOST_VALUES_BYTES = 1 << 28  # of values.json: a list of a million images that do not decode is less
 
 
 def steps(directory: str | Path) -> list[int]:
@@ -41,8 +47,36 @@ def latest(directory: str | Path) -> Path | None:
     return step_path(directory, found[-1]) if found else None
 
 
+def checkpoint_of(run: str | Path, step: int | None = None) -> Path:
+    """The checkpoint that a user means by a run's or a checkpoint's directory, and maybe a step -> Path."""
+    run = Path(run)
+    if not run.is_dir():
+        raise UserError(
+            f"no checkpoint at {run}: give a run directory, or one of its checkpoints/step_XXXXXXXX"
+        )
+    if (run / VALUES).exists() or step_of(run) is not None:
+        if step is not None and step != read_values(run)["step"]:
+            raise UserError(
+                f"{run} is the checkpoint of step {read_values(run)['step']}, not {step}: drop --step"
+            )
+        return run
+    directory = run if steps(run) else run / "checkpoints"
+    found = steps(directory)
+    if not found:
+        raise UserError(
+            f"no complete checkpoint in {directory}: is {run} a run directory, and has it saved yet?"
+        )
+    if step is not None and step not in found:
+        raise UserError(
+            f"no checkpoint of step {step} in {directory}; there are {', '.join(map(str, found))}"
+        )
+    return step_path(directory, found[-1] if step is None else step)
+
+
 def read_values(path: str | Path) -> dict:
     """The JSON values of a checkpoint: the caller's, and step, torch, world_size, shapes and files.
+
+    Every known field has its type and range afterwards (:mod:`caco_scale.checkpoint.values`).
 
     Raises:
         UserError: no checkpoint there; a damaged one; one of a newer version.
@@ -50,22 +84,66 @@ def read_values(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}: give the path of a checkpoints/step_XXXXXXXX folder")
+    if not (path / VALUES).exists():
+        raise UserError(f"{path} is not a checkpoint of this program: it has no {VALUES}{_older(path)}")
+    hashes = _read_sums(path)
+    if hashes is not None:
+        _check_file(path, VALUES, None, hashes)
     try:
-        values = json.loads((path / "values.json").read_text())
+        if not (path / VALUES).is_file() or (path / VALUES).stat().st_size > MOST_VALUES_BYTES:
+            raise ValueError("it is no file of a checkpoint's size")
+        values = json.loads((path / VALUES).read_text())
         version = values["format"]
-        assert isinstance(values["shapes"], dict)
-        assert isinstance(values["files"], dict)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is not a checkpoint of this program: it has no values.json{_older(path)}"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise damaged(path, "values.json", error) from error
+        if version == FORMAT:
+            check_values(values)
+            own = step_of(path)
+            if own is not None and own != values["step"]:
+                raise ValueError(f"it says step {values['step']}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(path, VALUES, error) from error
     if version != FORMAT:
         raise UserError(
-            f"checkpoint {path} has format {version}, this version reads {FORMAT}: update caco_scale"
+            f"checkpoint {path} has format {str(version)[:20]}, this version reads {FORMAT}: update caco_scale"
         )
+    if hashes is None and "sums" in values:
+        raise damaged(path, sums.NAME, "missing")
+    if hashes is not None and set(hashes) != {VALUES, *values["files"]}:
+        raise damaged(path, sums.NAME, f"it does not list the files that {VALUES} does")
     return values
+
+
+def check_files(path: Path, values: dict, names: Iterable[str] | None = None) -> None:
+    """Hold files of a checkpoint against their sizes and hashes, before anything of them is parsed.
+
+    Args:
+        values: of :func:`read_values`.
+        names: which (default: all).
+    Raises:
+        UserError: the first one that is missing, cut or changed.
+    """
+    hashes = _read_sums(path)
+    for name in values["files"] if names is None else names:
+        _check_file(path, name, values["files"][name], hashes)
+
+
+def _read_sums(path):
+    try:
+        return sums.read_sums(path)
+    except (OSError, ValueError) as error:
+        raise damaged(path, sums.NAME, error) from error
+
+
+def _check_file(path, name, size, hashes):
+    """One file against its size and its hash; either may be unknown (None)."""
+    file = path / name
+    found = file.stat().st_size if file.is_file() else None
+    if size is not None and found != size:
+        raise damaged(path, name, "missing" if found is None else f"{found} of its {size} bytes are there")
+    try:
+        if hashes is not None and sums.file_sha256(file) != hashes.get(name):
+            raise ValueError(f"its bytes are not those that were written ({sums.NAME})")
+    except (OSError, ValueError) as error:
+        raise damaged(path, name, error) from error
 
 
 def damaged(path: Path, file: str, reason: object) -> UserError:
@@ -113,21 +191,24 @@ def begin(temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def commit(temporary: Path, final: Path, values: dict, files: list[dict[str, int]]) -> None:
-    """When every rank has written its ``files`` ({name: bytes}): the values, the flush, the rename."""
-    table = temporary / ".metadata"
-    sizes = {name: size for part in files for name, size in part.items()}
-    sizes[table.name] = table.stat().st_size
-    for name, size in sizes.items():
+def commit(temporary: Path, final: Path, values: dict, files: list[dict[str, tuple[int, str]]]) -> None:
+    """When every rank has written its ``files`` ({name: (bytes, SHA-256)}): values, hashes, the flush, the rename."""
+    table = temporary / TABLE
+    written = {name: facts for part in files for name, facts in part.items()}
+    written[TABLE] = (table.stat().st_size, sums.file_sha256(table))
+    for name, (size, _) in written.items():
         seen = (temporary / name).stat().st_size if (temporary / name).is_file() else None
         if seen != size:
             raise UserError(
                 f"a process on another machine wrote {name} ({size} bytes), of which this one sees {seen}: "
                 "run.dir must lie on a file system that all machines share"
             )
-    with open(temporary / "values.json", "w") as stream:
-        json.dump({**values, "files": sizes}, stream, indent=1)
-    for path in (table, temporary / "values.json", temporary):
+    sizes = {name: size for name, (size, _) in written.items()}
+    text = json.dumps({**values, "files": sizes, "sums": sums.NAME}, indent=1)
+    (temporary / VALUES).write_text(text)
+    hashes = {name: digest for name, (_, digest) in written.items()}
+    hashes[VALUES] = sums.text_sha256(text)
+    for path in (table, temporary / VALUES, sums.write_sums(temporary, hashes), temporary):
         flush_to_disk(path)
     old = final.with_name(f"{final.name}.old.tmp")
     if final.exists():  # the same step again, after a resume from an older checkpoint

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from caco_scale import config as configuration
-from caco_scale.checkpoint.folder import read_values, step_of
+from caco_scale.checkpoint.folder import checkpoint_of, read_values, step_of
+from caco_scale.checkpoint.values import check_run
 from caco_scale.errors import UserError
 
 
@@ -22,6 +23,7 @@ def checkpoint_to_resume(
     if path is None:
         return None
     values = read_values(path)
+    check_run(values, path)
     if newest and step_of(newest) > values["step"]:
         raise UserError(
             f"run.resume goes back to step {values['step']} but {config.run.dir} already holds {newest.name}: "
@@ -54,7 +56,10 @@ def _find(resume, run_dir, newest):
         return None
     if resume == "auto":
         return newest
-    path = Path(resume)
-    if newest and newest != path and read_values(newest).get("branched_from") == str(path.absolute()):
+    path = checkpoint_of(resume)
+    began = read_values(newest).get("branched_from") if newest and newest != path else None
+    # A run's newest checkpoint may be another one than when the branch began.
+    of_the_run = bool(began) and Path(began).parent == Path(resume, "checkpoints").absolute()
+    if began == str(path.absolute()) or of_the_run:
         return newest  # the branch has gone on since: the same command resumes it
     return path

@@ -25,8 +25,13 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from caco_scale.atomic import flush_to_disk
 from caco_scale.checkpoint import folder
 from caco_scale.checkpoint.state import State, as_stored, owners, signature
+from caco_scale.checkpoint.sums import file_sha256
 from caco_scale.checkpoint.together import ProcessGone, new_cpu_group, reason_of, root, together
 from caco_scale.errors import UserError
+from caco_scale.run.patience import Patience
+
+# A save that is asked for at a run's end gets time for its bytes: a disk this slow is not one that hangs.
+SLOWEST_BYTES_PER_SECOND = 10e6
 
 # One process is a legitimate way to train; DCP warns about it at every save.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -65,9 +70,9 @@ class _Staging:
 class _SavePlanner(DefaultSavePlanner):
     """Describes this rank's staged blocks to DCP; rank 0 checks that all ranks' blocks tile every tensor."""
 
-    def __init__(self, stored, staged):
+    def __init__(self, stored, staged, count):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.stored, self.staged = stored, staged
+        self.stored, self.staged, self._count = stored, staged, count
 
     def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False):
         self.state_dict, self.is_coordinator = state_dict, is_coordinator
@@ -96,6 +101,7 @@ class _SavePlanner(DefaultSavePlanner):
         return super().create_global_plan(all_plans)
 
     def resolve_data(self, write_item):
+        self._count()  # those before it are written
         return self.staged[write_item.index.fqn, tuple(write_item.index.offset)]
 
 
@@ -122,19 +128,31 @@ class Checkpointer:
     ``directory``: the run's ``checkpoints`` folder. ``keep``: newest checkpoints to keep, 0 = all; an older
     one is deleted only when the new one is complete, and only if its step is smaller. ``group``: the ranks
     that save (default: all). A process that hangs does not keep the others alive in a save for longer than
-    ``collectives.exchange_timeout()``. Collective: the constructor, ``save``, ``wait``, ``latest``, ``close``.
+    ``collectives.exchange_timeout()``, a disk that hangs no longer than ``disk`` is patient. Collective: the
+    constructor, ``save``, ``wait``, ``latest``, ``prune``, ``close``.
     The constructor also removes what killed saves left behind, so build it before asking for the latest checkpoint.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 0, group: dist.ProcessGroup | None = None):
+    def __init__(
+        self,
+        directory: str | Path,
+        keep: int = 0,
+        group: dist.ProcessGroup | None = None,
+        disk: Patience | None = None,
+    ):
         self.directory, self.keep = Path(directory), keep
+        self._disk = disk or Patience(directory)
+        self._progress, self._bytes = (
+            0,
+            0,
+        )  # of the save in flight: grows with what is done; what this rank writes
         self._group = new_cpu_group(group)  # the background thread's own
         self._control = new_cpu_group(group)  # the training thread's: two threads cannot share one
         self._rank = dist.get_rank(self._group) if self._group else 0
         self._world_size = dist.get_world_size(self._group) if self._group else 1
         self._staging, self._thread, self._error = _Staging(), None, None
         self.completed: tuple[int, float] | None = None  # the last: step, seconds from its beginning on
-        self._on_rank_0(lambda: folder.clean(self.directory), self._control)
+        self._ask_on_rank_0(lambda: folder.clean(self.directory))
 
     def save(self, step: int, state: State, wait: bool = False) -> None:
         """Save ``state`` as of now; returns once it is copied to CPU memory, or complete if ``wait``.
@@ -155,7 +173,8 @@ class Checkpointer:
         }
         values = json.loads(json.dumps(values))  # a copy, and an error here if JSON cannot say it
         staged, event = self._staging.copy(stored, self._rank, self._world_size)
-        planner = _SavePlanner(stored, staged)
+        planner = _SavePlanner(stored, staged, self._count)
+        self._bytes = sum(tensor.nbytes for tensor in staged.values())
         # Not a daemon: a process that ends meanwhile, by an error too, completes its part first.
         self._thread = threading.Thread(
             target=self._write, args=(step, planner, event, values, began), name="checkpoint"
@@ -176,7 +195,7 @@ class Checkpointer:
     def wait(self) -> None:
         """Wait until the save in flight is complete; raises its UserError (on every rank)."""
         if self._thread is not None:
-            self._thread.join()
+            self._disk.until(self._is_over, lambda: self._progress, self._bytes / SLOWEST_BYTES_PER_SECOND)
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
@@ -184,7 +203,21 @@ class Checkpointer:
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint as rank 0 sees it, the same answer on every rank."""
-        return self._on_rank_0(lambda: folder.latest(self.directory), self._control)
+        return self._ask_on_rank_0(lambda: folder.latest(self.directory))
+
+    def prune(self) -> None:
+        """Remove the oldest checkpoints but the newest ``keep``, as a save does at its end if nothing kills it.
+
+        UserError: the newest, for which they would go, is damaged.
+        """
+        self._ask_on_rank_0(self._prune)
+
+    def _prune(self):
+        newest = folder.latest(self.directory)
+        if newest is not None and len(folder.steps(self.directory)) > self.keep > 0:
+            values = folder.read_values(newest)
+            folder.check_files(newest, values)
+            folder.prune(self.directory, values["step"], self.keep)
 
     def close(self) -> None:
         """Wait for the save in flight, give the process groups back. Not for the way out after an error."""
@@ -194,7 +227,19 @@ class Checkpointer:
                 dist.destroy_process_group(group)
         self._group = self._control = None
 
+    def _ask_on_rank_0(self, function):
+        return self._on_rank_0(lambda: self._disk.call(function), self._control)
+
+    def _is_over(self, seconds):
+        """Wait so long for the save in flight -> whether it is complete, or has failed."""
+        assert self._thread is not None
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
     # The background thread:
+
+    def _count(self):
+        self._progress += 1
 
     def _write(self, step, planner, event, values, began):
         final = folder.step_path(self.directory, step)
@@ -204,7 +249,9 @@ class Checkpointer:
                 event.synchronize()
             self._on_rank_0(lambda: folder.begin(temporary), self._group)
             files = together(lambda: self._write_tensors(temporary, planner), self._group)
+            self._count()
             self._on_rank_0(lambda: folder.commit(temporary, final, values, files), self._group)
+            self._count()
             self.completed = (step, time.monotonic() - began)
             self._on_rank_0(lambda: folder.prune(self.directory, step, self.keep), self._group)
         except BaseException as error:
@@ -231,7 +278,7 @@ class Checkpointer:
         )
 
     def _write_tensors(self, temporary, planner):
-        """Write this rank's blocks and flush them to the disk -> {file name: bytes}."""
+        """Write this rank's blocks and flush them to the disk -> {file name: (bytes, SHA-256)}."""
         dcp.save(
             {},
             storage_writer=_Writer(temporary),
@@ -242,4 +289,4 @@ class Checkpointer:
         files = list(temporary.glob(f"__{self._rank}_*.distcp"))
         for file in files:
             flush_to_disk(file)
-        return {file.name: file.stat().st_size for file in files}
+        return {file.name: (file.stat().st_size, file_sha256(file)) for file in files}

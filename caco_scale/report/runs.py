@@ -139,7 +139,9 @@ def read_run(path: str | Path) -> Run:
         configuration.check(config)
         metrics = [r for r in read_json_lines(path / "metrics.jsonl") if _has_step(r)]
         attempts = [r for r in read_json_lines(path / "attempts.jsonl") if is_number(r.get("attempt"))]
-        corrupt = list(read_json_lines(path / "corrupt.jsonl"))
+        # Each image once: before 0.2 a resumed run repeated the lines after its checkpoint.
+        found = {str(r.get("key")): r for r in read_json_lines(path / "corrupt.jsonl")}
+        corrupt = list(found.values())
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from None
     if not any(is_number(record.get("loss")) for record in metrics):

@@ -15,36 +15,47 @@ from pathlib import Path
 
 from caco_scale.errors import UserError
 from caco_scale.run.files import JsonLines, last_json_line, read_json_lines
+from caco_scale.run.patience import Patience
 
 
 class AuditLog:
     """This rank's part of the audit log of one attempt (a number that grows with each start of the run).
 
+    ``disk``: how long the file may be silent.
     Raises :class:`UserError` where the file holds a later attempt than this: it belongs to another run
     directory, and appending would let the other run's lines count for this one's steps.
     """
 
-    def __init__(self, path: str | Path, *, rank: int, world_size: int, attempt: int):
+    def __init__(
+        self, path: str | Path, *, rank: int, world_size: int, attempt: int, disk: Patience | None = None
+    ):
         path = Path(path) if rank == 0 else Path(f"{path}.rank{rank}")
+        self._disk = disk or Patience(path)
+        self._constant = {"rank": rank, "world_size": world_size, "attempt": attempt}
+        self._lines = self._disk.call(lambda: self._open(path, attempt))
+
+    def _open(self, path, attempt):
         latest = (last_json_line(path) or {}).get("attempt", 0)
         if latest > attempt:
             raise UserError(
                 f"the audit log {path} holds attempt {latest} of another run and this is attempt {attempt}; "
                 "name another file with data.audit or remove this one"
             )
-        self._constant = {"rank": rank, "world_size": world_size, "attempt": attempt}
-        self._lines = JsonLines(path)
+        return JsonLines(path)
 
     def append(self, step: int, epoch: int, keys: Iterable[str]) -> None:
         """Record the samples of this rank's share of a step, in batch order, once they are trained on."""
-        self._lines.append({"step": step, "epoch": epoch, **self._constant, "keys": list(keys)})
+        line = {"step": step, "epoch": epoch, **self._constant, "keys": list(keys)}
+        self._disk.call(lambda: self._lines.append(line))
 
     def flush(self) -> None:
         """Lines so far are on the disk when this returns: on every rank, before a checkpoint is complete."""
-        self._lines.sync()
+        self._disk.call(self._lines.sync)
 
     def close(self) -> None:
-        self._lines.close()
+        if not self._disk.gone:
+            self._disk.call(self._lines.close)
+            self._disk.rest()
 
 
 def _rank_files(path):

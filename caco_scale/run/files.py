@@ -10,6 +10,8 @@ shows the gap.
 import json
 import math
 import os
+import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,16 +39,52 @@ def to_json(value: Any, **options: Any) -> str:
 
 def replace_file(path: Path, text: str) -> None:
     """Replace a file by ``text``, atomically."""
+    if path.is_dir():
+        raise not_ordinary(path)
     try:
         write_atomically(path, text.encode())
     except OSError as error:
         raise cannot_write(path, error) from error
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left of replaced files; for who has the folder to itself, by a lock."""
+    for leftover in folder.glob("*.tmp"):
+        if re.fullmatch(r".+\.\d+\.tmp", leftover.name) and leftover.is_file():
+            leftover.unlink(missing_ok=True)
+
+
 def cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot write {path}: {error.strerror}; free or fix that place and start the same command again"
     )
+
+
+def open_ordinary(path: Path, mode: str) -> Any:
+    """``open`` of an ordinary file, in binary and without a buffer where it is written.
+
+    Raises:
+        UserError: a folder, a pipe or a device is there, for which ``open`` might wait for ever.
+        OSError: as ``open``.
+    """
+
+    def opener(name, flags):
+        descriptor = os.open(name, flags | os.O_NONBLOCK, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise not_ordinary(path)
+        return descriptor
+
+    try:
+        return open(path, mode, buffering=0 if "a" in mode else -1, opener=opener)
+    except IsADirectoryError:
+        raise not_ordinary(path) from None
+
+
+def not_ordinary(path: Path) -> UserError:
+    """The error of a place where there is something else than a file."""
+    what = "a folder" if path.is_dir() else "a pipe or a device"
+    return UserError(f"{path} is {what}, and this program keeps a file there: move it away")
 
 
 class JsonLines:
@@ -60,7 +98,7 @@ class JsonLines:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115, open while the run lasts
+            self._file = open_ordinary(self.path, "a+b")  # open while the run lasts
             size = self._file.seek(0, os.SEEK_END)
             if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
                 self._write(b"\n")
@@ -101,7 +139,7 @@ def read_json_lines(path: str | Path) -> Iterator[dict]:
     """Yield the objects of a JSON-lines file in order; cut lines are skipped, a missing file has none."""
     if not Path(path).exists():
         return
-    with open(path, "rb") as file:
+    with open_ordinary(Path(path), "rb") as file:
         for line in file:
             record = _parse(line)
             if record is not None:
@@ -112,7 +150,7 @@ def last_json_line(path: str | Path) -> dict | None:
     """The last whole object of a JSON-lines file, or None; reads only the end of a long file."""
     if not Path(path).exists():
         return None
-    with open(path, "rb") as file:
+    with open_ordinary(Path(path), "rb") as file:
         size = file.seek(0, os.SEEK_END)
         tail = 1 << 16
         while True:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from caco_scale.errors import UserError
 from caco_scale.run.directory import RunDirectory
+from caco_scale.run.patience import Patience
 from caco_scale.run.signals import Signals
 
 JOB_END = (
@@ -55,7 +56,10 @@ class Requests:
     """
 
     def __init__(self, signals: Signals | None, directory: RunDirectory, stop_before_end_seconds: float):
-        self._signals, self._files = signals, ControlFiles(directory.path, directory.is_main)
+        self._signals, self._files = (
+            signals,
+            ControlFiles(directory.path, directory.is_main, disk=directory.disk),
+        )
         end = job_end(os.environ) if stop_before_end_seconds else None
         self.job_end = JobEnd(end, stop_before_end_seconds)
 
@@ -126,7 +130,14 @@ class ControlFiles:
     complete, unless it was touched again meanwhile: then that is another request.
     """
 
-    def __init__(self, folder: str | Path, is_main: bool, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        folder: str | Path,
+        is_main: bool,
+        clock: Callable[[], float] = time.monotonic,
+        disk: Patience | None = None,
+    ):
+        self._disk = disk or Patience(folder)
         self.stop, self.save = Path(folder) / "STOP", Path(folder) / "SAVE"
         self._is_main, self._clock, self._next_look = is_main, clock, -math.inf
         self._asked: tuple | None = None  # the SAVE that is being answered, and the step of its checkpoint
@@ -141,24 +152,28 @@ class ControlFiles:
         if not self._is_main or self._clock() < self._next_look:
             return False, False
         self._next_look = self._clock() + LOOK_SECONDS
-        found = _identity(self.save)
-        return self.stop.exists(), found is not None and found != (self._asked or (None,))[0]
+        found, stop = self._disk.call(lambda: (_identity(self.save), self.stop.exists()))
+        return stop, found is not None and found != (self._asked or (None,))[0]
 
     def save_begins(self, step: int) -> None:
         """The checkpoint of ``step``, begun now, answers the SAVE that is there now."""
-        found = _identity(self.save) if self._is_main else None
+        found = self._disk.call(lambda: _identity(self.save)) if self._is_main else None
         self._asked = None if found is None else (found, step)
 
     def save_is_complete(self, step: int) -> None:
         """There is a complete checkpoint of ``step``: remove the SAVE that it answers."""
-        if self._asked is None or step < self._asked[1]:
-            return
+        if self._asked is not None and step >= self._asked[1]:
+            self._disk.call(self._remove_answered)
+            self._asked = None
+
+    def _remove_answered(self):
+        assert self._asked is not None
         # Renamed first: a touch up to here shows in its times, a later one makes a new file.
         aside = self.save.with_name(".SAVE")
         try:
             os.rename(self.save, aside)
             if _identity(aside) == self._asked[0]:
-                aside.unlink()
+                aside.rmdir() if aside.is_dir() else aside.unlink()
             else:
                 os.replace(aside, self.save)
         except FileNotFoundError:  # the user took it back
@@ -167,7 +182,6 @@ class ControlFiles:
             raise UserError(
                 f"cannot remove {self.save}: {error.strerror}; make the run directory writable"
             ) from error
-        self._asked = None
 
 
 def _identity(path):

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
-from caco_scale.errors import UserError, one_line
+from caco_scale.errors import Hung, UserError, one_line
 from caco_scale.run.directory import RunDirectory
 from caco_scale.run.display import LiveBar, PlainLines, is_terminal, summary_table
 from caco_scale.run.files import to_plain
@@ -34,8 +34,8 @@ class Telemetry:
     """Everything the trainer says. Exists on every rank; off the main rank only ``meter`` is alive.
 
     ``run_directory``: where metrics.jsonl and TensorBoard go. ``total_steps``, ``start_step`` (the
-    checkpoint's, 0 for a fresh start): finished steps; what TensorBoard holds of later steps than the
-    checkpoint's is purged. ``images_per_step``: the global batch. ``on_metrics``: called on
+    checkpoint's, 0 for a fresh start): finished steps; what TensorBoard holds of later steps than ``kept_step``
+    (default: the checkpoint's) is purged. ``images_per_step``: the global batch. ``on_metrics``: called on
     the main rank with every record of metrics.jsonl. :meth:`close` gives the terminal back, after errors too.
     """
 
@@ -47,6 +47,7 @@ class Telemetry:
         steps_per_epoch: int,
         images_per_step: int,
         start_step: int = 0,
+        kept_step: int | None = None,
         stream: TextIO | None = None,
         on_metrics: Callable[[dict], object] | None = None,
     ):
@@ -61,8 +62,13 @@ class Telemetry:
         # Imported here: it takes seconds, and only the main rank writes.
         from torch.utils.tensorboard import SummaryWriter
 
-        purge_step = start_step + 1 if start_step else 0
-        self._board = SummaryWriter(str(run_directory.tensorboard), purge_step=purge_step, flush_secs=30)
+        kept_step = start_step if kept_step is None else kept_step
+        purge_step = kept_step + 1 if kept_step else 0
+        folder = str(run_directory.tensorboard)
+        with self._board_errors():
+            self._board = run_directory.disk.call(
+                lambda: SummaryWriter(folder, purge_step=purge_step, flush_secs=30)
+            )
         stream = sys.stdout if stream is None else stream
         if is_terminal(stream):
             self._display: LiveBar | PlainLines = LiveBar(stream, total_steps, start_step)
@@ -104,10 +110,9 @@ class Telemetry:
         self._run.append_metrics({"step": step, **record})
         if self._on_metrics:
             self._on_metrics({"step": step, **record})
-        for name, value in record.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                with self._board_errors():
-                    self._board.add_scalar(name, value, step)
+        numbers = {n: v for n, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        with self._board_errors():  # its queue waits for the disk when it is full
+            self._run.disk.call(lambda: [self._board.add_scalar(n, v, step) for n, v in numbers.items()])
 
     @contextlib.contextmanager
     def _board_errors(self):
@@ -138,14 +143,16 @@ class Telemetry:
         if self.is_main:
             self._run.flush()
             with self._board_errors():
-                self._board.flush()
+                self._run.disk.call(self._board.flush)
 
     def close(self) -> None:
         if self.is_main:
             self._display.close()  # first: the terminal must come back whatever happens below
             try:
                 self.flush()
-                self._board.close()
+                self._run.disk.call(self._board.close)
+            except Hung:  # as the run, which ends by it, says itself
+                pass
             except (OSError, UserError) as error:  # must not hide the error that the run may be ending by
                 print(f"warning: the records may lack their end: {one_line(error)}", file=sys.stderr)
             self._run.close()

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from caco_scale import config as configuration
+from caco_scale.checkpoint.folder import check_files, read_values
 from caco_scale.checkpoint.resume import checkpoint_to_resume
 from caco_scale.config import Config
 from caco_scale.data.order import share_size
@@ -160,12 +161,21 @@ def check_resume(start: Start) -> str | None:
     return f"resumes from {start.resumed}" if start.resumed else "a fresh start"
 
 
+def check_checkpoint(start: Start) -> str | None:
+    """Whether every byte of the checkpoint is as it was written; training itself sees that as it reads it."""
+    if start.resumed is None:
+        return None
+    values = read_values(start.resumed)
+    check_files(start.resumed, values)
+    return f"{start.resumed.name}: {sum(values['files'].values()) / 1e6:,.1f} MB as they were written"
+
+
 BEFORE_DATA: tuple[Check, ...] = (
     *(check_stop, check_run_dir, check_precision, check_temperatures, check_model, check_batch),
 )
 OF_DATA: tuple[Check, ...] = (check_data, check_evaluation)
 OF_RUN: tuple[Check, ...] = (check_resume,)  # by a process that has the run directory to itself
-CHECKS = BEFORE_DATA + OF_DATA + OF_RUN
+CHECKS = (*BEFORE_DATA, *OF_DATA, *OF_RUN, check_checkpoint)
 
 
 def refuse_to_start(start: Start, checks: tuple[Check, ...]) -> None:

@@ -4,8 +4,7 @@ from collections.abc import Iterable
 
 from caco_scale.config import Config
 from caco_scale.errors import UserError
-from caco_scale.run.directory import RunDirectory
-from caco_scale.run.files import JsonLines
+from caco_scale.run.directory import CORRUPT, RunDirectory
 from caco_scale.run.telemetry import Telemetry
 
 
@@ -22,7 +21,7 @@ class CorruptImages:
     ):
         self._data, self._num_samples, self._hint = config.data, num_samples, hint
         self._directory, self._telemetry = directory, telemetry
-        self._file = directory.path / "corrupt.jsonl"
+        self._file = directory.path / CORRUPT
         self._errors: dict[str, str] = {}  # key -> why it did not decode
 
     def __len__(self) -> int:
@@ -47,10 +46,7 @@ class CorruptImages:
 
     def _record(self, step, entry):
         self._errors[entry["key"]] = entry["error"]
-        if self._directory.is_main:
-            lines = JsonLines(self._file)
-            lines.append({"step": step, **entry})
-            lines.close()
+        self._directory.append(CORRUPT, {"step": step, **entry})
         self._telemetry.warn(
             f"{entry['key']} does not decode ({entry['error']}); trained on {entry['substitute']}"
         )

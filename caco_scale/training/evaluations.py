@@ -8,9 +8,36 @@ from caco_scale.distributed.collectives import gather_objects
 from caco_scale.distributed.strategies.base import Strategy
 from caco_scale.evaluate.features import pixels
 from caco_scale.evaluate.knn import evaluate_knn
+from caco_scale.run.directory import RunDirectory
+from caco_scale.run.scores import logged_scores
 from caco_scale.run.stopping import JobEnd
 from caco_scale.run.telemetry import Telemetry
 from caco_scale.training.assemble import TrainingData, parameter_dtype
+
+
+def is_due(config: Config, data: TrainingData, step: int, end: int) -> bool:
+    """Whether the encoder after ``step`` of ``end`` steps is one to evaluate."""
+    epoch, position = divmod(step, data.order.steps_per_epoch)
+    every = config.eval.knn_every if data.val_store else 0
+    return bool(every) and (step == end or (position == 0 and epoch % every == 0))
+
+
+def logged_accuracy(directory: RunDirectory, step: int) -> dict[int | str, float]:
+    """``{step: percent}`` where the run's metrics have an evaluation of that very step, else nothing.
+
+    An evaluation follows its step's checkpoint, which does not know of it.
+    """
+    last, _ = directory.disk.call(lambda: logged_scores(directory.path, step))
+    return {step: last["knn_top1"]} if last and last["step"] == step else {}
+
+
+def owes_evaluation(
+    config: Config, data: TrainingData, directory: RunDirectory, values: dict, end: int
+) -> bool:
+    """Whether the run whose newest checkpoint has these ``values`` was killed before an evaluation was over."""
+    step = values["step"]
+    known = {**dict(values["knn"]), **logged_accuracy(directory, step)}
+    return is_due(config, data, step, end) and step not in known
 
 
 class Evaluations:
@@ -40,17 +67,14 @@ class Evaluations:
 
     def due(self, step: int) -> bool:
         """Whether the encoder after ``step`` steps is to be evaluated, and has not been."""
-        if not self._data.val_store or step in self.knn:
-            return False
-        every = self._config.eval.knn_every
-        epoch, position = divmod(step, self._data.order.steps_per_epoch)
-        return bool(every) and (step == self._end or (position == 0 and epoch % every == 0))
+        return is_due(self._config, self._data, step, self._end) and step not in self.knn
 
-    def at_start(self, step: int) -> None:
+    def at_start(self, step: int, directory: RunDirectory) -> None:
         """Of a fresh run the baselines; of a stopped one what it still owes. Collective, as :meth:`run`.
 
         An evaluation longer than the job is left out, or no job would ever train on.
         """
+        self.knn |= gather_objects(logged_accuracy(directory, step))[0]
         if step == 0:
             self._run_baselines()
         elif self.due(step):

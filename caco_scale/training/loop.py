@@ -76,8 +76,10 @@ class Loop:
         self.step = values.get("step", 0)
         # The checkpoint of another run that this one began with.
         self.branched_from = values.get("branched_from")
-        if resumed and resumed.absolute().parent != directory.checkpoints.absolute():
+        of_another = bool(resumed) and resumed.absolute().parent != directory.checkpoints.absolute()
+        if resumed and of_another:
             self.branched_from = str(resumed.absolute())
+        checkpointer.prune()  # a kill may have come between a save and this
         self.read = Counter()  # what the stores did since this start, over all ranks
         self.records = Records(
             config,
@@ -87,6 +89,7 @@ class Loop:
             step=self.step,
             end=end,
             resumed=resumed,
+            of_another=of_another,
             on_metrics=on_metrics,
         )
         telemetry = self.records.telemetry
@@ -130,7 +133,7 @@ class Loop:
     def train(self) -> str | None:
         """Steps until the end or a reason to stop; then a checkpoint and a marker -> what stopped it, or None."""
         started = time.monotonic()
-        self.evaluations.at_start(self.step)
+        self.evaluations.at_start(self.step, self.directory)
         self._note_small_cache()
         stop = None
         with contextlib.closing(

@@ -21,6 +21,7 @@ class Records:
 
     Args:
         step: finished steps of the checkpoint ``resumed``; 0 without one.
+        of_another: that checkpoint is another run's: records here, if there are any, are of steps before it.
         end: the run's last step.
         on_metrics: called on the main rank with every record of metrics.jsonl.
     Attributes:
@@ -39,13 +40,18 @@ class Records:
         step: int,
         end: int,
         resumed: Path | None,
+        of_another: bool,
         on_metrics: Callable[[dict], object] | None,
     ):
         attempt = all_max(directory.next_attempt() or 0)
         self._audit = None
         if config.data.audit:  # the last that can fail by a user's mistake
             self._audit = AuditLog(
-                config.data.audit, rank=strategy.rank, world_size=strategy.world_size, attempt=attempt
+                config.data.audit,
+                rank=strategy.rank,
+                world_size=strategy.world_size,
+                attempt=attempt,
+                disk=directory.disk.of(config.data.audit),
             )
         # Where a run began is no part of the recipe, and the same file resumes it.
         directory.write_config(configuration.to_yaml(configuration.replace(config, run__resume="auto")))
@@ -62,13 +68,16 @@ class Records:
                 optimizer_state_bytes=list(num_bytes),
             )
         )
-        directory.start_attempt(world_size=strategy.world_size, resumed_step=step if resumed else None)
+        directory.start_attempt(
+            world_size=strategy.world_size, resumed_step=step if resumed else None, of_another=of_another
+        )
         self.telemetry = Telemetry(
             directory,
             total_steps=end,
             steps_per_epoch=steps_per_epoch,
             images_per_step=config.data.global_batch_size,
             start_step=step,
+            kept_step=0 if of_another else step,
             on_metrics=on_metrics,
         )
         self.telemetry.note(f"resumed from {resumed} at step {step:,}" if resumed else "fresh start")

@@ -9,11 +9,14 @@ from caco_scale.checkpoint.folder import read_values
 from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.config import Config
 from caco_scale.data.workers import start_fork_server
+from caco_scale.distributed.collectives import gather_objects
 from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.run.directory import RunDirectory
+from caco_scale.run.patience import Patience
 from caco_scale.run.signals import Signals
 from caco_scale.training.assemble import build_schedule, build_strategy, make_data, resolve_precision
 from caco_scale.training.checks import BEFORE_DATA, OF_DATA, OF_RUN, Start, refuse_to_start
+from caco_scale.training.evaluations import owes_evaluation
 from caco_scale.training.loop import Loop
 
 
@@ -56,17 +59,25 @@ def run(
     assert data is not None
     schedule = build_schedule(config, data.order.steps_per_epoch)
     end = min(schedule.total_steps, config.run.max_steps or schedule.total_steps)
-    with RunDirectory(config.run.dir, accelerator.is_main_process) as directory:
-        checkpointer = Checkpointer(directory.checkpoints, keep=config.run.keep_checkpoints)
+    disk = Patience(
+        f"run.dir {config.run.dir}",
+        config.run.timeout_seconds,
+        lambda: signals.requested if signals else None,
+    )
+    with RunDirectory(config.run.dir, accelerator.is_main_process, disk) as directory:
+        checkpointer = Checkpointer(directory.checkpoints, keep=config.run.keep_checkpoints, disk=disk)
         start.newest = checkpointer.latest()
         refuse_to_start(start, OF_RUN)
-        resumed = start.resumed
-        step = read_values(resumed)["step"] if resumed else 0
-        # One that was stopped after its last step still has its last evaluation before it.
-        if resumed and step >= end and directory.interrupted_step() != step:
+        resumed = gather_objects(start.resumed)[0]  # another run, if it is one of that, may save meanwhile
+        values = read_values(resumed) if resumed else {}
+        step = values.get("step", 0)
+        killed = resumed is not None and resumed == start.newest and directory.done_step() is None
+        # Its last evaluation may still be before it.
+        owes = step >= end and killed and owes_evaluation(config, data, directory, values, end)
+        if resumed and step >= end and not gather_objects(owes)[0]:
+            checkpointer.prune()
             checkpointer.close()
-            # Killed between its last checkpoint and the marker.
-            if resumed == start.newest and directory.done_step() is None:
+            if killed:  # between its last checkpoint, or evaluation, and the marker
                 directory.mark_done(step)
             accelerator.print(
                 f"{config.run.dir} has finished its {end:,} steps: a larger --optim.epochs or --run.max_steps "

@@ -3,16 +3,15 @@
 import json
 import math
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
-from caco_scale.checkpoint.folder import read_values, step_path, steps
+from caco_scale.checkpoint.folder import checkpoint_of, read_values
 from caco_scale.checkpoint.read import load_tensors
+from caco_scale.config.yaml_file import Typed, read_yaml
 from caco_scale.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from caco_scale.errors import UserError, one_line
 from caco_scale.flags.choices import ENCODERS
@@ -94,30 +93,6 @@ def load_weights(
     return _load_file(path, which, arch, stem)
 
 
-def checkpoint_of(run: str | Path, step: int | None = None) -> Path:
-    """The checkpoint that a user means by a run's or a checkpoint's directory, and maybe a step -> Path."""
-    run = Path(run)
-    if not run.is_dir():
-        raise UserError(f"no run at {run}: give a run directory, or one of its checkpoints/step_XXXXXXXX")
-    if (run / "values.json").exists() or re.fullmatch(r"step_\d{8,}", run.name):
-        if step is not None and step != read_values(run)["step"]:
-            raise UserError(
-                f"{run} is the checkpoint of step {read_values(run)['step']}, not {step}: drop --step"
-            )
-        return run
-    directory = run / "checkpoints"
-    found = steps(directory)
-    if not found:
-        raise UserError(
-            f"no complete checkpoint in {directory}: is {run} a run directory, and has it saved yet?"
-        )
-    if step is not None and step not in found:
-        raise UserError(
-            f"no checkpoint of step {step} in {directory}; there are {', '.join(map(str, found))}"
-        )
-    return step_path(directory, found[-1] if step is None else step)
-
-
 def _load_run(path, which):
     values = read_values(path)
     config = _run_config(path, values)
@@ -152,9 +127,9 @@ def _run_config(path, values):
     if config is None:
         source = path.parent.parent / "config.yaml"
         try:
-            config = yaml.safe_load(source.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            raise UserError(f"no readable config.yaml beside checkpoint {path}: expected {source}") from None
+            config = read_yaml(source, Typed)
+        except UserError as error:
+            raise UserError(f"no readable config.yaml beside checkpoint {path}: {error}") from None
     try:
         config["model"]["arch"], config["model"]["stem"]
     except (KeyError, TypeError):
