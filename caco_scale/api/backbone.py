@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from caco_scale.data.augment import normalise
-from caco_scale.data.views import CorruptSample, centre_crop, decode_image
+from caco_scale.data.views import CorruptSample, centre_crop, decode_image, rgb_pixels
 from caco_scale.errors import UserError
 from caco_scale.weights.load import load_weights
 
@@ -100,8 +101,11 @@ def _pixels(image: Any) -> np.ndarray:
             raise UserError(f"cannot read {os.fspath(image)}: {error.strerror}") from None
         except CorruptSample as error:
             raise UserError(f"{os.fspath(image)} does not decode: {error}") from None
-    if hasattr(image, "convert"):  # PIL's
-        image = image.convert("RGB")
+    if isinstance(image, Image.Image):
+        try:
+            return rgb_pixels(image)
+        except CorruptSample as error:
+            raise UserError(f"an image of mode {image.mode}: {error}") from None
     pixels = np.array(image)  # of its own: what PIL gives cannot be written to
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise UserError(
