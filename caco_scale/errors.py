@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import functools
 import os
+import shlex
 import signal
 import sys
 import time
@@ -37,6 +38,19 @@ def one_of(name, names, what):
 def one_line(error):
     """The message of an exception with every run of white space folded into one blank."""
     return " ".join(str(error).split())
+
+
+def quoted(word):
+    """A word of a command that we print, as a shell takes it back: quoted where it must be, and always on one line.
+
+    White space that :func:`one_line` would fold, and what no terminal shows, is written as ``$'...'`` of bash and zsh.
+    """
+    word = os.fspath(word)
+    if word.isprintable() and one_line(word) == word:
+        return shlex.quote(word)
+    escapes = {"\\": "\\\\", "'": "\\'", " ": "\\x20"}
+    plain = lambda c: escapes.get(c, c) if c.isprintable() else "".join(f"\\x{b:02x}" for b in os.fsencode(c))
+    return "$'" + "".join(map(plain, word)) + "'"
 
 
 def exit_on_user_error(main):

@@ -160,5 +160,5 @@ elif [ -n "$SELF_TEST" ]; then
   self_test
 else
   job=$(submit) || exit
-  echo "job $job trains in $RUN_DIR: $RUN_DIR/slurm/ledger.tsv, touch $RUN_DIR/STOP to end it"
+  echo "job $job trains in $RUN_DIR: $RUN_DIR/slurm/ledger.tsv, touch $(printf %q "$RUN_DIR/STOP") to end it"
 fi

@@ -9,6 +9,7 @@ from caco_scale.checkpoint.folder import latest
 from caco_scale.data.loader import Batch
 from caco_scale.distributed.collectives import all_max, gather_objects
 from caco_scale.distributed.strategies.base import Strategy
+from caco_scale.errors import quoted
 from caco_scale.optim.build import state_bytes
 from caco_scale.run.audit import AuditLog
 from caco_scale.run.directory import RunDirectory
@@ -114,9 +115,12 @@ def summary(
         ("minutes of this start", f"{seconds / 60:.1f}"),
         *scores,
         ("checkpoint", str(latest(Path(folder, "checkpoints")))),
-        ("curves", f"tensorboard --logdir {folder}/tensorboard"),
-        ("export", f"python -m caco_scale.export {folder} --to backbone.safetensors --format safetensors"),
-        ("train on", f"{launch} {folder}/config.yaml {longer}"),
+        ("curves", f"tensorboard --logdir {quoted(f'{folder}/tensorboard')}"),
+        (
+            "export",
+            f"python -m caco_scale.export {quoted(folder)} --to backbone.safetensors --format safetensors",
+        ),
+        ("train on", f"{launch} {quoted(f'{folder}/config.yaml')} {longer}"),
     ]
     if config.recipe == "demo" and config.bank.rule == "caco":
         rows.append(("compare with MoCo", f"{launch} demo --bank.rule moco --run.dir runs/moco"))

@@ -16,7 +16,7 @@ from caco_scale.data.store.base import Store
 from caco_scale.data.store.folder import FolderStore, is_shard_set
 from caco_scale.data.store.local import LocalStore
 from caco_scale.data.store.remote import RemoteStore
-from caco_scale.errors import UserError
+from caco_scale.errors import UserError, quoted
 
 BUILD = "python -m data_prep build IMAGES"
 
@@ -74,14 +74,16 @@ def open_store(
 def _no_directory(url, path):
     """What is wrong with a path that is no directory, and what to do."""
     if not os.path.exists(path):
-        return f"does not exist: give a folder of images, or make a shard set there with `{BUILD} {url}`"
+        return (
+            f"does not exist: give a folder of images, or make a shard set there with `{BUILD} {quoted(url)}`"
+        )
     folder = os.path.dirname(path)
     if os.path.basename(path) == MANIFEST_NAME:
-        return f"is a file, not a directory: give {folder}"
+        return f"is a file, not a directory: give {quoted(folder)}"
     if path.endswith(".tar"):
         return (
-            f"is a file, not a directory: `python -m data_prep index {folder}` makes its folder readable, "
-            f"then give {folder}"
+            f"is a file, not a directory: `python -m data_prep index {quoted(folder)}` makes its folder readable, "
+            f"then give {quoted(folder)}"
         )
     return "is a file, not a directory: give a folder of images or a shard set"
 
@@ -94,13 +96,14 @@ def _refuse_other_sets(url, path):
         raise UserError(f"cannot read {url}: {error.strerror}") from None
     splits = [entry.name for entry in entries if os.path.exists(os.path.join(entry.path, MANIFEST_NAME))]
     if splits:
-        places = " or ".join(os.path.join(url, split) for split in splits[:3])
+        places = " or ".join(quoted(os.path.join(url, split)) for split in splits[:3])
         raise UserError(f"{url} has no {MANIFEST_NAME}: did you mean {places}?")
     tars = [entry.name for entry in entries if entry.name.endswith(".tar")]
     if tars:
         raise UserError(
-            f"{url} has {len(tars)} tars but no {MANIFEST_NAME}: `python -m data_prep index {url}` writes one for "
-            f"WebDataset shards, `python -m data_prep build {os.path.join(url, tars[0])} SHARDS` takes a tar of images"
+            f"{url} has {len(tars)} tars but no {MANIFEST_NAME}: `python -m data_prep index {quoted(url)}` writes "
+            "one for WebDataset shards, "
+            f"`python -m data_prep build {quoted(os.path.join(url, tars[0]))} SHARDS` takes a tar of images"
         )
 
 
@@ -108,7 +111,7 @@ def _open_pattern(pattern, flag, options):
     """The store of a foreign set by its brace pattern: its manifest lies beside the shards."""
     folder, names = expand_braces(pattern)
     unindexed = UserError(
-        f"{flag} {pattern} has no {MANIFEST_NAME}: make one with `python -m data_prep index '{pattern}'`, "
+        f"{flag} {pattern} has no {MANIFEST_NAME}: make one with `python -m data_prep index {quoted(pattern)}`, "
         "or if you may not write there, elsewhere with --to, and give that directory"
     )
     if not is_remote(folder) and not is_shard_set(local_path(folder)):
@@ -123,6 +126,6 @@ def _open_pattern(pattern, flag, options):
     if there != names:
         raise UserError(
             f"{flag} {pattern} means {len(names)} shards, but the {MANIFEST_NAME} there has {len(there)} "
-            f"({there[0]} to {there[-1]}): give {folder}, or index the pattern to another directory"
+            f"({there[0]} to {there[-1]}): give {quoted(folder)}, or index the pattern to another directory"
         )
     return store

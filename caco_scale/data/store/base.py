@@ -6,7 +6,6 @@ need not be a tar.
 
 import hashlib
 import json
-import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +20,7 @@ from caco_scale.data.counters import Counters
 from caco_scale.data.object_store import Remote
 from caco_scale.data.order import first_ids, locate
 from caco_scale.data.shards import MANIFEST_NAME, Manifest, Samples, ShardIndex, ShardInfo
-from caco_scale.errors import UserError
+from caco_scale.errors import UserError, quoted
 
 MAX_OPEN_FILES = 128
 MAX_INDEXES = 1024  # about 50 kB each for shards of 1,000 samples
@@ -77,7 +76,7 @@ class Store:
                 "there is no source to build tars of others from: put the good tar back, or remove "
                 f"{self.url.rstrip('/')}/{MANIFEST_NAME} and run `{self._index_command()}`"
             )
-        return f"`python -m data_prep repair SRC {self.url}` builds what is bad again from its source"
+        return f"`python -m data_prep repair SRC {quoted(self.url)}` builds what is bad again from its source"
 
     def _index_command(self):
         """What has made this indexed foreign set, and would again."""
@@ -86,12 +85,12 @@ class Store:
         words = [f"{tars.rstrip('/')}/{build['pattern']}" if "pattern" in build else tars]
         words += ["--to", self.url] if "shards_at" in build else []
         words += ["--image", build["image"]] if "image" in build else []
-        return f"python -m data_prep index {shlex.join(words)}"
+        return f"python -m data_prep index {' '.join(map(quoted, words))}"
 
     @property
     def verify_hint(self) -> str:
         """How to find out what is damaged, in words."""
-        return f"check the set with `python -m data_prep verify --full {self.url}`"
+        return f"check the set with `python -m data_prep verify --full {quoted(self.url)}`"
 
     def check(self) -> None:
         """Compare what is there with the manifest. UserError names the first wrong, and a set without an image."""
