@@ -15,6 +15,8 @@ from caco_scale.flags.rules import Rule
 PROG = "python -m data_prep"
 ONE_PER_CLASS = Rule(lambda x: x >= 10, "give at least 10, one image per class")
 
+PARQUET_OPTIONS = ("image_column", "label_column", "missing_files")
+
 # What a command imports stands in its ``run``: --help and a typo are answered at once.
 
 
@@ -24,7 +26,7 @@ class FromSource:
 
     src: Positional[Annotated[str, shown("SRC")]]
     """Folder of class folders, a tar of one (.tar, .tar.gz, .tar.bz2, .tar.xz), ILSVRC2012_img_train.tar,
-    ILSVRC2012_img_val.tar (with --labels), or a folder of parquet files (with --format parquet)."""
+    ILSVRC2012_img_val.tar (with --labels), or parquet files (with --format parquet)."""
     format: Literal["auto", "parquet"] = "auto"
     """Kind of the source."""
     labels: Annotated[str | None, shown("FILE")] = None
@@ -33,6 +35,15 @@ class FromSource:
     """Of the source (default: auto = ImageNet's own, for its size; none = unchecked)."""
     split: Annotated[str | None, shown("NAME")] = None
     """Take only this split, straight into DST."""
+    split_folders: Switch | None = None
+    """Folders named train, val, ... are splits, of a set each, or (--no-split-folders) classes (default: by their
+    names, and a question where those do not tell)."""
+    image_column: Annotated[str | None, shown("NAME")] = None
+    """Of parquet files (default: the one that holds images)."""
+    label_column: Annotated[str | None, shown("NAME")] = None
+    """Of parquet files (default: the one of classes, if there is one); none = no labels."""
+    missing_files: Switch = False
+    """Take parquet files of which some are missing by their own numbers."""
     skip_empty_classes: Switch = False
     """Leave out class folders without images."""
     workers: Annotated[int | None, shown("N")] = None
@@ -40,8 +51,12 @@ class FromSource:
 
     def source_options(self) -> dict[str, Any]:
         """As :func:`data_prep.sources.open_source` takes them."""
-        split = self.split if self.format == "parquet" else None
-        return {"kind": self.format, "labels": self.labels, "md5": self.md5, "split": split}
+        options = {"kind": self.format, "labels": self.labels, "md5": self.md5}
+        if self.format == "parquet":
+            options |= {name: getattr(self, name) for name in ("split", *PARQUET_OPTIONS)}
+        elif given := [name for name in PARQUET_OPTIONS if getattr(self, name)]:
+            raise UserError(f"--{given[0].replace('_', '-')} is for --format parquet: give both or none")
+        return options
 
     def split_folder(self) -> str | None:
         """The split that is a folder of the source: parquet files have theirs in their names."""
@@ -82,6 +97,8 @@ class Build(FromSource):
             source_options=self.source_options(),
             dry_run=self.dry_run,
             part=parse_part(self.part),
+            split_folders=self.split_folders,
+            tell=say,
         )
         if self.dry_run:
             before = f" before images are made {self.short_side} pixels small" if self.short_side else ""
@@ -133,7 +150,7 @@ class Repair(FromSource):
         from data_prep.progress import say
         from data_prep.repair import repair
 
-        options = (self.source_options(), self.skip_empty_classes, self.split_folder())
+        options = (self.source_options(), self.skip_empty_classes, self.split_folder(), self.split_folders)
         manifest, repaired = repair(self.src, self.dst, self.workers, *options)
         which = ", ".join(repaired) or "none"
         say(f"{self.dst}: {len(repaired)} of {len(manifest.shards):,} shards built again: {which}")

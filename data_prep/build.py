@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 
@@ -20,6 +20,7 @@ from caco_scale.data.addresses import is_remote
 from caco_scale.data.folders import ImageFolder, image_folders
 from caco_scale.data.object_store import ObjectExists, Remote
 from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo
+from caco_scale.data.splits import some_names
 from caco_scale.data.store import open_store
 from caco_scale.errors import UserError
 from data_prep.destination import (
@@ -31,6 +32,7 @@ from data_prep.destination import (
     prepare_destination,
     record_path,
     same_build,
+    scratch_folder,
     scratch_removed,
 )
 from data_prep.jobs import DEFAULTS, Settings, manifest_of, plan_shards, run_jobs
@@ -51,6 +53,8 @@ def build(
     source_options: dict | None = None,
     dry_run: bool = False,
     part: tuple[int, int] | None = None,
+    split_folders: bool | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> list[tuple]:
     """Build the shard sets of a source of images; returns [(directory or address, manifest, was there)].
 
@@ -59,7 +63,8 @@ def build(
     pixels; larger images are made so small (0: none). dry_run: write nothing; the results are
     [(directory or address, number of images, of shards, bytes)]. part: (I, N), of N processes that share a build, on
     any nodes, this is the I-th, from 1; who finds all shards finished writes the manifest, for the others it is None.
-    Raises UserError, and keeps finished shards.
+    split_folders: see :func:`~caco_scale.data.folders.image_folders`. tell: is given a line for every set, with its
+    classes, before work starts. Raises UserError, and keeps finished shards.
     """
     src, dst = os.fspath(src), os.fspath(dst)
     if samples_per_shard < 1 or (workers is not None and workers < 0):
@@ -69,22 +74,28 @@ def build(
     settings = Settings(samples_per_shard, seed, short_side, workers)
     if is_remote(dst):
         Remote(dst).check_writable()
-    folders = lambda source: image_folders(source.scan(), src, split, skip_empty_classes)
+
+    def folders(source):
+        found = image_folders(source.scan(), src, split, skip_empty_classes, split_folders)
+        for name, folder in found.items():
+            tell(f"{_join(dst, name)}: {folder.describe()}")
+            if folder.left_out:
+                tell(f"{_join(dst, name)}: left out, for they are in no split: {some_names(folder.left_out)}")
+        return found
+
     source_options = source_options or {}
     if is_remote(dst) or dry_run:
-        with tempfile.TemporaryDirectory(prefix="caco-build-") as scratch:
-            source = open_source(src, scratch, **source_options)
-            if dry_run:
-                return [
-                    _plan(_join(dst, name), folder, samples_per_shard)
-                    for name, folder in folders(source).items()
-                ]
-            results = []
-            for name, folder in folders(source).items():
-                job = source, folder, _join(dst, name), settings
-                made = build_remote_part(*job, part) if part else build_remote_set(*job)
-                results.append((_join(dst, name), *made))
-            return results
+        source = open_source(src, None, **source_options)
+        if dry_run:
+            return [
+                _plan(_join(dst, name), folder, samples_per_shard) for name, folder in folders(source).items()
+            ]
+        results = []
+        for name, folder in folders(source).items():
+            job = source, folder, _join(dst, name), settings
+            made = build_remote_part(*job, part) if part else build_remote_set(*job)
+            results.append((_join(dst, name), *made))
+        return results
     return _build_here(src, os.path.abspath(os.path.expanduser(dst)), settings, source_options, folders, part)
 
 
@@ -211,7 +222,7 @@ def build_remote_set(
         return manifest, True
     records = _remote_records(remote, what)
     sizes = remote.listing()
-    with tempfile.TemporaryDirectory(prefix="caco-build-") as staging, destination_errors(staging):
+    with scratch_folder("build") as staging, destination_errors(staging):
         jobs = plan_shards(source, folder, staging, what, remote)
         jobs = [replace(job, kept=_if_there(records.get(job.number), sizes)) for job in jobs]
         manifest = manifest_of(run_jobs(jobs, dst, settings.workers, quiet=False), folder, what)
@@ -236,7 +247,7 @@ def build_remote_part(
     if manifest:
         return manifest, True
     records, sizes = _remote_records(remote, what), remote.listing()
-    with tempfile.TemporaryDirectory(prefix="caco-build-") as staging, destination_errors(staging):
+    with scratch_folder("build") as staging, destination_errors(staging):
         jobs = plan_shards(source, folder, staging, what, remote)
         own = jobs[part[0] - 1 :: part[1]]
         run_jobs(

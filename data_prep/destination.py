@@ -11,10 +11,12 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 from caco_scale.atomic import write_atomically
 from caco_scale.data.shards import MANIFEST_NAME, Manifest
@@ -23,6 +25,7 @@ from caco_scale.errors import UserError
 
 STATE_DIR = ".build"
 SCRATCH_FILES = ("source.tar", "source.json")  # in it: a source that was unpacked, and what it was made of
+SCRATCH_LOCK = ".lock"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -103,6 +106,51 @@ def scratch_removed(dst: str, existed: bool) -> Generator[None, None, None]:
             if not existed and not any(Path(dst).iterdir()):
                 os.rmdir(dst)
         raise
+
+
+@contextmanager
+def scratch_folder(purpose: str) -> Generator[str, None, None]:
+    """A folder in the temporary directory, ``caco-PURPOSE-...``, removed at the end: its path.
+
+    A killed process leaves its folder behind. So a folder holds a lock while its process lives, and who makes one
+    removes those of this user whose lock nobody holds.
+    """
+    _remove_left_scratch(tempfile.gettempdir())
+    with tempfile.TemporaryDirectory(prefix=f"caco-{purpose}-", ignore_cleanup_errors=True) as folder:
+        with open(os.path.join(folder, SCRATCH_LOCK), "w") as lock:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield folder
+
+
+def _remove_left_scratch(temporary):
+    with suppress(OSError):
+        for entry in list(os.scandir(temporary)):
+            if not re.fullmatch(r"caco-(build|repair|benchmark)-\w+", entry.name) or not entry.is_dir(
+                follow_symlinks=False
+            ):
+                continue
+            if entry.stat(follow_symlinks=False).st_uid != os.geteuid():
+                continue
+            with suppress(OSError):  # without a lock it is just being made, or not ours
+                descriptor = os.open(
+                    os.path.join(entry.path, SCRATCH_LOCK), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
+                )
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                finally:
+                    os.close(descriptor)
+
+
+def unnamed_file() -> BinaryIO:
+    """A file in the temporary directory that has no name: whatever ends its process, nothing of it is left."""
+    return tempfile.TemporaryFile(prefix="caco-build-")
+
+
+def path_of(file: BinaryIO) -> str:
+    """A path by which this process and those that it starts can open a file without a name, while it is open here."""
+    return f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
 def finished_manifest(dst: str, what: dict) -> Manifest | None:

@@ -133,7 +133,7 @@ class FlatTarSource(TarSource):
 
     def scan(self) -> Listing:
         flat = super().scan()
-        listing = Listing(skipped=flat.skipped)
+        listing = Listing(skipped=flat.skipped, labelled=True)
         for file in flat.files:
             name = os.path.basename(file.name)
             if name not in self.classes:

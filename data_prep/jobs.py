@@ -66,7 +66,7 @@ def plan_shards(
     jobs = []
     for number, first in enumerate(range(0, len(order), samples_per_shard)):
         images = [folder.images[i] for i in order[first : first + samples_per_shard]]
-        images = [(labels[image.class_name], image) for image in images]
+        images = [(labels.get(image.class_name, -1), image) for image in images]
         jobs.append(Job(number, first, images, source, dst, short_side, remote))
     return jobs
 
@@ -153,7 +153,8 @@ def manifest_of(records: list[dict], folder: ImageFolder, what: dict) -> Manifes
     labels = {name: label for label, name in enumerate(folder.classes)}
     lost = {note["source"] for note in lost}
     for image in folder.images:
-        counts[labels[image.class_name]] += image.name not in lost
+        if image.class_name:
+            counts[labels[image.class_name]] += image.name not in lost
     num_bytes = sum(shard.num_bytes for shard in shards)
     return Manifest(
         folder.classes, tuple(counts.tolist()), num_samples, num_bytes, shards, fixed, rejected, what

@@ -1,7 +1,6 @@
 """Build the bad shards of a set again from its source."""
 
 import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from caco_scale.data.shards import Manifest
 from caco_scale.data.store import open_store
 from caco_scale.data.store.local import LocalStore
 from caco_scale.errors import UserError
-from data_prep.destination import same_build
+from data_prep.destination import same_build, scratch_folder
 from data_prep.jobs import Settings, plan_shards
 from data_prep.sources import open_source
 from data_prep.verify import bad_shards
@@ -24,6 +23,7 @@ def repair(
     source_options: dict | None = None,
     skip_empty_classes: bool = False,
     split: str | None = None,
+    split_folders: bool | None = None,
 ) -> tuple[Manifest, list[str]]:
     """Build the bad shards of a finished set again, from its source; returns (manifest, names of those built again).
 
@@ -40,9 +40,9 @@ def repair(
     bad, _ = bad_shards(store, full=True, workers=workers)
     if not bad:
         return manifest, []
-    with tempfile.TemporaryDirectory(prefix="caco-repair-") as scratch:
-        source = open_source(src, scratch, **(source_options or {}))
-        folders = image_folders(source.scan(), src, split, skip_empty_classes)
+    with scratch_folder("repair") as scratch:
+        source = open_source(src, None, **(source_options or {}))
+        folders = image_folders(source.scan(), src, split, skip_empty_classes, split_folders)
         what = manifest.build
         folder = folders[None] if None in folders else _folder_of(folders, what, dst)
         here = Settings(what["samples_per_shard"], what["seed"], what.get("short_side", 0)).describe(folder)

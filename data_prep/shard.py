@@ -33,7 +33,7 @@ SAMPLE_OVERHEAD_BYTES = 2560
 
 @dataclass(frozen=True)
 class Job:
-    """One shard: its number, the slot of its first image, its images in order with their labels."""
+    """One shard: its number, the slot of its first image, its images in order with their labels (-1: it has none)."""
 
     number: int
     first: int
@@ -113,7 +113,8 @@ def _write_samples(job, shard, output):
         if reason:
             fixed.append({"key": f"{shard}/{key}", "source": image.name, "reason": reason})
             note["fixed"] = reason
-        members = {"cls": str(label).encode(), "jpg": data, "json": json.dumps(note).encode()}
+        members = {"jpg": data, "json": json.dumps(note).encode()}
+        members |= {"cls": str(label).encode()} if label >= 0 else {}
         places, size = _write_members(key, members, output)
         samples.append((key, start, size, label, places))
         start += size

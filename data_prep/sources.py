@@ -10,14 +10,15 @@ import gzip
 import json
 import lzma
 import os
-import shutil
+import tempfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 from caco_scale.data.addresses import is_remote
 from caco_scale.data.folders import FolderSource
 from caco_scale.errors import UserError, one_line
-from data_prep.destination import FULL_DISK, SCRATCH_FILES
+from data_prep.destination import FULL_DISK, SCRATCH_FILES, free_space, path_of, unnamed_file
 from data_prep.imagenet import FlatTarSource, TarOfTarsSource, check_md5, is_tar_of_tars, read_labels
 from data_prep.parquet import ParquetSource
 from data_prep.tar import Source, TarSource
@@ -28,24 +29,28 @@ CHUNK_BYTES = 1 << 20
 
 def open_source(
     path: str | os.PathLike,
-    scratch: str | os.PathLike,
+    scratch: str | os.PathLike | None,
     kind: str = "auto",
     labels: str | None = None,
     md5: str = "auto",
     split: str | None = None,
+    **parquet: Any,
 ) -> Source:
     """The source at ``path``: a folder of class folders, a tar of one, ImageNet's archives, or parquet files.
 
-    scratch: a folder for what cannot be read in place (a compressed tar, parquet). kind: ``auto``, ``folder``,
-    ``tar`` or ``parquet``. labels: for a tar of images without folders, where their classes are. md5: see
-    :func:`~data_prep.imagenet.check_md5`. split: of a parquet directory.
+    scratch: a folder for what cannot be read in place (a compressed tar, parquet), used again by the next build if it
+    is whole; None: a file without a name in the temporary directory, of which a kill leaves nothing. kind: ``auto``,
+    ``folder``, ``tar`` or ``parquet``. labels: for a tar of images without folders, where their classes are. md5: see
+    :func:`~data_prep.imagenet.check_md5`. split: of a folder of parquet files. parquet: further options of
+    :class:`~data_prep.parquet.ParquetSource`.
     """
     path = os.path.expanduser(os.fspath(path))
     if is_remote(path):
         raise UserError(f"the source {path} is not on this machine: give a folder or a tar on its disks")
     if kind == "parquet":
-        os.makedirs(scratch, exist_ok=True)
-        return ParquetSource(path, scratch, split)
+        if scratch is not None:
+            os.makedirs(scratch, exist_ok=True)
+        return ParquetSource(path, scratch, split, **parquet)
     if os.path.isdir(path):
         return FolderSource(path)
     if not os.path.exists(path):
@@ -58,6 +63,8 @@ def open_source(
             f"--labels is for an uncompressed tar of images without folders: unpack {path} to a .tar first"
         )
     if decompress:
+        if scratch is None:
+            return UnpackedSource(path, decompress)
         return TarSource(_decompressed(path, decompress, scratch), path)
     _check_tar(path, path)
     if labels:
@@ -109,23 +116,42 @@ def _decompressed(path, decompress, scratch):
         with open(note, encoding="utf-8") as stream:
             if stream.read() == origin:
                 return target
-    try:
-        with decompress(path, "rb") as packed, open(target, "wb") as unpacked:
-            while chunk := packed.read(CHUNK_BYTES):
-                unpacked.write(chunk)
-    except OSError as error:
-        if error.errno in FULL_DISK:
-            size = os.path.getsize(target)
+    with open(target, "wb") as unpacked:
+        try:
+            _decompress(path, decompress, unpacked, scratch)
+        except UserError:
             os.unlink(target)
-            free = shutil.disk_usage(scratch).free
-            raise UserError(
-                f"no space for {scratch} to decompress {path}: {error.strerror}; more than {size / 1e6:,.1f} MB are "
-                f"needed, {free / 1e6:,.1f} MB are free there: free some, or decompress it elsewhere"
-            ) from None
-        raise UserError(f"{path} is damaged: {one_line(error)}") from None
-    except (EOFError, lzma.LZMAError, ValueError) as error:
-        raise UserError(f"{path} is damaged or cut short: {one_line(error)}") from None
+            raise
     _check_tar(target, path)
     with open(note, "w", encoding="utf-8") as stream:
         stream.write(origin)
     return target
+
+
+class UnpackedSource(TarSource):
+    """A compressed tar, unpacked into a file without a name: it is gone with the process that made it."""
+
+    def __init__(self, path: str, decompress: Callable[..., Any]):
+        self._unpacked = unnamed_file()
+        _decompress(path, decompress, self._unpacked, tempfile.gettempdir())
+        super().__init__(path_of(self._unpacked), path)
+        _check_tar(self.path, path)
+
+
+def _decompress(path, decompress, unpacked, folder):
+    """Decompress a file into ``unpacked``, which lies in ``folder``. UserError: damaged, no space."""
+    try:
+        with decompress(path, "rb") as packed:
+            while chunk := packed.read(CHUNK_BYTES):
+                unpacked.write(chunk)
+        unpacked.flush()
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise UserError(
+                f"no space for {folder} to decompress {path}: {error.strerror}; more than "
+                f"{os.fstat(unpacked.fileno()).st_size / 1e6:,.1f} MB are needed, {free_space(folder)}: free some, or "
+                "decompress it elsewhere"
+            ) from None
+        raise UserError(f"{path} is damaged: {one_line(error)}") from None
+    except (EOFError, lzma.LZMAError, ValueError, zlib.error) as error:
+        raise UserError(f"{path} is damaged or cut short: {one_line(error)}") from None

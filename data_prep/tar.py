@@ -4,7 +4,8 @@ import io
 import os
 from typing import Protocol
 
-from caco_scale.data.folders import SPLITS, File, Listing, hidden
+from caco_scale.data.folders import File, Listing, hidden, is_image
+from caco_scale.data.splits import split_kind
 from caco_scale.data.tars import whole_tar_members
 from caco_scale.errors import UserError
 
@@ -85,12 +86,12 @@ class TarSource:
 def without_wrapper(listing: Listing) -> Listing:
     """A tar is often made of one folder around everything: leave that folder out of the names."""
     tops = {name.split("/")[0] for name in listing.folders}
-    names = [file.name for file in listing.files]
-    if len(tops) != 1 or not names or tops & set(SPLITS) or any(name.count("/") < 2 for name in names):
+    names = [file.name for file in listing.files if is_image(file.name)]
+    if len(tops) != 1 or not names or any(name.count("/") < 2 for name in names) or split_kind(min(tops)):
         return listing
     start = len(tops.pop()) + 1
     return Listing(
-        [file._replace(name=file.name[start:]) for file in listing.files],
+        [file._replace(name=file.name[start:]) for file in listing.files if "/" in file.name],
         {name[start:] for name in listing.folders if len(name) > start},
         listing.skipped,
     )

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from caco_scale.data.addresses import is_remote, local_path
-from caco_scale.data.folders import SPLITS
 from caco_scale.data.object_store import Remote, Unreachable
 from caco_scale.data.samples import NoImage, image_of, problem_of
 from caco_scale.data.shards import MANIFEST_NAME, Manifest, read_sample
+from caco_scale.data.splits import SPLITS, split_rank
 from caco_scale.data.store import open_store
 from caco_scale.data.store.base import Store
 from caco_scale.data.store.local import LocalStore
@@ -50,9 +50,10 @@ def _sets(path):
             return [split for split in splits if Remote(split).size(MANIFEST_NAME) is not None] or [path]
         return [path]
     path = local_path(path)
-    splits = [os.path.join(path, split) for split in SPLITS]
-    sets = [path] if os.path.exists(os.path.join(path, MANIFEST_NAME)) else []
-    return sets or [split for split in splits if os.path.exists(os.path.join(split, MANIFEST_NAME))] or [path]
+    if os.path.exists(os.path.join(path, MANIFEST_NAME)) or not os.path.isdir(path):
+        return [path]
+    sets = [os.path.join(path, name) for name in sorted(os.listdir(path), key=split_rank)]
+    return [place for place in sets if os.path.exists(os.path.join(place, MANIFEST_NAME))] or [path]
 
 
 def bad_shards(

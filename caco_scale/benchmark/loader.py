@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,13 @@ DRAWN_IMAGES, DRAWN_CLASSES, DRAWN_SIZE = 240, 8, (375, 500)
 
 def measure(images: str | Path | None, rounds: int, batch: int, size: int) -> Measured:
     """``{"images": ..., "rows": [...], "ratios": {...}}`` of a folder of class folders (None: drawn), and notes."""
-    with tempfile.TemporaryDirectory(prefix="caco-benchmark-") as folder:
+    from data_prep.build import build
+    from data_prep.destination import scratch_folder
+
+    with scratch_folder("benchmark") as folder:
         if images is None:
             images = draw_images(Path(folder, "images"))
         shards = Path(folder, "shards")
-        from data_prep.build import build
-
         _check_images(images, build(images, shards, dry_run=True) if os.path.isdir(images) else [])
         [(_, manifest, _)] = build(images, shards, samples_per_shard=64, workers=1)
         server = multiprocessing.get_context("spawn").Process(

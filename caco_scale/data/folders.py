@@ -6,18 +6,19 @@ What is listed may be a folder on a disk or any other listing of names with "/" 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from caco_scale.errors import UserError, did_you_mean
+from caco_scale.data.splits import Splits, find_splits, some_names, split_kind, split_rank
+from caco_scale.errors import UserError, did_you_mean, quoted
 
 # Kinds of files that PIL or simplejpeg read, the usual ones first; what a file IS is decided by its content.
 IMAGE_EXTENSIONS = (
-    *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2"),
+    *("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "ppm", "jp2"),
     *("pgm", "jpe", "jfif", "pbm", "pnm"),
 )
-SPLITS = ("train", "val", "valid", "validation", "test")
+MOST_DEPTH = 6  # folders that lie deeper decide nothing
 
 
 class File(NamedTuple):
@@ -30,11 +31,15 @@ class File(NamedTuple):
 
 @dataclass
 class Listing:
-    """Everything a source holds: files, names of folders, and (name, reason) of what is passed over."""
+    """Everything a source holds: files, names of folders, and (name, reason) of what is passed over.
+
+    labelled: the top folders are classes for certain, whatever their names: a file of labels says so.
+    """
 
     files: list[File] = field(default_factory=list)
     folders: set[str] = field(default_factory=set)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    labelled: bool = False
 
     def add(self, file: File) -> None:
         """Add a file and the folders that it lies in."""
@@ -44,18 +49,19 @@ class Listing:
     def add_folder(self, name: str) -> None:
         """Add a folder and those that it lies in."""
         parts = name.split("/") if name else []
-        for depth in range(1, min(len(parts), 3) + 1):  # deeper folders decide nothing
+        for depth in range(1, min(len(parts), MOST_DEPTH) + 1):
             self.folders.add("/".join(parts[:depth]))
 
     def top_folders(self) -> list[str]:
         """The folders that lie in no other: splits in their usual order, then by name."""
-        return sorted((name for name in self.folders if "/" not in name), key=_split_rank)
+        return sorted((name for name in self.folders if "/" not in name), key=split_rank)
 
-    def splits(self) -> list[str]:
-        """The top folders if they are splits (train, val, ...) of class folders, else none."""
-        top = self.top_folders()
-        are_splits = set(top) <= set(SPLITS) and any("/" in name for name in self.folders)
-        return top if are_splits else []
+    def splits(self) -> Splits:
+        """What its folders are: splits (train, val, ...), classes, or nobody can tell."""
+        if self.labelled:
+            return Splits()
+        with_images = {file.name.rpartition("/")[0] for file in self.files if is_image(file.name)}
+        return find_splits(with_images, self.folders)
 
 
 def hidden(name: str) -> bool:
@@ -116,11 +122,19 @@ class Image(NamedTuple):
 
 @dataclass
 class ImageFolder:
-    """One split: classes in label order, images by (class, name), (name, reason) of what is no image."""
+    """One split: classes in label order, images by (class, name), (name, reason) of what is no image.
+
+    left_out: folders and images beside the splits, which are in none of them.
+    """
 
     classes: tuple[str, ...]
     images: list[Image]
     skipped: list[tuple[str, str]]
+    left_out: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """Words for the images and the classes: "30 images in 3 classes (ant, bee, cat)"."""
+        return in_words(len(self.images), self.classes)
 
     def fingerprint(self) -> str:
         """sha256 (hex) of the listing: classes, names, sizes, skipped files; equal for a tree and its tar."""
@@ -128,65 +142,115 @@ class ImageFolder:
         return hashlib.sha256(json.dumps([self.classes, self.skipped, lines]).encode()).hexdigest()
 
 
+def in_words(num_images: int, classes: Sequence[str]) -> str:
+    """Words for images and their classes, with the first names: "30 images in 3 classes (ant, bee, cat)"."""
+    found = f"{num_images:,} image{'s' * (num_images != 1)}"
+    if not classes:
+        return f"{found} without classes"
+    return f"{found} in {len(classes):,} class{'es' * (len(classes) != 1)} ({some_names(classes, 8)})"
+
+
 def all_images(listing: Listing) -> ImageFolder:
     """Every image of a listing, wherever it lies; its class is the top folder, and none outside of one."""
     images = [Image(f.name.partition("/")[0] if "/" in f.name else "", f.name, f) for f in listing.files]
     images = sorted(image for image in images if is_image(image.name))
-    classes = tuple(sorted({image.class_name for image in images if image.class_name}))
+    found = {image.class_name for image in images if image.class_name}
+    classes = tuple(sorted(found | set(listing.top_folders()) if listing.labelled else found))
     skipped = [(file.name, "its name is not an image's") for file in listing.files if not is_image(file.name)]
     return ImageFolder(classes, images, sorted(listing.skipped + skipped))
 
 
 def image_folders(
-    listing: Listing, where: str, split: str | None = None, skip_empty_classes: bool = False
+    listing: Listing,
+    where: str,
+    split: str | None = None,
+    skip_empty_classes: bool = False,
+    split_folders: bool | None = None,
 ) -> dict[str | None, ImageFolder]:
-    """The folders of class folders of a listing: ``{None: folder}``, or one per split if the top folders are splits.
+    """The folders of class folders of a listing: ``{None: folder}``, or one per split if its folders are splits.
 
-    ``where`` names the source in messages. With ``split`` only that one. The labels of every split are the
-    classes of the train split (of all splits when there is none). UserError: no images, no class folders, an
-    empty class folder (unless they are to be skipped), a class that train lacks, no such split.
+    ``where`` names the source in messages. With ``split`` only that one. split_folders: are there splits? None: the
+    names decide, see :func:`~caco_scale.data.splits.find_splits`. The labels of every split are the classes of the
+    train split (of all splits when there is none). UserError: no images, no class folders, an empty class folder
+    (unless they are to be skipped), a class that train lacks, no such split, folders that may be either.
     """
-    roots = listing.top_folders()
     if not any(is_image(file.name) for file in listing.files):
-        raise UserError(f"{where} has no images ({len(listing.files)} other files, {len(roots)} folders)")
-    if not listing.splits():
-        if split is not None:
-            raise UserError(f"{where} has no split {split!r}: its top folders are classes ({_some(roots)})")
-        return {None: _folder(listing, where, "", skip_empty_classes)}
-    if split is not None and split not in roots:
-        raise UserError(f"{where} has no split {split!r}{did_you_mean(split, roots)}, only {_some(roots)}")
+        folders = f"{len(listing.top_folders())} folders"
+        parquet = any(file.name.endswith(".parquet") for file in listing.files)
+        hint = ": pass --format parquet to read its parquet files" if parquet else ""
+        raise UserError(f"{where} has no images ({len(listing.files)} other files, {folders}){hint}")
+    if listing.labelled:
+        return {None: all_images(listing)}
+    splits = _asked_splits(listing, where, split, split_folders)
+    if not splits.names:
+        if split is not None or split_folders:
+            what = f"split {split!r}" if split is not None else "folders with the names of splits"
+            raise UserError(
+                f"{where} has no {what}: its top folders are classes ({some_names(listing.top_folders())})"
+            )
+        return {None: _folder(listing, where, "", (), skip_empty_classes)}
+    if split is not None and split not in splits.names:
+        raise UserError(
+            f"{where} has no split {split!r}{did_you_mean(split, splits.names)}, only {some_names(splits.names)}"
+        )
+    prefixes = {name: f"{splits.prefix}{name}/" for name in splits.names}
     folders: dict[str | None, ImageFolder] = {
-        root: _folder(listing, where, root + "/", skip_empty_classes)
-        for root in roots
-        if split in (None, root) or root == "train"
+        name: _folder(listing, where, prefixes[name], tuple(prefixes.values()), skip_empty_classes)
+        for name in splits.names
+        if split in (None, name) or split_kind(name) == "train"
     }
-    labels = folders["train"].classes if "train" in folders else _union(folders.values())
-    for root, folder in folders.items():
+    train = [name for name in splits.names if split_kind(name) == "train"]
+    labels = _union(folders[name] for name in train or folders)
+    loose = _outside(listing, tuple(f"{splits.prefix}{name}/" for name in (*splits.names, *splits.others)))
+    for name, folder in folders.items():
         unknown = sorted(set(folder.classes) - set(labels))
         if unknown:
             raise UserError(
-                f"{where}: {root} has {len(unknown)} classes that train lacks ({_some(unknown)}): "
-                "labels come from train, so rename or remove them"
+                f"{where}: {name} has {len(unknown)} classes that {train[0]} lacks ({some_names(unknown)}): "
+                f"labels come from {train[0]}, so rename or remove them"
             )
-        folder.classes = labels
+        folder.classes, folder.left_out = labels, (*splits.others, *loose)
     return folders if split is None else {None: folders[split]}
 
 
-def _split_rank(name):
-    return (SPLITS.index(name) if name in SPLITS else len(SPLITS), name)
+def _asked_splits(listing, where, split, split_folders):
+    """The splits of a listing by its names and what the user said of them."""
+    if split_folders is False:
+        return Splits()
+    splits = listing.splits()
+    if split_folders and split in splits.others:
+        names = tuple(sorted((*splits.names, split), key=split_rank))
+        splits = replace(splits, names=names, others=tuple(n for n in splits.others if n != split))
+    if splits.doubt and not (splits.names and (split_folders or split in splits.names)):
+        alone = (
+            ""
+            if splits.names
+            else f", or give one folder of it, {quoted(os.path.join(where, splits.inside))}"
+        )
+        raise UserError(
+            f"{where} holds {splits.doubt}, which may be splits or classes: pass "
+            + ("--split-folders for a set of each split, " if splits.names else "")
+            + f"--no-split-folders to take all of it as one set{alone}"
+        )
+    return splits
+
+
+def _outside(listing, prefixes):
+    """The names of images that lie in none of the folders."""
+    return [file.name for file in listing.files if is_image(file.name) and not file.name.startswith(prefixes)]
 
 
 def _union(folders: Iterable[ImageFolder]):
     return tuple(sorted({name for folder in folders for name in folder.classes}))
 
 
-def _folder(listing, where, prefix, skip_empty_classes):
-    """The image folder below ``prefix`` ("" or "train/"): its folders are the classes."""
+def _folder(listing, where, prefix, splits, skip_empty_classes):
+    """The image folder below ``prefix`` ("" or "train/", one of ``splits``): its folders are the classes."""
     where = os.path.join(where, prefix.rstrip("/")) if prefix else where
     depth = prefix.count("/")
     classes = {n[len(prefix) :] for n in listing.folders if n.startswith(prefix) and n.count("/") == depth}
     # What lies in no split at all, such as "../x" in a tar, is recorded with every split.
-    skipped = [s for s in listing.skipped if s[0].startswith(prefix) or s[0].split("/")[0] not in SPLITS]
+    skipped = [s for s in listing.skipped if s[0].startswith(prefix) or not s[0].startswith(splits)]
     images, loose = [], 0
     for file in listing.files:
         if not file.name.startswith(prefix):
@@ -213,14 +277,9 @@ def _folder(listing, where, prefix, skip_empty_classes):
     empty = sorted(classes - {image.class_name for image in images})
     if empty and not skip_empty_classes:
         raise UserError(
-            f"{where}: {len(empty)} of {len(classes)} class folders have no images ({_some(empty)}): "
+            f"{where}: {len(empty)} of {len(classes)} class folders have no images ({some_names(empty)}): "
             "remove them or pass --skip-empty-classes"
         )
-    classes = tuple(sorted(classes - set(empty)))
+    classes = tuple(sorted({image.class_name for image in images}))
     images.sort(key=lambda image: (image.class_name, image.name))
     return ImageFolder(classes, images, sorted(skipped))
-
-
-def _some(names, most=3):
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

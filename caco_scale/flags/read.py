@@ -2,8 +2,8 @@
 
 A flag is a field's name, dotted where it stands in a section: ``--bank.size 4096``, ``--short_side=160``; ``_`` and
 ``-`` are alike, no flag is abbreviated, the last of two wins. A bool's flag stands alone or before ``true`` or
-``false``. ``~`` at the beginning of a value is the user's home. The docstring under a field is its line in ``--help``.
-A mistake is one line that names the nearest flag.
+``false``, and ``--no-FLAG`` is its ``false``. ``~`` at the beginning of a value is the user's home. The docstring under
+a field is its line in ``--help``. A mistake is one line that names the nearest flag.
 
 This file knows dataclasses, their rules and errors; which commands there are, and what a recipe is, it does not know.
 """
@@ -212,6 +212,8 @@ def _group(arguments, hints, prog, name_of):
             words.append(at_home(word + equals + value))
             continue
         name = word[2:].replace("-", "_")
+        if name not in flags and name.startswith("no_") and _bare(hints.get(name[3:])) is bool and not equals:
+            name, equals, value = name[3:], "=", "false"
         if name not in flags:
             meant = did_you_mean(f"--{name}", [f"--{flag}" for flag in flags])
             raise UserError(f"unknown flag {word}{meant}: {prog} --help lists them all")

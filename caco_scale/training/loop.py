@@ -20,6 +20,7 @@ from caco_scale.checkpoint.contents import restore, training_state
 from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.config import Config
 from caco_scale.data.counters import COUNTERS
+from caco_scale.data.folders import in_words
 from caco_scale.data.loader import Batch, cache_is_large_enough
 from caco_scale.data.to_device import on_device
 from caco_scale.distributed.collectives import gather_objects
@@ -93,6 +94,8 @@ class Loop:
             on_metrics=on_metrics,
         )
         telemetry = self.records.telemetry
+        images = data.store.manifest
+        telemetry.note(f"training on {in_words(images.num_samples, images.classes)} of {data.store.url}")
         self.profiler = StepProfiler(
             directory.path / "profile",
             config.run.profile_steps,

@@ -9,7 +9,6 @@ from caco_scale.data.addresses import local_path
 from caco_scale.data.counters import Counters
 from caco_scale.data.folders import (
     IMAGE_EXTENSIONS,
-    SPLITS,
     File,
     FolderSource,
     all_images,
@@ -18,8 +17,9 @@ from caco_scale.data.folders import (
 )
 from caco_scale.data.order import permutation
 from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardIndex, ShardInfo
+from caco_scale.data.splits import held_out
 from caco_scale.data.store.base import Store
-from caco_scale.errors import UserError
+from caco_scale.errors import UserError, quoted
 
 FOLDER_ORDER = 79  # sets the order of a folder's files apart from other orders
 BLOCK_FILES = 1000
@@ -31,14 +31,11 @@ def is_shard_set(path: str | os.PathLike) -> bool:
 
 
 def split_folders(url: str) -> tuple[str, str] | None:
-    """``(url/train, url/val)`` where a local folder holds both (``val``, ``valid``, ``validation`` or ``test``)."""
+    """``(url/train, url/val)`` where a local folder holds both, by their usual names (``Training``, ``test``, ...)."""
     if not os.path.isdir(url) or is_shard_set(url):
         return None
-    there = {entry.name for entry in os.scandir(url) if entry.is_dir()}
-    held_out = next((name for name in SPLITS if name != "train" and name in there), None)
-    if "train" not in there or held_out is None:
-        return None
-    return os.path.join(url, "train"), os.path.join(url, held_out)
+    both = held_out(sorted(entry.name for entry in os.scandir(url) if entry.is_dir()))
+    return (os.path.join(url, both[0]), os.path.join(url, both[1])) if both else None
 
 
 class FolderStore(Store):
@@ -94,19 +91,29 @@ class FolderStore(Store):
                 f"its {len(listing.files):,} files ends in {', '.join('.' + e for e in IMAGE_EXTENSIONS[:4])}, ...): "
                 "give the folder that holds the images or the shards"
             )
-        if splits := listing.splits():
-            raise UserError(
-                f"{self.url} holds {' and '.join(splits)}: give one of them, {os.path.join(self.url, splits[0])}"
-            )
+        self._refuse_splits(listing.splits())
         if not labelled:
             return all_images(listing)
-        folder = image_folders(listing, self.url, skip_empty_classes=True)[None]
+        folder = image_folders(listing, self.url, skip_empty_classes=True, split_folders=False)[None]
         if empty := sorted(set(listing.top_folders()) - set(folder.classes)):
             raise UserError(
                 f"{self.url}: {len(empty)} of {len(listing.top_folders())} class folders have no images "
                 f"({', '.join(empty[:3])}{', ...' if len(empty) > 3 else ''}): fill or remove them"
             )
         return folder
+
+    def _refuse_splits(self, splits):
+        """UserError for a folder of which only a part may be meant: validation images are never trained on unasked."""
+        place = lambda name: quoted(os.path.join(self.url, splits.prefix, name))
+        if splits.doubt:
+            raise UserError(
+                f"{self.url} holds {splits.doubt}, which may be splits or classes: give one of its folders, such as "
+                f"{place(splits.names[0] if splits.names else splits.inside)}; if they are classes, rename them or run "
+                f"`python -m data_prep build --no-split-folders {quoted(self.url)} SHARDS`"
+            )
+        if splits.names:
+            there = " and ".join(splits.prefix + name for name in splits.names)
+            raise UserError(f"{self.url} holds {there}: give one of them, {place(splits.names[0])}")
 
     @property
     def repair_hint(self) -> str:
