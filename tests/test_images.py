@@ -77,6 +77,15 @@ def test_deep_grey_is_scaled_to_8_bits(name):
     assert (_pixels(image) == pixels).all()
 
 
+def test_a_kind_of_tiff_that_is_not_read_is_named():
+    for data in (
+        tiff((DEEP / 65535).tobytes(), 64, 3),
+        tiff((DEEP / 65535).astype(np.float16).tobytes(), 16, 3),
+    ):
+        with pytest.raises(CorruptSample, match=r"^a TIFF of a kind that Pillow does not read$"):
+            prepare_image(data)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_grey_without_a_known_range_is_refused_by_name(name):
     data = REFUSED[name]()

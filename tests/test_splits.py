@@ -161,7 +161,7 @@ def test_a_folder_that_is_trained_on_in_place_holds_no_splits(labelled):
         with pytest.raises(UserError, match=r"/SRC holds .*: give one of them, /SRC/(in/)?[Tt]rain"):
             store(*folders, labelled=labelled)
     with pytest.raises(UserError, match="give one of its folders, such as /SRC/cat;"):
-        store("cat/train", "cat/test", labelled=labelled)
+        store("cat/train", "cat/test", "dog/train", labelled=labelled)
     assert store(*ANIMALS, "train", labelled=labelled).manifest.classes == (*ANIMALS, "train")
 
 

@@ -22,7 +22,7 @@ import simplejpeg
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
-from PIL import AvifImagePlugin, Image
+from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
 from caco_scale.data.order import mix64, uniform
 from caco_scale.errors import UserError, one_line
@@ -32,7 +32,12 @@ MAX_PIXELS = 100_000_000
 FALLBACK_FORMATS = ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # ty: ignore[invalid-assignment] (not one per CPU in every worker)
 PADDING = re.compile(rb"\0*(?:\xff+(?=\xff))?")  # of a JPEG, before the last 0xff of a marker
-WHITE_IS_ZERO, BITS_PER_SAMPLE = 262, 258  # tags of TIFF
+WHITE_IS_ZERO, BITS_PER_SAMPLE, SAMPLE_FORMAT, SIGNED = (
+    262,
+    258,
+    339,
+    2,
+)  # tags of TIFF, and a value of the last
 CROP_TRIES = 10
 EVALUATION_CROP_SHARE = 0.875  # of the resized shorter side: 224 of 256
 WHOLE_UP_TO = (
@@ -178,6 +183,11 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
         raise
     except MemoryError:
         raise
+    except UnidentifiedImageError:  # its message names an object in memory, another one in each run
+        tiff = data[:4] in (b"II*\0", b"MM\0*")
+        raise CorruptSample(
+            "a TIFF of a kind that Pillow does not read" if tiff else "not an image"
+        ) from None
     except (
         Exception
     ) as error:  # PIL's plugins raise nearly every kind: SyntaxError, struct.error, zlib.error, ...
@@ -251,7 +261,8 @@ def rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
     bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
     # A mode "I" has 32 bits, but for PNG and PPM, whose 16 some versions of PIL read so.
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        kind = "fractions" if image.mode == "F" else f"signed or {bits}-bit numbers"
+        signed = tags.get(SAMPLE_FORMAT, (1,))[0] == SIGNED
+        kind = "fractions" if image.mode == "F" else "signed numbers" if signed else f"{bits}-bit numbers"
         raise CorruptSample(
             f"{image.format or 'image'} of {kind}, of which nobody knows what is black and white: make it 8 or 16 bits"
         )
