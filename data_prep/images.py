@@ -7,7 +7,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from caco_scale.data.views import FALLBACK_FORMATS, CorruptSample, decode_image
+from caco_scale.data.views import FALLBACK_FORMATS, CorruptSample, decode_image, without_padding
 
 JPEG_MAGIC = b"\xff\xd8"
 JPEG_QUALITY = 95
@@ -32,7 +32,7 @@ def prepare_image(data: bytes, short_side: int = 0) -> tuple[bytes, str | None]:
     if not data.startswith(JPEG_MAGIC):
         with Image.open(io.BytesIO(data), formats=FALLBACK_FORMATS) as image:
             return encode_jpeg(pixels), f"{image.format} re-encoded as JPEG"
-    if simplejpeg.decode_jpeg_header(data)[2] in ("CMYK", "YCCK"):
+    if simplejpeg.decode_jpeg_header(without_padding(data))[2] in ("CMYK", "YCCK"):
         return encode_jpeg(pixels), "CMYK JPEG re-encoded as RGB"
     return data, None
 

@@ -226,9 +226,11 @@ def _check_complete(path, files: Iterable[str]):
         if match:
             total = match.groupdict().get("total")
             groups[os.path.dirname(file), match["name"], total].append((int(match["number"]), stem))
+    if len({(folder, name) for folder, name, _ in groups}) != len(groups):
+        raise UserError(f"{path} has files of two versions of a split (-of- different numbers): remove one")
     for (_, name, total), numbers in groups.items():
         there = sorted(number for number, _ in numbers)
-        first = min(there[0], 1)
+        first = min(there[0], 1) if total is None else int(int(total) in there)
         if total is None and there[0] > 1:
             continue  # years, say
         expected = range(first, int(total) + first) if total else range(first, max(there[-1] + 1, first))
@@ -248,6 +250,3 @@ def _check_complete(path, files: Iterable[str]):
                 f"{path} has {len(there):,} files for the {len(expected):,} of {name or 'numbers'} (such as "
                 f"{numbers[0][1]}): two versions lie there, remove one"
             )
-    totals = {(folder, name) for folder, name, _ in groups}
-    if len(totals) != len(groups):
-        raise UserError(f"{path} has files of two versions of a split (-of- different numbers): remove one")

@@ -103,7 +103,8 @@ def test_files_beside_a_split_and_two_configurations_are_asked_about(tmp_path):
     [
         (["train-00000-of-00003", "train-00002-of-00003"], "1"),
         (["train-00000-of-00003", "train-00001-of-00003"], "2"),
-        (["train-00001-of-00003-ab", "train-00002-of-00003-ab"], "0, 3"),
+        (["train-00001-of-00003-ab", "train-00002-of-00003-ab"], "0"),
+        (["train-00002-of-00003", "train-00003-of-00003"], "1"),
         (["0000", "0002"], "1"),
         (["train_0", "train_1", "train_3"], "2"),
     ],
@@ -112,7 +113,7 @@ def test_missing_files_are_told(there, missing, tmp_path):
     for number, name in enumerate(there):
         write(tmp_path / f"{name}.parquet", BYTES[number : number + 1])
     line = refused("--missing-files", tmp_path)
-    assert f"missing: {missing.split(', ')[0]}" in line
+    assert f"missing: {missing}" in line
     assert len(read(tmp_path, missing_files=True)[1]) == len(there)
 
 
@@ -257,19 +258,19 @@ def test_what_is_no_parquet_is_one_line(tmp_path):
 
 
 def test_a_small_file_of_large_images_is_refused_in_little_memory(tmp_path):
-    """One value that stands in the file once, in every row of it; and one page that unpacks to 2 GB."""
+    """One value that stands in the file once, and in every row of it."""
     image = bytes(40 << 20)
     table = pyarrow.table({"image": pyarrow.DictionaryArray.from_arrays([0] * 200, [image])})
     small, options = tmp_path / "small.parquet", {"store_schema": False, "dictionary_pagesize_limit": 1 << 30}
     parquet.write_table(table, small, compression="zstd", **options)
     assert small.stat().st_size < 100_000
     script = (
-        "import resource, sys; from data_prep.parquet import ParquetSource; from caco_scale.errors import UserError\n"
+        "import sys; from data_prep.parquet import ParquetSource; from caco_scale.errors import UserError\n"
         "import data_prep.parquet_columns, pyarrow.parquet, data_prep.parquet as p\n"
         "p.SMALL_BYTES = 400 << 20\n"
         "try: ParquetSource(sys.argv[1], None).scan()\n"
         "except UserError as error: print(error)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        "print(next(int(line.split()[1]) >> 10 for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, small],
@@ -281,7 +282,7 @@ def test_a_small_file_of_large_images_is_refused_in_little_memory(tmp_path):
     assert done.returncode == 0, done.stderr
     line, peak = done.stdout.splitlines()
     assert "it is no file of stored images" in line
-    assert int(peak) < 700, "MB: two hundred times 40 MB are 8 GB"
+    assert int(peak) < 500, "MB: two hundred times 40 MB are 8 GB"
 
 
 def test_a_page_that_claims_much_is_not_unpacked(tmp_path, monkeypatch):

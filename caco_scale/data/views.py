@@ -31,6 +31,7 @@ MAX_PIXELS = 100_000_000
 # Formats that the fallback may open: others of PIL start programs (EPS) or are of no use here.
 FALLBACK_FORMATS = ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # ty: ignore[invalid-assignment] (not one per CPU in every worker)
+START_OF_SCAN = 0xDA  # a marker of JPEG
 PADDING = re.compile(rb"\0*(?:\xff+(?=\xff))?")  # of a JPEG, before the last 0xff of a marker
 WHITE_IS_ZERO, BITS_PER_SAMPLE, SAMPLE_FORMAT, SIGNED = (
     262,
@@ -200,7 +201,7 @@ def _decode_jpeg(data, max_pixels):
     except ValueError as error:
         if "extraneous bytes before marker" not in str(error):
             raise
-        unpadded = _without_padding(data)
+        unpadded = without_padding(data)
         if unpadded == data:
             raise
         return _decode_strictly(unpadded, max_pixels)
@@ -218,18 +219,20 @@ def _decode_strictly(data, max_pixels):
         return np.asarray(image.convert("RGB"))
 
 
-def _without_padding(data):
+def without_padding(data: bytes) -> bytes:
     """A JPEG without the zeros that some cameras leave before a marker: between its segments and before its end.
 
     Other bytes there are signs of damage. One zero before the end may belong to the picture and does no harm.
     """
     out, at = [data[:2]], 2
-    while data[at : at + 2] != b"\xff\xda":
+    while True:
         padding = PADDING.match(data, at)
         at = padding.end() if padding else at
         length = 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         if data[at : at + 1] != b"\xff" or length < 4:
             return data
+        if data[at + 1] == START_OF_SCAN:
+            break
         out.append(data[at : at + length])
         at += length
     scans, mark, rest = data[at:].rpartition(b"\xff\xd9")
