@@ -211,15 +211,16 @@ def test_the_interval_covers_what_it_says(total, share):
 
 def test_a_runs_own_figures_are_the_commands_and_their_cost_is_in_the_metrics(tmp_path):
     sets = {
-        name: make_shard_set(tmp_path / name, num_images=n, size=32)
-        for name, n in (("train", 96), ("val", 40))
+        name: make_shard_set(tmp_path / name, num_images=n, size=32, corrupt=corrupt)
+        for name, n, corrupt in (("train", 96, ()), ("val", 40, (7,)))
     }
     run = tmp_path / "run"
     flags = {**SMALL, "data.shards": sets["train"], "data.val_shards": sets["val"], "run.dir": run}
-    launch({**flags, "eval.knn_every": 1, "eval.knn_k": 5, "eval.knn_temperature": 0.1})
+    output = launch({**flags, "eval.knn_every": 1, "eval.knn_k": 5, "eval.knn_temperature": 0.1})
+    assert "kNN: 1 of 40 validation images does not decode, counted as wrong: 000000.tar/00000007" in output
     lines = [line for line in read_json_lines(run / "metrics.jsonl") if "knn_top1" in line]
     assert [line["step"] for line in lines] == [12, 15]
-    assert all(line["knn_seconds"] > 0 for line in lines)
+    assert all(line["knn_seconds"] > 0 and line["knn_undecodable"] == 1 for line in lines)
     options = ["knn", str(run), "--k", "5", "--temperature", "0.1", "--precision", "fp64", "--workers", "0"]
     result = run_knn.run(parse(options))
     assert [row["top1"] for row in result["results"] if row["feature"] == "features"] == [

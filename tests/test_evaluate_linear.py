@@ -258,7 +258,10 @@ LONG = ("--epochs", 6, "--batch_size", 12, "--lr", 300)
 FAST = ("--fast", "--epochs", 12, "--batch_size", 12, "--lr", 0.1, 1, 10)
 
 
-@pytest.mark.parametrize("more", [LONG, FAST], ids=["long", "fast"])
+CENTRE = (*FAST, "--crops", "centre")
+
+
+@pytest.mark.parametrize("more", [LONG, FAST, CENTRE], ids=["long", "fast", "centre"])
 def test_one_two_and_three_processes_give_the_same_figures(place, tmp_path, more):
     results = []
     for ranks in (1, 2, 3):
@@ -357,6 +360,29 @@ def test_a_stopped_evaluation_saves_at_that_step_and_ends_in_the_same_result(pla
     whole = run_linear.run(parse(words("linear", place, *many, "--to", tmp_path / "whole")))
     assert [e["loss"] for e in resumed["history"]] == [e["loss"] for e in whole["history"]]
     assert resumed["top1"] == whole["top1"]
+
+
+def test_centre_crops_train_on_the_features_that_they_are_judged_on(place, tmp_path, capsys):
+    options = words(
+        "linear", place, "--fast", "--crops", "centre", "--batch_size", 16, "--lr", 1, "--seed", 3
+    )
+    task = build_task(parse(options))
+    folder = task.folder(parse([*options, "--to", str(tmp_path / "features")]), "centre", {})
+    features = run_linear.features_of(task, task.train, folder, "train")
+    labels = labels_of(task.train, "")
+    images = run_linear.CentreCrops(task, task.train, labels, 16, features)
+    random = LabelledImages(task, task.train, labels, 16)
+    for centre, other in zip(images.batches(2, 5), random.batches(2, 5), strict=True):
+        assert np.array_equal(centre.global_ids, other.global_ids)
+        assert torch.equal(centre.labels, other.labels)
+        assert torch.equal(centre.images, features.features[torch.from_numpy(centre.ids)])
+    result = run_linear.run(parse([*options, "--epochs", "2", "--to", str(tmp_path / "to")]))
+    assert result["settings"]["crops"] == "centre"
+    printed = capsys.readouterr().out
+    assert "fast linear (centre crops) evaluation" in printed
+    assert "trained on centre crops, judged on centre crops" in printed
+    with pytest.raises(ValueError, match="--crops centre goes with --fast"):
+        run_linear.run(parse(words("linear", place, "--crops", "centre")))
 
 
 def test_a_damaged_state_is_one_line(place, tmp_path):

@@ -21,6 +21,7 @@ from caco_scale.data.order import Order, rank_share
 from caco_scale.data.pipeline import (
     EvaluationJob,
     TrainingJob,
+    Undecodable,
     decoded_samples,
     errors_as_data,
     evaluation_reader,
@@ -102,6 +103,7 @@ def evaluation_batches(
     workers: int,
     ids: NDArray[np.int64] | None = None,
     resize: int = 0,
+    undecodable: list[Undecodable] | None = None,
 ) -> Generator[tuple[torch.Tensor, torch.Tensor, torch.Tensor], None, None]:
     """This rank's part of a shard set for evaluation: every sample exactly once over the ranks, centre-cropped.
 
@@ -109,13 +111,14 @@ def evaluation_batches(
 
     Returns an iterator of (indices (b,) int64 in the set, crops (b, size, size, 3) uint8, labels (b,) int64,
     -1 where there is none), in index order; ranks take contiguous parts that differ by at most one sample. A
-    sample that does not decode is left out with a warning that names it. Raises as :func:`train_batches`.
+    sample that does not decode is left out and added to ``undecodable`` before its batch comes; where that is None, a
+    warning names it. Raises as :func:`train_batches`.
     """
     numbers = range(store.manifest.num_samples) if ids is None else ids
     start, stop = (len(numbers) * r // world_size for r in (rank, rank + 1))
     batches = tuple(numbers[b : min(b + batch_size, stop)] for b in range(start, stop, batch_size))
     reader = functools.partial(evaluation_reader, EvaluationJob(store, size, resize, batches))
-    return _evaluation_stream(stream([reader, errors_as_data], workers), store)
+    return _evaluation_stream(stream([reader, errors_as_data], workers), store, undecodable)
 
 
 def _training_stream(payloads, start_step, store):
@@ -127,10 +130,12 @@ def _training_stream(payloads, start_step, store):
             yield Batch(params=params, **payload)
 
 
-def _evaluation_stream(payloads, store):
+def _evaluation_stream(payloads, store, undecodable):
     with contextlib.closing(payloads):
         for payload in payloads:
             store.counters.merge(payload["counters"])
-            for line in payload["corrupt"]:
-                warnings.warn(f"left out of the evaluation: {line}", stacklevel=3)
+            if undecodable is not None:
+                undecodable += payload["corrupt"]
+            for image in payload["corrupt"] if undecodable is None else ():
+                warnings.warn(f"left out of the evaluation: {image.name}: {image.error}", stacklevel=3)
             yield payload["indices"], payload["crops"], payload["labels"]

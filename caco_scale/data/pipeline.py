@@ -10,6 +10,7 @@ import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +61,15 @@ class EvaluationJob:
     size: int
     resize: int
     batches: tuple[Sequence[int] | NDArray[np.int64], ...]  # sample ids
+
+
+class Undecodable(NamedTuple):
+    """An image of a set under evaluation that does not decode: its number there, its label, its name, and why."""
+
+    index: int
+    label: int
+    name: str
+    error: str
 
 
 def _mine(items):
@@ -149,7 +159,7 @@ def evaluation_reader(job: EvaluationJob) -> Iterator[dict]:
             try:
                 images.append(centre_crop(_decode(job.store, sample), job.size, job.resize))
             except CorruptSample as error:
-                corrupt.append(f"{_name(sample)}: {error}")
+                corrupt.append(Undecodable(int(index), sample["__label__"], _name(sample), str(error)))
                 continue
             indices.append(index)
             labels.append(sample["__label__"])

@@ -107,18 +107,23 @@ class Linear(Training):
 
     fast: Switch = False
     """Sweep many learning rates in one pass over the images."""
+    crops: Literal["random", "centre"] = "random"
+    """Of the training images with --fast: random crops and flips, as in the paper, or one centre crop each, as fast
+    probes of many others (features of all are held in memory). Figures of the two differ by points: do not mix them."""
     lr: Annotated[tuple[LearningRate, ...], shown("LR [LR ...]")] = ()
     """Per 256 images (default: 0.025, the authors' command; --fast: 0.001 to 30, the best on held-out images)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(Training):
-    """Encoder and classifier trained on a share of the labels (SimCLR's protocol)."""
+    """Encoder and classifier trained on a share of the labels (SimCLR's optimizer; its images by --list)."""
 
     command = "finetune"
 
     fraction: Annotated[float, ABOVE_0, at_most(1)] = 1.0
-    """Of the labels, class by class, at least one of each: 0.01, 0.1, 1.0."""
+    """Of the labels, drawn by our own seed class by class, at least one of each: 0.01, 0.1, 1.0."""
+    list: Annotated[str | None, shown("FILE")] = None
+    """Instead of --fraction: the images to train on, a name a line like n02484975_1.JPEG (SimCLR's 1percent.txt)."""
     lr: Annotated[float | None, ABOVE_0, at_most(1e6), shown("LR")] = None
     """Per 256 images (default: 0.05)."""
 

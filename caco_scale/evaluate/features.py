@@ -47,7 +47,7 @@ def extract_features(
     """Features of all images: (features (n, F) fp32, labels (n,), sample ids (n,)), on the CPU.
 
     Args:
-        encode: normalised images (b, 3, s, s) -> (b, F); with ``names`` a tuple of such, one per name.
+        encode: normalised images (b, 3, s, s) -> (b, F); with several ``names`` a tuple of such, one per name.
         batches: of ``evaluation_batches``: (ids (b,), crops (b, s, s, 3) uint8, labels (b,)).
         names: of several kinds of features; the first result is then a dict of them.
         how: the other settings of :func:`feature_batches`.
@@ -56,7 +56,9 @@ def extract_features(
     """
     parts, labels, ids = {name: [] for name in names or ("features",)}, [], []
     for encoded, batch_labels, batch_ids in feature_batches(encode, batches, **how):
-        for part, values in zip(parts.values(), encoded if names else (encoded,), strict=True):
+        for part, values in zip(
+            parts.values(), encoded if isinstance(encoded, tuple) else (encoded,), strict=True
+        ):
             part.append(values)
         labels.append(batch_labels)
         ids.append(batch_ids)

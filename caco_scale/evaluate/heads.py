@@ -3,8 +3,8 @@
 Shapes: H heads, C classes, F features, B samples of this rank, N of the global batch.
 """
 
-from collections.abc import Iterable
-from typing import Self
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -122,13 +122,15 @@ def growth(rates: Iterable[float], num_steps: int) -> list[float]:
 class Score:
     """Right answers over all images of all ranks: of H heads, by class.
 
-    ``top1``, ``top5`` (H, C) counts; ``images`` (C,) how many there are; ``loss`` (H,) sums of cross-entropies.
+    ``top1``, ``top5`` (H, C) counts; ``images`` (C,) how many there are; ``wrong`` how many of them were never seen;
+    ``loss`` (H,) sums of the others' cross-entropies.
     """
 
     def __init__(self, num_heads: int, num_classes: int):
         self.top1, self.top5 = (torch.zeros(num_heads, num_classes, dtype=torch.int64) for _ in range(2))
         self.images = torch.zeros(num_classes, dtype=torch.int64)
         self.loss = torch.zeros(num_heads, dtype=torch.float64)
+        self.wrong = torch.zeros(1, dtype=torch.int64)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Logits (H, B, C) of images with ``labels`` (B,), on whatever device."""
@@ -141,33 +143,45 @@ class Score:
         self.top5.index_add_(1, labels, right.any(2).long())
         self.images += torch.bincount(labels, minlength=len(self.images))
 
+    def add_undecodable(self, labels: Sequence[int]) -> None:
+        """Images that nothing could be asked about: they count as wrong."""
+        self.images += torch.bincount(torch.tensor(labels, dtype=torch.int64), minlength=len(self.images))
+        self.wrong += len(labels)
+
     def over_ranks(self, device: torch.device | str) -> Self:
         """Sum over the ranks; collective. Returns itself."""
-        for name in ("top1", "top5", "images", "loss"):
+        for name in ("top1", "top5", "images", "loss", "wrong"):
             setattr(self, name, collectives.all_reduce_(getattr(self, name).to(device)).cpu())
         return self
 
-    def percent(self, head: int = 0) -> dict[str, float]:
+    def percent(self, head: int = 0) -> dict[str, Any]:
         """{top1, top5, mean_per_class (of the classes that there are), loss} of a head, and the counts behind them."""
         total, there = int(self.images.sum()), self.images > 0
-        if total == 0:
+        judged = total - int(self.wrong)
+        if judged == 0:
             raise UserError("there is no image to judge by: none of them decodes, or the set is empty")
         per_class = self.top1[head][there].double() / self.images[there]
         return {
             "top1": 100 * int(self.top1[head].sum()) / total,
             "top5": 100 * int(self.top5[head].sum()) / total,
             "mean_per_class": 100 * per_class.mean().item(),
-            "loss": self.loss[head].item() / total,
+            "loss": self.loss[head].item() / judged,
             "right": int(self.top1[head].sum()),
             "right_of_5": int(self.top5[head].sum()),
             "images": total,
         }
 
 
-def score_features(heads: LinearHeads, features: Tensor, labels: Tensor, num_classes: int) -> Score:
-    """:class:`Score` of all heads on features (n, F) of this rank, summed over the ranks. Collective."""
+def score_features(
+    heads: LinearHeads, features: Tensor, labels: Tensor, num_classes: int, undecodable: Sequence[int] = ()
+) -> Score:
+    """:class:`Score` of all heads on features (n, F) of this rank, summed over the ranks. Collective.
+
+    ``undecodable``: labels of this rank's images without features, which count as wrong.
+    """
     device, dtype = heads.weight.device, heads.weight.dtype
     score = Score(len(heads.rates), num_classes)
+    score.add_undecodable(undecodable)
     for x, y in zip(features.split(ROWS), labels.split(ROWS), strict=True):
         if len(y):
             score.add(heads.logits(x.to(device, dtype)), y.to(device))

@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from caco_scale.data.labels import check_same_classes
+from caco_scale.data.labels import with_classes_of
 from caco_scale.data.loader import evaluation_batches
+from caco_scale.data.pipeline import Undecodable
 from caco_scale.data.store.base import Store
 from caco_scale.distributed import collectives
 from caco_scale.errors import UserError
@@ -120,12 +121,12 @@ def gather_candidates(
 def correct_votes(
     candidates: Candidates, labels: Tensor, ks: list[int], temperature: float, num_classes: int
 ) -> Tensor:
-    """How many of the images (b,) the first k candidates classify rightly: (len(ks),) int64.
+    """How many of the images (b,) the first k candidates classify rightly, by class: (len(ks), C) int64.
 
     Votes are added neighbour by neighbour, best first, so that their sums do not depend on the device's
     scheduling; of equal votes the lowest class wins.
     """
-    correct = torch.zeros(len(ks), dtype=torch.int64, device=labels.device)
+    correct = torch.zeros(len(ks), num_classes, dtype=torch.int64, device=labels.device)
     parts = (candidates.similarities, candidates.labels, labels)
     for similarities, neighbours, truth in zip(*(part.split(QUERY_ROWS) for part in parts), strict=True):
         # Relative to the best one's vote, which leaves the winner and cannot overflow.
@@ -134,7 +135,8 @@ def correct_votes(
         for voter in range(max(ks)):
             votes.scatter_add_(1, neighbours[:, voter : voter + 1], weights[:, voter : voter + 1])
             if voter + 1 in ks:
-                correct[ks.index(voter + 1)] += (votes.argmax(1) == truth).sum()
+                right = (votes.argmax(1) == truth).long()
+                correct[ks.index(voter + 1)].index_add_(0, truth, right)
     return correct
 
 
@@ -153,7 +155,10 @@ def _check(sizes, ks, temperatures):
             f"kNN needs k >= 1 and a temperature above 0, but got k = {ks}, temperature = {temperatures}"
         )
     if total["val"] == 0:
-        raise UserError("kNN has no validation images: give a validation shard set with at least one")
+        of_all = f" (none of {total['missed']:,} decodes)" if total["missed"] else ""
+        raise UserError(
+            f"kNN has no validation images{of_all}: give a validation shard set with at least one"
+        )
     if max(ks) > total["train"]:
         raise UserError(
             f"kNN with k = {max(ks)} needs as many training images, but there are {total['train']}"
@@ -174,18 +179,30 @@ def _check(sizes, ks, temperatures):
         )
 
 
-def _sizes(train_features, train_labels, features, labels, num_classes):
+def _sizes(train_features, train_labels, features, labels, missed, num_classes):
     return {
         "train": len(train_features),
         "val": len(features),
         "train_width": train_features.shape[1],
         "val_width": features.shape[1],
-        "unlabelled": sum(int(((y < 0) | (y >= num_classes)).sum()) for y in (train_labels, labels)),
+        "unlabelled": sum(int(((y < 0) | (y >= num_classes)).sum()) for y in (train_labels, labels, missed)),
+        "missed": len(missed),
         "not_finite": sum(int((~torch.isfinite(x).all(1)).sum()) for x in (train_features, features)),
     }
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Counts:
+    """What a kNN classifier gets right over all ranks: ``right`` {(k, temperature): (C,) by class}, ``images`` (C,)."""
+
+    right: dict[tuple[int, float], Tensor]
+    images: Tensor
+
+    def top1(self, k: int, temperature: float) -> float:
+        """Accuracy in percent."""
+        return 100 * int(self.right[k, temperature].sum()) / int(self.images.sum())
+
+
 def knn_accuracy(
     train_features: Tensor,
     train_labels: Tensor,
@@ -194,20 +211,45 @@ def knn_accuracy(
     *,
     k: int | Sequence[int] = 20,
     temperature: float | Sequence[float] = 0.2,
+    **how: Any,
+) -> Any:
+    """:func:`knn_counts` as top-1 in percent; of a list of k or of temperatures a dict (k, temperature) -> percent."""
+    images = train_features, train_labels, features, labels
+    return _percent(
+        knn_counts(*images, k=_unique(k), temperature=_unique(temperature), **how), k, temperature
+    )
+
+
+def _percent(counts, k, temperature):
+    if isinstance(k, (list, tuple)) or isinstance(temperature, (list, tuple)):
+        return {pair: counts.top1(*pair) for pair in counts.right}
+    return counts.top1(k, temperature)
+
+
+@torch.no_grad()
+def knn_counts(
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    *,
+    k: Sequence[int],
+    temperature: Sequence[float],
     num_classes: int,
     train_ids: Tensor | None = None,
+    missed_labels: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     chunk: int = 8192,
     device: torch.device | str | None = None,
-) -> Any:
-    """Top-1 accuracy in percent of a weighted kNN classifier over all ranks' images, the same on every rank.
+) -> Counts:
+    """What a weighted kNN classifier gets right over all ranks' images, the same on every rank.
 
     Args:
         train_features, train_labels: this rank's part, (n, F) and (n,); uneven or empty too. Rows are
             normalised here; a row of zeros has similarity 0 to everything.
         features, labels: this rank's part of the images to classify, (m, F) and (m,).
-        k, temperature: numbers, or lists of them: then the result is a dict (k, temperature) -> percent.
         train_ids: (n,) ids over all ranks, which settle ties; None: positions in rank order.
+        missed_labels: of this rank's images to classify that have no features; they count as wrong.
         chunk: training images compared at once (memory: 1,024 x ``chunk`` fp64 similarities).
         device: where similarities are computed (with NCCL a GPU); None: where ``features`` lie.
 
@@ -217,17 +259,20 @@ def knn_accuracy(
     Raises:
         UserError: on every rank, for k above N, no validation images, missing labels, features not finite.
     """
-    ks, temperatures = _unique(k), _unique(temperature)
+    ks, temperatures = list(k), list(temperature)
     device = features.device if device is None else torch.device(device)
+    missed = labels[:0] if missed_labels is None else missed_labels
     sizes = collectives.gather_objects(
-        _sizes(train_features, train_labels, features, labels, num_classes), group
+        _sizes(train_features, train_labels, features, labels, missed, num_classes), group
     )
     _check(sizes, ks, temperatures)
     if train_ids is None:
         first = sum(part["train"] for part in sizes[: collectives.rank(group)])
         train_ids = torch.arange(first, first + len(train_features))
     train = _ascending(train_features, train_labels, train_ids)
-    correct = torch.zeros(len(temperatures), len(ks), dtype=torch.int64, device=device)
+    counts = torch.zeros(1 + len(temperatures) * len(ks), num_classes, dtype=torch.int64, device=device)
+    counts[0] = torch.cat([labels.cpu(), missed.cpu()]).bincount(minlength=num_classes)
+    correct = counts[1:].view(len(temperatures), len(ks), num_classes)
     for owner, part in enumerate(sizes):
         if part["val"] == 0:
             continue
@@ -236,12 +281,9 @@ def knn_accuracy(
         if found is not None:
             for row, t in enumerate(temperatures):
                 correct[row] = correct_votes(found, labels.to(device), ks, t, num_classes)
-    collectives.all_reduce_(correct, group=group)
-    percent = 100 * correct.double() / sum(part["val"] for part in sizes)
-    accuracy = dict(zip(itertools.product(temperatures, ks), percent.flatten().tolist(), strict=True))
-    if isinstance(k, (list, tuple)) or isinstance(temperature, (list, tuple)):
-        return {(k, t): accuracy[t, k] for k in ks for t in temperatures}
-    return accuracy[temperature, k]
+    images, *right = collectives.all_reduce_(counts, group=group).cpu()
+    by_pair = dict(zip(itertools.product(temperatures, ks), right, strict=True))
+    return Counts({(k, t): by_pair[t, k] for k in ks for t in temperatures}, images)
 
 
 def _ascending(features, labels, ids):
@@ -263,41 +305,46 @@ def _broadcast_features(features, shape, owner, device, group):
     return features
 
 
-def evaluate_knn(
+@dataclass(frozen=True)
+class Measured:
+    """:class:`Counts` by kind of feature; undecodable images of ``train`` vote nowhere, of ``val`` they are wrong."""
+
+    counts: dict[str, Counts]
+    undecodable: dict[str, list[Undecodable]]
+
+
+def measure_knn(
     encode: Callable,
     train_store: Store,
     val_store: Store,
     *,
     size: int,
     resize: int = 0,
-    k: int | Sequence[int] = 20,
-    temperature: float | Sequence[float] = 0.2,
+    k: Sequence[int],
+    temperature: Sequence[float],
     device: torch.device | str = "cpu",
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
     batch_size: int = 256,
     group: dist.ProcessGroup | None = None,
-    names: Sequence[str] | None = None,
+    names: Sequence[str] = ("features",),
     **how: Any,
-) -> Any:
-    """kNN top-1 accuracy in percent of ``encode``'s features: training against validation shard set.
+) -> Measured:
+    """kNN of ``encode``'s features: training against validation shard set.
 
-    Images are centre crops of ``size`` pixels (after ``resize``, see
-    :func:`~caco_scale.data.views.centre_crop`) without augmentation; ``encode=pixels`` gives the raw images'
-    figure. Every rank calls it with its ``rank`` and gets the same number; training state is left alone.
+    Images are ``centre_crop``'s, without augmentation; ``encode=pixels`` gives the raw images' figure. Every rank calls
+    it with its ``rank`` and gets the same numbers; training state is left alone.
 
     Args:
-        k, temperature: as in :func:`knn_accuracy`.
-        names: of several kinds of features that ``encode`` gives in one pass; the result is then a dict of them.
+        names: of the kinds of features that ``encode`` gives in one pass; with one it may give a tensor.
         how: ``mean``, ``std`` and the other settings of :func:`extract_features`.
-
-    Raises:
-        UserError: class lists that differ between the two sets, and as :func:`knn_accuracy`.
+    UserError: validation classes that the training set lacks, and as :func:`knn_counts`.
     """
-    check_same_classes(train_store, val_store, "kNN")
+    val_store = with_classes_of(train_store, val_store, "kNN")
+    undecodable: dict[str, list[Undecodable]] = {"train": [], "val": []}
 
-    def extract(store):
+    def extract(store, which):
         batches = evaluation_batches(
             store,
             size,
@@ -306,25 +353,46 @@ def evaluate_knn(
             batch_size=batch_size,
             workers=workers,
             resize=resize,
+            undecodable=undecodable[which],
         )
         return extract_features(encode, batches, device=device, names=names, **how)
 
-    def accuracy(train_features, features):
-        return knn_accuracy(
-            train_features,
+    train_features, train_labels, train_ids = extract(train_store, "train")
+    features, labels, _ = extract(val_store, "val")
+    counts = {
+        name: knn_counts(
+            train_features[name],
             train_labels,
-            features,
+            features[name],
             labels,
             k=k,
             temperature=temperature,
             num_classes=len(val_store.manifest.classes),
             train_ids=train_ids,
+            missed_labels=torch.tensor([image.label for image in undecodable["val"]], dtype=torch.int64),
             group=group,
             device=device,
         )
+        for name in names
+    }
+    parts = collectives.gather_objects(undecodable, group)
+    everywhere = {which: sorted(image for part in parts for image in part[which]) for which in undecodable}
+    return Measured(counts, everywhere)
 
-    train_features, train_labels, train_ids = extract(train_store)
-    features, labels, _ = extract(val_store)
-    if names is None:
-        return accuracy(train_features, features)
-    return {name: accuracy(train_features[name], features[name]) for name in names}
+
+def evaluate_knn(
+    encode: Callable,
+    train_store: Store,
+    val_store: Store,
+    *,
+    k: int | Sequence[int] = 20,
+    temperature: float | Sequence[float] = 0.2,
+    names: Sequence[str] | None = None,
+    **how: Any,
+) -> Any:
+    """:func:`measure_knn` as top-1 in percent, in the form of :func:`knn_accuracy`; with ``names`` a dict of them."""
+    options: dict[str, Any] = {"k": _unique(k), "temperature": _unique(temperature), **how}
+    options |= {"names": names} if names else {}
+    counts = measure_knn(encode, train_store, val_store, **options).counts
+    percent = {name: _percent(found, k, temperature) for name, found in counts.items()}
+    return percent if names else percent["features"]

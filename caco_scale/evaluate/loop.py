@@ -5,7 +5,7 @@ Shapes: N global batch, B this rank's share, s pixels on a side.
 
 import io
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -33,11 +33,15 @@ NO_LABEL = -1  # of an image that did not decode, in whose place another one sta
 
 @dataclass
 class Progress:
-    """How far a training is: finished steps, a record per epoch, the mean loss of the present one in the making."""
+    """How far a training is: finished steps, a record per epoch, the mean loss of the present one in the making.
+
+    ``undecodable``: name and error of the images met that do not decode.
+    """
 
     step: int = 0
     history: list[dict] = field(default_factory=list)
     loss_sum: float = 0.0
+    undecodable: dict[str, str] = field(default_factory=dict)
 
 
 class Learner(Protocol):
@@ -61,15 +65,17 @@ def fit(
     steps_per_epoch: int,
     folder: ResultFolder,
     end_epoch: Callable[[int], dict],
+    undecodable: Mapping[str, str],
 ) -> None:
     """Train from ``progress.step`` to ``num_steps`` with a cosine to 0, saving every 100 steps and at an epoch's end.
 
     A stop signal on any rank ends the step, saves, and ends the process well, as it does in pre-training. Crosses
-    ranks, beside what ``update`` does: the name of a signal, at every step.
+    ranks, beside what ``update`` does: the name of a signal, at every step, and the undecodable images, at a save.
 
     Args:
         batches: function of the first step -> iterator of what ``update`` takes.
         end_epoch: function of the epoch (1, 2, ...) -> a record for ``progress.history``; it gets ``loss`` added.
+        undecodable: name and error of those that ``batches`` has met on this rank, growing.
     Raises:
         UserError: a loss that is not finite, with the step.
     """
@@ -89,6 +95,8 @@ def fit(
                 progress.loss_sum = 0.0
             stop = next(filter(None, gather_objects(signals.requested)), None)
             if stop or ends or progress.step % SAVE_EVERY_STEPS == 0:
+                for found in gather_objects(dict(undecodable)):
+                    progress.undecodable |= found
                 save(folder, learner, progress)
             if stop:
                 break
@@ -153,13 +161,15 @@ class LabelledBatch(NamedTuple):
 class LabelledImages:
     """Random resized crops and flips of a store's images with their labels, the same at any number of processes.
 
-    ``order``: whose ``steps_per_epoch`` counts; ``labels`` (n,): by sample number.
+    ``order``: whose ``steps_per_epoch`` counts; ``labels`` (n,): by sample number; ``undecodable``: name and error of
+    the images met so far that do not decode.
     """
 
     def __init__(self, task: Task, store: Store, labels: np.ndarray, batch_size: int):
         self.task, self.store, self.labels = task, store, labels
         counts = [shard.num_samples for shard in store.manifest.shards]
         self.order = Order(counts, seed=task.seed, global_batch_size=batch_size)
+        self.undecodable: dict[str, str] = {}
 
     def batches(self, start: int, end: int) -> Iterator[LabelledBatch]:
         """This rank's :class:`LabelledBatch` of every step from ``start`` up to ``end``."""
@@ -188,6 +198,8 @@ class LabelledImages:
     def _labels(self, batch, ids):
         labels = torch.from_numpy(self.labels[ids])
         for entry in batch.corrupt:
-            print(f"warning: {entry['key']} does not decode ({entry['error']}): left out", flush=True)
+            if entry["key"] not in self.undecodable:
+                print(f"warning: {entry['key']} does not decode ({entry['error']}): left out", flush=True)
+            self.undecodable[entry["key"]] = entry["error"]
             labels[batch.keys.index(entry["key"])] = NO_LABEL
         return labels

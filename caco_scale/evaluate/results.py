@@ -22,6 +22,7 @@ from caco_scale.run.files import to_json
 from caco_scale.run.lock import be_alone
 
 CONFIDENCE = 95
+WORST = 5  # classes that are shown
 Z = 1.959963984540054  # of the standard normal, two-sided 95%
 INTERVAL_WORDS = (
     f"{CONFIDENCE}% intervals are Wilson's: over the validation images, not over seeds of training"
@@ -40,6 +41,38 @@ def interval(correct: int, total: int) -> tuple[float, float]:
     low = 0.0 if correct == 0 else centre - half
     high = 1.0 if correct == total else centre + half
     return 100 * low, 100 * high
+
+
+def undecodable_line(which: str, images: Sequence[tuple[str, str]], total: int, shown: int = 3) -> str:
+    """What the images of a set that do not decode mean for a figure.
+
+    Args:
+        which: ``train`` or ``val``; ``images``: (name, error) of each; ``total``: how many the set has.
+    """
+    kind, counted = {"val": ("validation", "counted as wrong"), "train": ("training", "left out")}[which]
+    names = "; ".join(f"{name} ({error})" for name, error in images[:shown])
+    more = f"; and {len(images) - shown:,} more" if len(images) > shown else ""
+    verb = "does" if len(images) == 1 else "do"
+    return f"{len(images):,} of {total:,} {kind} images {verb} not decode, {counted}: {names}{more}"
+
+
+def result_notes(result: Mapping[str, Any], right: Sequence[int]) -> list[str]:
+    """Lines below the figures of a result: what they cover, and the worst of its classes.
+
+    ``right``: how many images of each class were right. A result of an older version has less to say.
+    """
+    notes = [INTERVAL_WORDS]
+    for which, images in (result.get("undecodable") or {}).items():
+        if images:
+            notes.append(undecodable_line(which, images, result["data"][which]["images"]))
+    classes, images = result.get("classes") or [], result.get("images_per_class") or []
+    present = [(100 * r / n, name, n) for r, name, n in zip(right, classes, images, strict=False) if n]
+    worst = ", ".join(f"{name} {share:.1f}% of {n:,}" for share, name, n in sorted(present)[:WORST])
+    if len(present) > 1:
+        notes.append(f"worst of {len(present):,} classes: {worst}")
+    if len(present) < len(classes):
+        notes.append(f"no validation image of {len(classes) - len(present):,} of {len(classes):,} classes")
+    return notes
 
 
 class ResultFolder:

@@ -1,15 +1,18 @@
 """The command ``evaluate finetune``: train encoder and classifier on a share of the labels.
 
-The semi-supervised protocol of SimCLR (arXiv:2002.05709, appendix B.5): SGD with Nesterov momentum 0.9, learning rate
-0.05 per 256 images with a cosine and no warm-up, no weight decay, random resized crops and flips, 60 epochs on 1% of
-the labels and 30 on more; BatchNorm trains, over all processes. The batch is 1,024 instead of SimCLR's 4,096, of which
-1% of ImageNet would give three steps an epoch.
+The semi-supervised optimizer and schedule of SimCLR (arXiv:2002.05709, appendix B.5): SGD with Nesterov momentum 0.9,
+learning rate 0.05 per 256 images with a cosine and no warm-up, no weight decay, random resized crops and flips, 60
+epochs on 1% of the labels and 30 on more; BatchNorm trains, over all processes. The batch is 1,024 instead of SimCLR's
+4,096, of which 1% of ImageNet would give three steps an epoch.
 
-The share is drawn class by class, at least one image of each; ``samples.txt`` lists it.
+The share is drawn class by class, at least one image of each, by a seed of our own: it is another one than SimCLR's
+(12,811 images for 1% of ImageNet, 128,116 for 10%), which ``--list`` takes as the file that they publish.
+``samples.txt`` lists the images in either case.
 
 Shapes: B this rank's batch, C classes, F features.
 """
 
+import os
 import time
 from typing import Any
 
@@ -26,9 +29,10 @@ from caco_scale.distributed.syncbn import convert_sync_batchnorm
 from caco_scale.errors import UserError
 from caco_scale.evaluate.features import feature_batches
 from caco_scale.evaluate.heads import INITIAL_STD, MOMENTUM, Score
+from caco_scale.evaluate.listed import find_listed, read_list
 from caco_scale.evaluate.loop import NO_LABEL, LabelledBatch, LabelledImages, check_batch, fit, restore
-from caco_scale.evaluate.results import CONFIDENCE, INTERVAL_WORDS, show
-from caco_scale.evaluate.run_linear import with_intervals
+from caco_scale.evaluate.results import CONFIDENCE, result_notes, show
+from caco_scale.evaluate.run_linear import figures_of, undecodable_names
 from caco_scale.evaluate.task import Task, build_task
 
 LR, BATCH_SIZE = 0.05, 1024
@@ -42,25 +46,22 @@ def run(flags: Any) -> dict[str, Any]:
     task = build_task(flags)
     labels = labels_of(task.train, "fine-tuning")
     labels_of(task.val, "fine-tuning")
-    chosen = choose_share(labels, flags.fraction, flags.seed)
+    chosen, which = _choose(task, labels, flags)
+    share = len(chosen) / len(labels)
     batch_size = flags.batch_size or BATCH_SIZE
-    why = f" that --fraction {flags.fraction:g} leaves of {len(labels):,}" if flags.fraction < 1 else ""
+    leaves = f"--list {flags.list}" if flags.list else f"--fraction {flags.fraction:g}"
+    why = f" that {leaves} leaves of {len(labels):,}" if share < 1 else ""
     check_batch(batch_size, len(chosen), task.world_size, why)
     if batch_size < 2:
         raise UserError("--batch_size is 1: BatchNorm needs at least 2 images")
-    epochs = flags.epochs or usual_epochs(flags.fraction)
+    epochs = flags.epochs or usual_epochs(share if flags.list else flags.fraction)
     rate = flags.lr or LR
-    settings = {
-        "fraction": flags.fraction,
-        "lr": rate,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "seed": flags.seed,
-    }
-    folder = task.folder(flags, f"finetune-{flags.fraction:g}", settings)
+    settings = {**which, "lr": rate, "epochs": epochs, "batch_size": batch_size, "seed": flags.seed}
+    folder = task.folder(flags, "finetune-list" if flags.list else f"finetune-{flags.fraction:g}", settings)
+    counts = np.bincount(labels[chosen], minlength=len(task.train.manifest.classes))
     task.say(
-        f"{len(chosen):,} of {len(labels):,} labels (at least one a class), {epochs} epochs, base learning rate "
-        f"{rate:g} per 256 images ({'given by --lr' if flags.lr else 'SimCLR'})"
+        f"{len(chosen):,} of {len(labels):,} labels ({_words(which)}; {counts.min()} to {counts.max()} a class), "
+        f"{epochs} epochs, base learning rate {rate:g} per 256 images ({'given by --lr' if flags.lr else 'SimCLR'})"
     )
     result = folder.finished()
     if result is None:
@@ -75,6 +76,27 @@ def run(flags: Any) -> dict[str, Any]:
     if task.is_main:
         _show(task, folder, result)
     return result
+
+
+def _choose(task, labels, flags):
+    """(sample numbers to train on, what decides them as settings). Collective."""
+    if not flags.list:
+        return choose_share(labels, flags.fraction, flags.seed), {"fraction": flags.fraction}
+    if flags.fraction != 1:
+        raise UserError(
+            f"--list {flags.list} and --fraction {flags.fraction:g} both choose images: give one of them"
+        )
+    names, sha256 = read_list(flags.list)
+    task.say(f"looking for {len(names):,} names of {flags.list}")
+    chosen = find_listed(task.train, flags.list, names, task.rank, task.world_size)
+    return chosen, {"list": os.path.basename(flags.list), "list_sha256": sha256}
+
+
+def _words(which):
+    """Whose choice of images it is."""
+    return (
+        f"the list {which['list']}" if "list" in which else "drawn by this program's seed, no published list"
+    )
 
 
 def usual_epochs(fraction: float) -> int:
@@ -182,28 +204,32 @@ def _train(task, folder, labels, chosen, rate, epochs, batch_size):
         steps_per_epoch=steps_per_epoch,
         folder=folder,
         end_epoch=end_epoch,
+        undecodable=images.undecodable,
     )
-    figures = with_intervals(_score(task, learner.model).percent())
+    score, undecodable = _score(task, learner.model)
     return {
-        **figures,
+        **figures_of(score),
+        "undecodable": undecodable_names(progress, undecodable),
         "optimizer": "SGD, Nesterov momentum 0.9, no weight decay",
         "history": progress.history,
     }
 
 
 def _score(task, model):
-    """:class:`Score` of the classifier on all validation images. Collective."""
-    score = Score(1, len(task.val.manifest.classes))
-    batches = task.evaluation_batches(task.val)
+    """:class:`Score` of the classifier on all validation images, and this rank's undecodable ones. Collective."""
+    score, undecodable = Score(1, len(task.val.manifest.classes)), []
+    batches = task.evaluation_batches(task.val, undecodable)
     stream = feature_batches(model, batches, module=model, unit_norm=False, **task.extraction())
     for logits, labels, _ in stream:
         score.add(logits[None], labels)
-    return score.over_ranks(task.device)
+    score.add_undecodable([image.label for image in undecodable])
+    return score.over_ranks(task.device), undecodable
 
 
 def _show(task, folder, result):
+    settings = result["settings"]
     row = {
-        "fraction": f"{result['settings']['fraction']:g}",
+        "images": settings["list"] if "list" in settings else f"{settings['fraction']:g}, drawn",
         "labels": result["samples"],
         "top-1 %": result["top1"],
         f"{CONFIDENCE}% interval": result["top1_interval"],
@@ -211,7 +237,7 @@ def _show(task, folder, result):
         "mean per class %": result["mean_per_class"],
     }
     notes = [
-        INTERVAL_WORDS,
+        *result_notes(result, result.get("right_per_class") or []),
         f"written to {folder.path / 'result.json'}, the images used to {folder.path / SAMPLES}",
     ]
     show(f"fine-tuning of {task.weights.path}", [row], notes)

@@ -4,8 +4,8 @@ import time
 from typing import Any
 
 from caco_scale.errors import UserError
-from caco_scale.evaluate.knn import evaluate_knn
-from caco_scale.evaluate.results import CONFIDENCE, INTERVAL_WORDS, interval, show
+from caco_scale.evaluate.knn import measure_knn
+from caco_scale.evaluate.results import CONFIDENCE, interval, result_notes, show
 from caco_scale.evaluate.task import build_task
 from caco_scale.weights.build import digest
 
@@ -32,7 +32,7 @@ def run(flags: Any) -> dict[str, Any]:
         show(
             f"kNN top-1 of {task.weights.path}",
             _table(result),
-            [INTERVAL_WORDS, f"written to {folder.path / 'result.json'}"],
+            [*_notes(result), f"written to {folder.path / 'result.json'}"],
         )
     return result
 
@@ -60,7 +60,7 @@ def _evaluate(task, folder, ks, temperatures, names):
         features = backbone(images)
         return (features, projector(features)) if projector is not None else (features,)
 
-    accuracies = evaluate_knn(
+    measured = measure_knn(
         encode,
         task.train,
         task.val,
@@ -75,19 +75,39 @@ def _evaluate(task, folder, ks, temperatures, names):
         names=names,
         **task.extraction(),
     )
-    total = task.val.manifest.num_samples
+    images = next(iter(measured.counts.values())).images
+    total, there = int(images.sum()), images > 0
     rows = [
         {
             "feature": name,
             "k": k,
             "temperature": temperature,
-            "top1": top1,
-            "interval": interval(round(top1 * total / 100), total),
+            "top1": counts.top1(k, temperature),
+            "interval": interval(int(right.sum()), total),
+            "mean_per_class": 100 * (right[there].double() / images[there]).mean().item(),
+            "right_per_class": right.tolist(),
         }
-        for name in names
-        for (k, temperature), top1 in accuracies[name].items()
+        for name, counts in measured.counts.items()
+        for (k, temperature), right in counts.right.items()
     ]
-    return task.report(folder, time.monotonic() - began, results=rows)
+    undecodable = {
+        which: [(image.name, image.error) for image in found] for which, found in measured.undecodable.items()
+    }
+    return task.report(
+        folder,
+        time.monotonic() - began,
+        undecodable,
+        results=rows,
+        images=total,
+        images_per_class=images.tolist(),
+    )
+
+
+def _notes(result):
+    best = max(result["results"], key=lambda row: row["top1"])
+    notes = result_notes(result, best.get("right_per_class") or [])
+    which = f"{best['feature']}, k = {best['k']}, T = {best['temperature']:g}"
+    return [f"{note} ({which})" if note.startswith("worst") else note for note in notes]
 
 
 def _table(result):
@@ -98,6 +118,7 @@ def _table(result):
             "T": f"{row['temperature']:g}",
             "top-1 %": row["top1"],
             f"{CONFIDENCE}% interval": row["interval"],
+            "mean per class %": row.get("mean_per_class"),
         }
         for row in result["results"]
     ]

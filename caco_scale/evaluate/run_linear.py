@@ -2,29 +2,41 @@
 
 As the paper does (arXiv:2203.14370, section 4; the authors' linear.py): 100 epochs of random resized crops and flips,
 batch 4,096, LARS that scales the bias too, momentum 0.9, no weight decay, cosine, the encoder in eval mode. With
-``--fast``: 10 epochs of the same images (more of small sets), whose features classifiers with many learning rates share
-in one pass (SGD with momentum, as DINOv2 does). Which rate counts is decided on a tenth of the training images that a
-second set of classifiers never sees, so that no validation label chooses anything.
+``--fast``: 10 epochs of the same images (more of small sets), whose features classifiers with many learning rates
+share (SGD with momentum, as DINOv2 does); with ``--crops centre`` of one centre crop an image, extracted once, which
+gives other figures. Which rate counts is decided on a tenth of the training images that a second set of classifiers
+never sees, so that no validation label chooses anything.
 
 Shapes: H rates, B this rank's batch, N global, F features.
 """
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from caco_scale.data.labels import labels_of
-from caco_scale.data.order import permutation
+from caco_scale.data.order import Order, permutation
+from caco_scale.data.pipeline import Undecodable
+from caco_scale.data.store.base import Store
 from caco_scale.data.store.subset import Subset
+from caco_scale.distributed.collectives import gather_objects
 from caco_scale.errors import UserError
-from caco_scale.evaluate.feature_cache import features_of, remove_features
+from caco_scale.evaluate.feature_cache import Features, features_of, remove_features
 from caco_scale.evaluate.heads import LinearHeads, Score, growth, score_features
-from caco_scale.evaluate.loop import NO_LABEL, LabelledBatch, LabelledImages, check_batch, fit, restore
-from caco_scale.evaluate.results import CONFIDENCE, INTERVAL_WORDS, interval, show
+from caco_scale.evaluate.loop import (
+    NO_LABEL,
+    LabelledBatch,
+    LabelledImages,
+    Progress,
+    check_batch,
+    fit,
+    restore,
+)
+from caco_scale.evaluate.results import CONFIDENCE, interval, result_notes, show
 from caco_scale.evaluate.task import Task, build_task
 
 AUTHORS_LR = 0.025  # per 256 images, of the command that the authors publish; their parser's default is 0.1
@@ -47,18 +59,23 @@ def run(flags: Any) -> dict[str, Any]:
     )
     batch_size, epochs = flags.batch_size or usual[0], flags.epochs or usual[1]
     rates, source = _rates(flags)
+    if flags.crops == "centre" and not flags.fast:
+        raise UserError("--crops centre goes with --fast: the paper's protocol has random crops")
     check_batch(batch_size, task.train.manifest.num_samples, task.world_size)
     labels = labels_of(task.train, "linear evaluation")
     labels_of(task.val, "linear evaluation")
     name = "linear-fast" if flags.fast else "linear"
     settings = {"lr": rates, "epochs": epochs, "batch_size": batch_size, "seed": flags.seed}
+    settings |= {"crops": flags.crops} if flags.fast else {}
     folder = task.folder(flags, name, settings)
     task.say(f"{epochs} epochs, batch {batch_size:,}")
     task.say(f"base learning rate {', '.join(f'{rate:g}' for rate in rates)} per 256 images: {source}")
     result = folder.finished()
     if result is None:
         began = time.monotonic()
-        figures = _evaluate(task, folder, labels, rates, epochs, batch_size, flags.fast)
+        figures = _evaluate(
+            task, folder, labels, rates, epochs, batch_size, flags.crops if flags.fast else None
+        )
         result = task.report(folder, time.monotonic() - began, lr_source=source, **figures)
         remove_features(folder)
     else:
@@ -156,17 +173,56 @@ class FrozenEncoder:
         return torch.cat(parts).to(self.heads.weight.dtype)
 
 
-def _evaluate(task, folder, labels, rates, epochs, batch_size, fast):
-    """Train the classifiers, or go on where a former start stopped -> the figures of the result."""
+class CentreCrops:
+    """Features of centre crops, extracted once, in batches of the same samples as :class:`LabelledImages` has.
+
+    A rank has those samples of a global batch whose features it holds: any number of them.
+    """
+
+    def __init__(self, task: Task, store: Store, labels: np.ndarray, batch_size: int, features: Features):
+        counts = [shard.num_samples for shard in store.manifest.shards]
+        self.order = Order(counts, seed=task.seed, global_batch_size=batch_size)
+        self.undecodable = {image.name: image.error for image in features.undecodable}
+        self._features, self._labels, self._device = features.features, torch.from_numpy(labels), task.device
+        self._rows = np.full(len(labels), -1)
+        self._rows[features.ids.numpy()] = np.arange(len(features.ids))
+
+    def batches(self, start: int, end: int) -> Iterator[LabelledBatch]:
+        """This rank's part of every step from ``start`` up to ``end``; "images" are features (B, F)."""
+        for step in range(start, end):
+            global_ids = self.order.batch(step)
+            ids = global_ids[self._rows[global_ids] >= 0]
+            features = self._features[torch.from_numpy(self._rows[ids])]
+            labels = self._labels[torch.from_numpy(ids)]
+            yield LabelledBatch(features.to(self._device), labels.to(self._device), ids, global_ids)
+
+
+class FrozenFeatures(FrozenEncoder):
+    """As :class:`FrozenEncoder`, of the features that a batch already holds."""
+
+    def _features(self, images):
+        return images.to(self.heads.weight.dtype)
+
+
+def _evaluate(task, folder, labels, rates, epochs, batch_size, crops):
+    """Train the classifiers, or go on where a former start stopped -> the figures of the result.
+
+    ``crops``: None: the long protocol; of --fast: random or centre.
+    """
+    fast, centre = crops is not None, crops == "centre"
+    train = features_of(task, task.train, folder, "train") if centre else None
     images = LabelledImages(task, task.train, labels, batch_size)
+    if train is not None:
+        images = CentreCrops(task, task.train, labels, batch_size, train)
     steps_per_epoch = images.order.steps_per_epoch
     num_steps = epochs * steps_per_epoch
     heads = _build_heads(task, rates * 2 if fast else rates, batch_size, "sgd" if fast else "lars")
     _warn_of_few_steps(task, heads.rates[0], num_steps, fast)
     num_classes = len(task.val.manifest.classes)
     val = features_of(task, task.val, folder, "val")
+    wrong = [image.label for image in val.undecodable]
     held_out = choose_held_out(len(labels), task.seed) if fast else None
-    learner = FrozenEncoder(task, heads, held_out)
+    learner = (FrozenFeatures if centre else FrozenEncoder)(task, heads, held_out)
     progress = restore(folder, learner)
     if progress.step:
         task.say(f"resumed at step {progress.step:,} of {num_steps:,}")
@@ -175,7 +231,7 @@ def _evaluate(task, folder, labels, rates, epochs, batch_size, fast):
         if fast:
             task.say(f"epoch {epoch} of {epochs}")
             return {"epoch": epoch}
-        score = score_features(heads, *val[:2], num_classes).percent()
+        score = score_features(heads, *val[:2], num_classes, wrong).percent()
         task.say(f"epoch {epoch} of {epochs}: top-1 {score['top1']:.2f}%, top-5 {score['top5']:.2f}%")
         return {"epoch": epoch, **score, "val_loss": score["loss"]}
 
@@ -187,18 +243,38 @@ def _evaluate(task, folder, labels, rates, epochs, batch_size, fast):
         steps_per_epoch=steps_per_epoch,
         folder=folder,
         end_epoch=end_epoch,
+        undecodable=images.undecodable,
     )
+    score = score_features(heads, *val[:2], num_classes, wrong)
     if held_out is not None:
-        unseen = features_of(task, Subset(task.train, np.flatnonzero(held_out)), folder, "held_out")
-        scores = (score_features(heads, *part[:2], num_classes) for part in (unseen, val))
-        figures = choose(rates, *scores, heads.finite())
+        features, truth = _held_out_features(task, folder, held_out, train)
+        figures = choose(rates, score_features(heads, features, truth, num_classes), score, heads.finite())
     else:
         figures = {
-            **with_intervals(progress.history[-1]),
+            **figures_of(score),
             "lr": rates[0],
             "optimizer": "LARS, bias scaled too",
         }
-    return {**figures, "history": progress.history}
+    undecodable = undecodable_names(progress, val.undecodable)
+    return {**figures, "history": progress.history, "undecodable": undecodable}
+
+
+def _held_out_features(task, folder, held_out, train):
+    """Features (n, F) and labels (n,) of centre crops of this rank's held-out images, out of ``train`` if there."""
+    if train is None:
+        unseen = features_of(task, Subset(task.train, np.flatnonzero(held_out)), folder, "held_out")
+        return unseen.features, unseen.labels
+    chosen = torch.from_numpy(held_out)[train.ids]
+    return train.features[chosen], train.labels[chosen]
+
+
+def undecodable_names(progress: Progress, val: Sequence[Undecodable]) -> dict[str, list[tuple[str, str]]]:
+    """(name, error) of all images that do not decode: those met in training, and of the validation set. Collective."""
+    of_val = sorted(image for part in gather_objects(list(val)) for image in part)
+    return {
+        "train": sorted(progress.undecodable.items()),
+        "val": [(image.name, image.error) for image in of_val],
+    }
 
 
 def _warn_of_few_steps(task, rate, num_steps, fast):
@@ -246,7 +322,7 @@ def choose(rates: Sequence[float], held_out: Score, val: Score, finite: Sequence
     best = max(usable, key=lambda row: (row["held_out_top1"], -row["held_out_loss"]))
     best_on_val = max(usable, key=lambda row: row["top1"])
     return {
-        **with_intervals(best),
+        **figures_of(val, num_rates + list(rates).index(best["lr"])),
         "lr": best["lr"],
         "optimizer": "SGD, momentum 0.9, no weight decay",
         "chosen_by": "top-1 on a tenth of the training images, by classifiers trained without them",
@@ -255,19 +331,22 @@ def choose(rates: Sequence[float], held_out: Score, val: Score, finite: Sequence
     }
 
 
-def with_intervals(score: dict[str, Any]) -> dict[str, Any]:
-    """A score with intervals of top-1 and top-5."""
-    kept = {name: score[name] for name in ("top1", "top5", "mean_per_class", "images")}
+def figures_of(score: Score, head: int = 0) -> dict[str, Any]:
+    """A head's :meth:`Score.percent`, with intervals of top-1 and top-5 and the right answers by class."""
+    found = score.percent(head)
     return {
-        **kept,
-        "top1_interval": interval(score["right"], score["images"]),
-        "top5_interval": interval(score["right_of_5"], score["images"]),
+        **{name: found[name] for name in ("top1", "top5", "mean_per_class", "images")},
+        "top1_interval": interval(found["right"], found["images"]),
+        "top5_interval": interval(found["right_of_5"], found["images"]),
         "confidence": CONFIDENCE,
+        "images_per_class": score.images.tolist(),
+        "right_per_class": score.top1[head].tolist(),
     }
 
 
 def _show(task, folder, result):
-    protocol = "fast linear" if "results" in result else "linear (the paper's protocol)"
+    crops = result["settings"].get("crops", "random")
+    protocol = f"fast linear ({crops} crops)" if "results" in result else "linear (the paper's protocol)"
     rows = result.get("results") or [result]
     table = [
         {
@@ -282,10 +361,13 @@ def _show(task, folder, result):
     ]
     notes = [
         ", ".join(_interval_text(result, name) for name in ("top1", "top5")),
-        INTERVAL_WORDS,
+        *result_notes(result, result.get("right_per_class") or []),
         f"base learning rate {result['lr']:g} per 256 images: {result['lr_source']}",
     ]
     if "results" in result:
+        notes.append(
+            f"trained on {crops} crops, judged on centre crops: a figure of the other crops is another figure"
+        )
         best = result["best_on_validation"]
         notes.append(
             f"chosen by {result['chosen_by']} (the best on the validation images: lr {best['lr']:g}, "

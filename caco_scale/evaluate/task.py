@@ -1,15 +1,16 @@
 """What every evaluation begins with: the processes, the encoder, the two sets of images."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from caco_scale.data.labels import check_same_classes
+from caco_scale.data.labels import lacking_classes, with_classes_of
 from caco_scale.data.loader import evaluation_batches
+from caco_scale.data.pipeline import Undecodable
 from caco_scale.data.store import open_store
 from caco_scale.data.store.base import Store
 from caco_scale.data.store.folder import split_folders
@@ -17,7 +18,7 @@ from caco_scale.data.views import describe_crop, usual_resize
 from caco_scale.distributed.collectives import gather_objects
 from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.errors import UserError
-from caco_scale.evaluate.results import ResultFolder
+from caco_scale.evaluate.results import INTERVAL_WORDS, ResultFolder
 from caco_scale.run.environment import describe_environment
 from caco_scale.weights.build import gist
 from caco_scale.weights.load import Weights, describe, load_weights
@@ -81,8 +82,8 @@ class Task:
             "channels_last": self.device.type == "cuda",
         }
 
-    def evaluation_batches(self, store: Store) -> Iterable:
-        """This process's share of a whole set, centre-cropped."""
+    def evaluation_batches(self, store: Store, undecodable: list[Undecodable]) -> Iterable:
+        """This process's share of a whole set, centre-cropped; what does not decode goes to ``undecodable``."""
         return evaluation_batches(
             store,
             self.size,
@@ -91,6 +92,7 @@ class Task:
             batch_size=self.images_at_once,
             workers=self.workers,
             resize=self.resize,
+            undecodable=undecodable,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -115,11 +117,23 @@ class Task:
         settings = {"evaluation": name, **self.describe(), **settings}
         return ResultFolder(flags.to, base, f"{name}-{step}", settings, self.is_main)
 
-    def report(self, folder: ResultFolder, seconds: float, **result: Any) -> dict[str, Any]:
-        """Write ``result.json``: the figures, and all that one needs to trust them -> its content. Collective."""
+    def report(
+        self,
+        folder: ResultFolder,
+        seconds: float,
+        undecodable: Mapping[str, Sequence[tuple[str, str]]],
+        **result: Any,
+    ) -> dict[str, Any]:
+        """Write ``result.json``: the figures, and all that one needs to trust them -> its content. Collective.
+
+        ``undecodable``: of ``train`` and ``val``, (name, error) of each image that does not decode.
+        """
         places = gather_objects((str(self.device), os.uname().nodename))
         content = {
             **result,
+            "intervals": INTERVAL_WORDS,
+            "undecodable": {which: list(images) for which, images in undecodable.items()},
+            "classes": list(self.val.manifest.classes),
             "settings": folder.settings,
             "weights": describe(self.weights),
             "data": {
@@ -155,7 +169,7 @@ def build_task(flags: Any) -> Task:
     )
     train.check()
     val.check()
-    check_same_classes(train, val, FULL_NAMES[flags.command])
+    val = with_classes_of(train, val, FULL_NAMES[flags.command])
     size = flags.size or weights.size
     compute = {"fp64": torch.float64}.get(flags.precision, torch.float32)
     task = Task(
@@ -241,3 +255,5 @@ def _introduce(task, flags):
         task.say(
             f"{name}: {store.manifest.num_samples:,} images of {len(store.manifest.classes)} classes in {store.url}"
         )
+    if absent := lacking_classes(task.val):
+        task.say(absent)

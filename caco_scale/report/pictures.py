@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,7 +135,13 @@ def read_images(run: Run, address: str, limit: int | None, flag: str = "data.sha
     size = run.config.views.size
     limit = limit or min(MAX_IMAGES, max(NUM_NEAREST, MEMORY_BYTES // (3 * size**2)))
     ids = spread_ids(store.manifest.num_samples, limit)
-    reading = {"rank": 0, "world_size": 1, "batch_size": 64, "workers": 0, "resize": run.config.eval.resize}
+    reading: dict[str, Any] = {
+        "rank": 0,
+        "world_size": 1,
+        "batch_size": 64,
+        "workers": 0,
+        "resize": run.config.eval.resize,
+    }
     try:
         batches = list(evaluation_batches(store, size, ids=ids, **reading))
     except OSError as error:

@@ -59,7 +59,9 @@ def _scores(result):
             for row in result["results"]
         ]
     else:
-        how = f"lr {result['lr']:g} per 256 images" if "lr" in result else ""
+        parts = [f"lr {result['lr']:g} per 256 images"] if "lr" in result else []
+        parts += [f"{result['settings']['crops']} crops"] if "crops" in result["settings"] else []
+        how = ", ".join(parts)
         rows = [(str(protocol), how, result["top1"], result.get("top1_interval"))]
     return [
         LoggedScore(

@@ -18,6 +18,7 @@ from caco_scale import config as configuration
 from caco_scale.checkpoint.folder import check_files, read_values
 from caco_scale.checkpoint.resume import checkpoint_to_resume
 from caco_scale.config import Config
+from caco_scale.data.labels import lacking_classes, with_classes_of
 from caco_scale.data.order import share_size
 from caco_scale.distributed.collectives import assert_equal_on_all_ranks
 from caco_scale.distributed.strategies.build import check_combination
@@ -135,21 +136,19 @@ def check_evaluation(start: Start) -> str | None:
         return None
     manifest, val_store, k = start.data.store.manifest, start.data.val_store, start.config.eval.knn_k
     val_store.check()
-    classes = val_store.manifest.classes
-    if classes != manifest.classes:
-        raise UserError(
-            f"{val_store.url} has {len(classes)} classes, the training set {len(manifest.classes)}, "
-            "or other names: build both from trees with the same class folders, or leave data.val_shards empty"
-        )
     unlabelled = manifest.num_samples - sum(manifest.class_counts)
     if unlabelled:
         raise UserError(
             f"{unlabelled:,} of {manifest.num_samples:,} training images have no class: give each one a class folder, "
             "or leave data.val_shards empty"
         )
+    absent = lacking_classes(
+        with_classes_of(start.data.store, val_store, "kNN while training (data.val_shards)")
+    )
     if k > manifest.num_samples:
         raise UserError(f"eval.knn_k {k} is more than the {manifest.num_samples:,} training images: lower it")
-    return f"{val_store.url}: {val_store.manifest.num_samples:,} images to evaluate on"
+    count = f"{val_store.manifest.num_samples:,} images to evaluate on"
+    return f"{val_store.url}: {count}; {absent}" if absent else f"{val_store.url}: {count}"
 
 
 def check_resume(start: Start) -> str | None:

@@ -3,11 +3,13 @@
 import time
 
 from caco_scale.config import Config
+from caco_scale.data.labels import lacking_classes, with_classes_of
 from caco_scale.data.views import describe_crop
 from caco_scale.distributed.collectives import gather_objects
 from caco_scale.distributed.strategies.base import Strategy
 from caco_scale.evaluate.features import pixels
-from caco_scale.evaluate.knn import evaluate_knn
+from caco_scale.evaluate.knn import Measured, measure_knn
+from caco_scale.evaluate.results import undecodable_line
 from caco_scale.run.directory import RunDirectory
 from caco_scale.run.scores import logged_scores
 from caco_scale.run.stopping import JobEnd
@@ -60,10 +62,13 @@ class Evaluations:
         self._config, self._data, self._strategy, self._end = config, data, strategy, end
         self._job_end, self._telemetry = job_end, telemetry
         self.knn: dict[int | str, float] = {}
+        self._warned: set[str] = set()
         if config.eval.knn_every and not data.val_store:
             telemetry.note("no kNN evaluation: data.val_shards is empty")
         if data.val_store:
             telemetry.note(f"images for kNN: {describe_crop(config.views.size, config.eval.resize)}")
+            if absent := lacking_classes(with_classes_of(data.store, data.val_store, "kNN")):
+                telemetry.note(f"kNN: {absent}")
 
     def due(self, step: int) -> bool:
         """Whether the encoder after ``step`` steps is to be evaluated, and has not been."""
@@ -86,20 +91,23 @@ class Evaluations:
     def run(self, step: int) -> None:
         """Evaluate the query encoder. Collective."""
         began = time.monotonic()
-        self.knn[step] = self._encoder_knn()
+        measured = self._encoder_knn()
+        self.knn[step] = self._top1(measured)
         seconds = time.monotonic() - began
         self._job_end.took("evaluation", seconds)
         epoch = step / self._data.order.steps_per_epoch
         figures = {"knn_top1": self.knn[step], "knn_seconds": seconds}
-        self._telemetry.log_event(step, {"epoch": epoch, **figures})
+        self._telemetry.log_event(step, {"epoch": epoch, **figures, **self._undecodable(measured)})
         self._telemetry.note(f"step {step:,}: kNN top-1 {self.knn[step]:.2f}%")
 
     def _run_baselines(self):
         """Raw pixels and the untrained encoder, what any later figure is to be compared with."""
         if not self._config.eval.baselines or not self._data.val_store:
             return
-        raw, untrained = self._knn(pixels, None), self._encoder_knn()
-        self._telemetry.log_event(0, {"knn_top1": untrained, "knn_top1_raw_pixels": raw})
+        measured = self._knn(pixels, None)
+        raw, untrained = self._top1(measured), self._top1(self._encoder_knn())
+        figures = {"knn_top1": untrained, "knn_top1_raw_pixels": raw}
+        self._telemetry.log_event(0, {**figures, **self._undecodable(measured)})
         self._telemetry.note(f"kNN top-1 before training: raw pixels {raw:.2f}%, encoder {untrained:.2f}%")
         self.knn |= {"pixels": raw, 0: untrained}
 
@@ -118,12 +126,12 @@ class Evaluations:
         with self._strategy.evaluation_encoder() as encoder:
             return self._knn(encoder.features, encoder)
 
-    def _knn(self, encode, module):
-        """kNN of what ``encode``, of ``module``, makes of images: percent, the same on every rank."""
+    def _knn(self, encode, module) -> Measured:
+        """kNN of what ``encode``, of ``module``, makes of images, the same on every rank."""
         config, strategy = self._config, self._strategy
         assert self._data.val_store is not None, "no evaluation is due without a set for it"
         with self._telemetry.meter.paused():
-            return evaluate_knn(
+            return measure_knn(
                 encode,
                 self._data.store,
                 self._data.val_store,
@@ -136,12 +144,29 @@ class Evaluations:
                 resize=config.eval.resize,
                 mean=config.views.mean,
                 std=config.views.std,
-                k=config.eval.knn_k,
-                temperature=config.eval.knn_temperature,
+                k=[config.eval.knn_k],
+                temperature=[config.eval.knn_temperature],
                 device=strategy.device,
                 dtype=parameter_dtype(config),
                 workers=config.data.workers,
             )
+
+    def _top1(self, measured):
+        evaluation = self._config.eval
+        return measured.counts["features"].top1(evaluation.knn_k, evaluation.knn_temperature)
+
+    def _undecodable(self, measured):
+        """Warn, once a start, of images that do not decode -> how many of the validation's count as wrong, if any."""
+        assert self._data.val_store is not None, "it was measured"
+        stores = {"train": self._data.store, "val": self._data.val_store}
+        for which, images in measured.undecodable.items():
+            if images and which not in self._warned:
+                self._warned.add(which)
+                total = stores[which].manifest.num_samples
+                named = [(image.name, image.error) for image in images]
+                self._telemetry.warn(f"kNN: {undecodable_line(which, named, total)}")
+        wrong = len(measured.undecodable["val"])
+        return {"knn_undecodable": wrong} if wrong else {}
 
     def state_dict(self) -> dict:
         return {"knn": [[step, value] for step, value in self.knn.items()]}

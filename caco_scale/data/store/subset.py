@@ -41,8 +41,11 @@ class Subset(Store):
 
     def index(self, shard: int) -> "ChosenSamples":
         if shard not in self._chosen:
-            self._chosen[shard] = ChosenSamples(self._store.index(shard), self._positions[shard])
+            self._chosen[shard] = self._choose(shard)
         return self._chosen[shard]
+
+    def _choose(self, shard):
+        return ChosenSamples(self._store.index(shard), self._positions[shard])
 
     def read(self, shard: int, start: int, num_bytes: int) -> bytes:
         return self._store.read(shard, start, num_bytes)
@@ -65,6 +68,27 @@ class Subset(Store):
 
     def _most_of(self, shard):
         return len(self._positions[shard]) >= PREFETCH_SHARE * self._store.manifest.shards[shard].num_samples
+
+
+class Relabelled(Subset):
+    """All images of a store, their labels as places in ``classes``, among which are all of the store's own."""
+
+    pickled = (*Subset.pickled, "_labels")
+
+    def __init__(self, store: Store, classes: tuple[str, ...]):
+        super().__init__(store, np.arange(store.manifest.num_samples))
+        places = {name: place for place, name in enumerate(classes)}
+        counts = dict(zip(store.manifest.classes, store.manifest.class_counts, strict=True))
+        self._labels = np.array(
+            [*(places[name] for name in store.manifest.classes), -1]
+        )  # the last: of no class
+        class_counts = tuple(counts.get(name, 0) for name in classes)
+        self.manifest = replace(self.manifest, classes=classes, class_counts=class_counts)
+
+    def _choose(self, shard):
+        chosen = super()._choose(shard)
+        chosen.labels = self._labels[np.minimum(chosen.labels, len(self._labels) - 1)]
+        return chosen
 
 
 class ChosenSamples(Sequence[str]):
