@@ -4,14 +4,17 @@ import io
 import math
 import os
 import pty
+import shutil
 import subprocess
 import sys
+import threading
 from contextlib import closing
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from caco_scale.errors import UserError
 from caco_scale.run.directory import RunDirectory
 from caco_scale.run.display import describe_figures
 from caco_scale.run.files import read_json_lines
@@ -226,3 +229,29 @@ def test_other_ranks_say_nothing(tmp_path):
         assert telemetry.meter.read()["images_per_second"] > 0
     assert stream.getvalue() == ""
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("what", ["file", "pipe"])
+def test_a_tensorboard_that_cannot_be_is_one_line(tmp_path, what):
+    place = tmp_path / "tensorboard"
+    place.write_text("") if what == "file" else os.mkfifo(place)
+    with pytest.raises(UserError, match=r"cannot write .*/tensorboard: .+; free or fix that place"):
+        telemetry_of(tmp_path)
+
+
+def test_a_tensorboard_that_fails_later_is_one_line_without_a_traceback(tmp_path, capsys):
+    before = threading.excepthook
+    telemetry = telemetry_of(tmp_path)
+    shutil.rmtree(tmp_path / "tensorboard")
+    (tmp_path / "tensorboard").write_text("")
+
+    def log():
+        for step in range(1, 4):
+            telemetry.log_event(step, {"knn_top1": 1.0})
+            telemetry.flush()
+
+    with pytest.raises(UserError, match=r"cannot write .*/tensorboard"):
+        log()
+    telemetry.close()
+    assert threading.excepthook == before
+    assert "Traceback" not in capsys.readouterr().err

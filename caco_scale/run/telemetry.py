@@ -20,6 +20,7 @@ figure never differ: whatever is a number in metrics.jsonl is the TensorBoard sc
 import contextlib
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
@@ -65,10 +66,15 @@ class Telemetry:
         kept_step = start_step if kept_step is None else kept_step
         purge_step = kept_step + 1 if kept_step else 0
         folder = str(run_directory.tensorboard)
-        with self._board_errors():
-            self._board = run_directory.disk.call(
-                lambda: SummaryWriter(folder, purge_step=purge_step, flush_secs=30)
-            )
+        self._thread_hook, threading.excepthook = threading.excepthook, self._of_other_threads
+        try:
+            with self._board_errors():
+                self._board = run_directory.disk.call(
+                    lambda: SummaryWriter(folder, purge_step=purge_step, flush_secs=30)
+                )
+        except UserError:
+            threading.excepthook = self._thread_hook
+            raise
         stream = sys.stdout if stream is None else stream
         if is_terminal(stream):
             self._display: LiveBar | PlainLines = LiveBar(stream, total_steps, start_step)
@@ -114,6 +120,11 @@ class Telemetry:
         with self._board_errors():  # its queue waits for the disk when it is full
             self._run.disk.call(lambda: [self._board.add_scalar(n, v, step) for n, v in numbers.items()])
 
+    def _of_other_threads(self, error):
+        """TensorBoard's writer would print its traceback, beside the one line that its error becomes here."""
+        if type(error.thread).__module__.split(".")[0] != "tensorboard":
+            self._thread_hook(error)
+
     @contextlib.contextmanager
     def _board_errors(self):
         """TensorBoard's writer thread keeps an error of the disk and raises it at the next call."""
@@ -155,4 +166,6 @@ class Telemetry:
                 pass
             except (OSError, UserError) as error:  # must not hide the error that the run may be ending by
                 print(f"warning: the records may lack their end: {one_line(error)}", file=sys.stderr)
+            if threading.excepthook == self._of_other_threads:
+                threading.excepthook = self._thread_hook
             self._run.close()
