@@ -41,13 +41,17 @@ SWITCH = 3  # the first CaCo step of SMALL
 
 
 def command(flags, num_processes=1, recipe="demo", launcher=()):
-    """The command line of a run: ``accelerate launch`` of ``num_processes`` processes with the project's ddp.yaml."""
-    launcher = launcher or by("ddp", num_processes)["launcher"]
+    """The command line of a run: ``accelerate launch`` of ``num_processes`` processes with the project's ddp.yaml.
+
+    One process without a launcher's options is started as it is: the launcher would take half the time of a small run.
+    """
     if num_processes > 1 and "--run.world_size" not in flags:
         flags = {"run.world_size": num_processes, **flags}
     words = [word for name, value in flags.items() for word in (f"--{name}", *_words(value))]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *launcher]
-    return [*launch, "-m", "caco_scale.pretrain", recipe, *words]
+    if num_processes > 1 and not launcher:
+        launcher = by("ddp", num_processes)["launcher"]
+    launch = ["-m", "accelerate.commands.launch", *launcher] if launcher else []
+    return [sys.executable, *launch, "-m", "caco_scale.pretrain", recipe, *words]
 
 
 def by(config, num_processes):

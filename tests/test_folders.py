@@ -210,7 +210,7 @@ def test_training_from_a_folder_is_resumed_exactly_and_reads_the_planned_files(c
     assert [line["step"] for line in figures] == [12, 15]
     photographs(class_folders / "train", ["a/one_more.png"])
     try:
-        error = launch({**parts, "run.max_steps": 16}, code=1)  # the launcher's own
+        error = launch({**parts, "run.max_steps": 16}, code=2)
         assert "was trained on another data set (96 images" in error
     finally:
         (class_folders / "train/a/one_more.png").unlink()

@@ -139,7 +139,7 @@ def test_the_switch_files_of_a_run_on_two_processes(flags, tmp_path):
     assert process.returncode == 0, output
     reason, step = marker(run)
     assert reason == "STOP"
-    assert f"error: {run / 'STOP'} is there" in launch(flags, code=1)
+    assert f"error: {run / 'STOP'} is there" in launch(flags, code=2)
     (run / "STOP").unlink()
     launch({**flags, "run.max_steps": step + 2})
     assert not (run / "INTERRUPTED").exists()
