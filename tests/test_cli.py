@@ -18,6 +18,7 @@ from caco_scale.commands.completion import script
 from caco_scale.config import parse
 from caco_scale.errors import UserError
 from caco_scale.flags import read as flags
+from caco_scale.sweep.__main__ import read_arguments
 
 EVERY = list(commands.every_command())
 # Module commands that are not the name of a command of ``caco``.
@@ -134,6 +135,7 @@ print("none")
         ("caco_scale.doctor.estimate", "estimate"),
         ("caco_scale.doctor.preflight", "preflight"),
         ("caco_scale.benchmark", "benchmark"),
+        ("caco_scale.sweep", "sweep"),
         ("data_prep", "shards"),
     ],
 )
@@ -212,6 +214,8 @@ def test_the_readmes_commands_are_read(monkeypatch, tmp_path):
             continue  # it is named, and it is there
         if kind is None:
             parse(words)
+        elif name == "sweep":
+            read_arguments([str(ROOT / words[0]), *words[1:]])
         elif getattr(kind, "takes_recipe", False):
             parse(words, own=kind)
         else:
@@ -255,5 +259,7 @@ def test_a_shell_completes_commands_flags_and_choices():
     assert completed("caco doctor --proc", bash) == ["--processes"]
     assert completed("caco benchmark step --optim.na", bash) == ["--optim.name"]
     assert completed("caco export --format t", bash) == ["torchvision", "timm"]
+    assert completed("caco sweep study.yaml --bank.si", bash) == ["--bank.size"]
+    assert completed("caco sweep de", bash) == []  # a file, no recipe
     assert completed("caco pretrain demo some/fi", bash) == []  # the shell's own file names
     assert "bashcompinit" in script("zsh")

@@ -64,7 +64,7 @@ def script(shell: str) -> str:
         names = [f"--{name}" for name, hint in hints.items() if not is_positional(hint)]
         flags.append((f'"{command}"', [*names, "--help"]))
         words += [(f'"{command} --{name}"', choices(hint)) for name, hint in hints.items() if choices(hint)]
-        if Config in kinds:
+        if _takes(kinds[:1], "takes_recipe"):
             words.append((f'"{command} {command.split()[-1]}"', recipe_names()))
     return (ZSH if shell == "zsh" else "") + SCRIPT.format(
         groups="|".join(groups),
@@ -87,8 +87,13 @@ def _dataclasses() -> Iterator[tuple[str, list[type[Any]]]]:
             module = importlib.import_module(command.module)
             kinds = {name: [getattr(module, command.flags)] if command.flags else []}
         for full, own in kinds.items():
-            takes_recipe = not own or getattr(own[0], "takes_recipe", False)
-            yield full, own + ([Config] if takes_recipe else [])
+            takes_flags = _takes(own, "takes_recipe") or _takes(own, "takes_flags")
+            yield full, own + ([Config] if takes_flags else [])
+
+
+def _takes(own, what):
+    """Does the command take a recipe, or a recipe's flags? One without flags of its own, pretrain, takes both."""
+    return own[:1] in ([], [Config]) or getattr(own[0], what, False)
 
 
 @exit_on_user_error

@@ -20,6 +20,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "pretrain": Command("caco_scale.pretrain", "Train an image encoder by a recipe; without one, the demo."),
+    "sweep": Command("caco_scale.sweep.__main__", "Many runs by one file, and a table of them.", "Sweep"),
     "shards": Command("data_prep.__main__", "Shard sets of images."),
     "evaluate": Command("caco_scale.evaluate.__main__", "How good a backbone is."),
     "export": Command("caco_scale.export.__main__", "A backbone as a file for other programs.", "Export"),
