@@ -100,7 +100,7 @@ def to_rich(found: Sequence[Line], title: str) -> Table:
         table.add_column(name, justify="right")
     table.add_column("not done")
     for line in found:
-        epochs = " ".join(f"{epoch:.0f}" for epoch in line.values("best_epoch"))
+        epochs = " ".join(f"{epoch:.3g}" for epoch in line.values("best_epoch"))
         figures = [_shown(line.values(figure)) for figure in ("final", "best")]
         before = [_shown(line.values(figure)) for figure in ("pixels", "untrained")]
         minutes = [seconds / 60 for seconds in line.values("seconds")]

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/studies/split.py TRAIN TO --train 10000 --held-out 5000
 
-``TRAIN/<class>/*`` is a training set; TO/train and TO/held_out become folders of links to its files, each class an equal
-part, no file in both. The same seed draws the same files.
+``TRAIN/<class>/*`` is a training set; TO/train and TO/held_out become folders of links to its files,
+each class an equal part, no file in both. The same seed draws the same files.
 """
 
 import argparse
