@@ -23,6 +23,7 @@ from caco_scale.run.signals import PR_SET_PDEATHSIG
 from caco_scale.sweep.runs import CONSOLE
 from caco_scale.sweep.study import Planned
 
+PROGRAM = (sys.executable, "-m", "caco_scale.pretrain")
 ORPHAN_SECONDS = 900  # that the runs of a killed sweep may take for their step, evaluation and save
 POLL_SECONDS = 0.2
 
@@ -130,7 +131,7 @@ class Runner:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self._jobs)))
         with open(planned.directory / CONSOLE, "ab") as console:
             return subprocess.Popen(
-                [sys.executable, "-m", "caco_scale.pretrain", *planned.command()],
+                [*PROGRAM, *planned.command()],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=console,

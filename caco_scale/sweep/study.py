@@ -11,6 +11,7 @@
 ``runs`` and ``grid`` may each be left out.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +31,7 @@ OWN = {  # fields that the sweep sets itself -> what to use instead
     "run.seed": "seeds: in the study",
     "run.resume": "nothing: a run always resumes",
 }
-MOST_RUNS = 10_000
+MOST_RUNS = 2_000
 MOST_NAME = 200  # characters of a folder's name, of which file systems take 255
 
 
@@ -50,13 +51,18 @@ class Planned:
 
     def command(self) -> list[str]:
         """The words after ``python -m caco_scale.pretrain`` that give this run: its recipe, and what differs."""
-        before, words = configuration.flatten(configuration.load_recipe(self.recipe)), [self.recipe]
+        before, words = _values(self.recipe), [self.recipe]
         for field, value in configuration.flatten(self.config).items():
             if value != before[field]:
                 words += (
                     [f"--{field}", *map(str, value)] if isinstance(value, tuple) else [f"--{field}={value}"]
                 )
         return words
+
+
+@functools.cache
+def _values(recipe):
+    return configuration.flatten(configuration.load_recipe(recipe))
 
 
 @dataclass(frozen=True)
