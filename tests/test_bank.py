@@ -10,6 +10,7 @@ import json
 import traceback
 from pathlib import Path
 
+import oracle_kin
 import pytest
 import torch
 import torch.distributed as dist
@@ -54,11 +55,21 @@ def contrast(bank, inputs, micro_steps=1, **settings):
     return results, [q.grad / bank.num_ranks for q in queries]
 
 
+def expected_step(bank, inputs, rows, velocity, micro_steps, **settings):
+    if settings.get("rule") not in oracle_kin.RULES:
+        return oracle_step(*inputs[:2], rows, velocity, pointer=bank.pointer, **settings)
+    by_rank = torch.arange(len(inputs[0][0])).view(
+        bank.num_ranks, micro_steps, -1
+    )  # a micro-batch: some of each
+    groups = [by_rank[:, m].flatten() for m in range(micro_steps)]
+    return oracle_kin.kin_step(*inputs[:2], rows, velocity, pointer=bank.pointer, groups=groups, **settings)
+
+
 def assert_step(bank, inputs, tolerance=1e-10, lr=3.0, micro_steps=1, **settings):
     """One step of the bank and of the oracle on the same global batch: everything agrees on this rank."""
     close = {"rtol": tolerance, "atol": tolerance, "check_dtype": False}
     rows, velocity = bank.full()
-    expected = oracle_step(*inputs[:2], rows, velocity, lr=lr, pointer=bank.pointer, **settings)
+    expected = expected_step(bank, inputs, rows, velocity, micro_steps, lr=lr, **settings)
     results, dq = contrast(bank, inputs, micro_steps, **settings)
     bank.step(results if micro_steps > 1 else results[0], lr)
 
@@ -154,6 +165,19 @@ def adco(rank, world_size):
             )
 
 
+def kin(rank, world_size):
+    """Rules whose positive is the nearest row of a queue, or whose negatives are the batch."""
+    for rule in oracle_kin.RULES:
+        for exchange in EXCHANGES:
+            for num_rows, num_views, temperature in ((97, 2, 0.1), (5, 2, 0.08), (60, 4, 0.2)):
+                inputs = random_inputs(12, num_rows, 16, num_views, seed=num_rows)
+                bank = make_bank(*inputs[2:], exchange)
+                for step in range(3):  # the queue wraps; what it holds is looked up in the next step
+                    inputs = random_inputs(12, num_rows, 16, num_views, seed=1000 + step)
+                    assert_step(bank, inputs, rule=rule, temperature=temperature)
+                assert bank.pointer == (0 if rule == "inbatch" else 72 % num_rows)
+
+
 def moco_queue(rank, world_size):
     for num_rows in (
         100,
@@ -173,12 +197,13 @@ def rules_follow_each_other(rank, world_size):
     for exchange in EXCHANGES:
         rows, velocity = random_inputs(12, 61, 8)[2:]
         bank = make_bank(rows, velocity, exchange)
-        for step, rule in enumerate(("moco", "moco", "caco", "caco", "adco", "moco", "caco")):
+        for step, rule in enumerate(("moco", "moco", "caco", "nnclr", "caco", "adco", "nearest", "caco")):
             assert_step(bank, random_inputs(12, 61, 8, seed=step), tolerance=1e-9, rule=rule)
 
 
 def accumulation(rank, world_size):
-    for rule, num_rows in (("caco", 50), ("adco", 50), ("moco", 50), ("moco", 31)):
+    own = [(rule, 31) for rule in ("moco", *oracle_kin.RULES)]
+    for rule, num_rows in (("caco", 50), ("adco", 50), ("moco", 50), *own):
         inputs = random_inputs(24, num_rows, 8, 3, seed=3)
         assert_step(make_bank(*inputs[2:]), inputs, micro_steps=2, rule=rule, bank_temperature=0.07)
 
@@ -189,7 +214,7 @@ def small_blocks_and_tiles(rank, world_size):
     with tiles_of(
         7 * 20 * 8, 21 * most_rows * 8
     ):  # 5 samples a block and 2 in the last; 7 rows a tile and 17
-        for rule in ("caco", "adco", "moco"):
+        for rule in ("caco", "adco", "moco", "nearest"):
             for exchange in EXCHANGES:
                 for bank_temperature in (0.05, 0.08):
                     settings = {"rule": rule, "bank_temperature": bank_temperature}
@@ -244,10 +269,13 @@ def not_finite_is_known_on_every_rank(rank, world_size):
                 else:
                     keys[0][11] = torch.nan if broken == "key" else torch.inf
                 bank = make_bank(rows.to(dtype), velocity.to(dtype), exchange, dtype)
-                (result,), _ = contrast(bank, (queries, keys))
-                assert result.loss.isnan(), broken
-                for positive in result.positives:
-                    assert ((positive >= 0) & (positive < 40)).all()
+                for rule in ("caco", "inbatch", "nnclr"):
+                    if rule != "caco" and broken == "row":
+                        continue  # it is no row's nearest, then
+                    (result,), _ = contrast(bank, (queries, keys), rule=rule)
+                    assert result.loss.isnan(), (broken, rule)
+                    for positive in result.positives or ():
+                        assert ((positive >= 0) & (positive < 40)).all()
 
 
 def whole_bank(rank, world_size):
@@ -266,14 +294,14 @@ def state_continues(rank, world_size):
     """A bank that takes another's state, after torch.save, goes on as the other does, moco's pointer included."""
     for num_rows in (50, 5):
         first, second = (ShardedBank(num_rows, 8, dtype=torch.float64, seed=s) for s in (0, 1))
-        for step, rule in enumerate(("moco", "caco", "caco", "moco")):
+        for step, rule in enumerate(("moco", "caco", "nnclr", "moco")):
             first.step(contrast(first, random_inputs(12, num_rows, 8, seed=step), rule=rule)[0], 3.0)
         file = io.BytesIO()
         torch.save(first.state_dict(), file)
         file.seek(0)
         second.load_state_dict(torch.load(file, weights_only=True))
-        assert second.pointer == first.pointer == 48 % num_rows
-        for step, rule in enumerate(("caco", "moco")):
+        assert second.pointer == first.pointer == 72 % num_rows
+        for step, rule in enumerate(("nearest", "caco", "moco")):
             for bank in (first, second):
                 bank.step(contrast(bank, random_inputs(12, num_rows, 8, seed=step), rule=rule)[0], 3.0)
         for name, value in first.state_dict().items():
@@ -340,6 +368,7 @@ SCENARIOS = [
     golden,
     caco_at_any_size,
     adco,
+    kin,
     moco_queue,
     rules_follow_each_other,
     accumulation,

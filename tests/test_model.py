@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from caco_scale.distributed.syncbn import convert_sync_batchnorm
 from caco_scale.method.encoders import build_backbone
 from caco_scale.method.model import Encoder, QueryKeyModel, synchronise_key
-from caco_scale.method.projector import build_projector
+from caco_scale.method.projector import build_predictor, build_projector
 
 
 def make_model(dtype=torch.float32, arch="tiny", **options):
@@ -57,6 +57,23 @@ def test_key_starts_as_a_copy_and_never_takes_gradients():
         assert (p.grad is None) == name.startswith("key."), name
         if p.grad is not None:
             assert p.grad.abs().sum() > 0, name
+
+
+def test_a_predictor_is_the_querys_alone():
+    plain, views = make_model(torch.float64), make_views(dtype=torch.float64)
+    model = QueryKeyModel(
+        Encoder(plain.query.backbone, plain.query.projector, build_predictor(16, 24))
+    ).double()
+    (queries, keys), (plain_queries, plain_keys) = model(views), plain(views)
+    assert all(torch.equal(key, expected) for key, expected in zip(keys, plain_keys, strict=True))
+    assert not torch.allclose(queries[0], plain_queries[0])
+    torch.testing.assert_close(queries[0].norm(dim=1), torch.ones(6, dtype=torch.float64))
+    assert model.key.predictor is None
+    before = {name: p.clone() for name, p in model.query.named_parameters()}
+    for parameter in model.key.parameters():
+        parameter.data.add_(1)
+    synchronise_key(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.key.named_parameters())
 
 
 def test_key_runs_in_train_mode_with_statistics_of_its_own():

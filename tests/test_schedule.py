@@ -43,6 +43,9 @@ def replace(**changes):
         ({"bank_rule": "adco", "bank_warmup_epochs": 0}, 0),
         ({"bank_rule": "adco", "bank_warmup_epochs": 1}, 11),
         ({"bank_rule": "moco", "bank_warmup_epochs": 2}, 20),
+        ({"bank_rule": "nearest", "bank_warmup_epochs": 0}, 11),
+        ({"bank_rule": "nnclr", "bank_warmup_epochs": 0}, 0),
+        ({"bank_rule": "inbatch", "bank_warmup_epochs": 0}, 0),
     ],
 )
 def test_length_of_the_bank_warmup(changes, warmup_steps):
@@ -110,7 +113,9 @@ def test_lr_warmup_edges():
     assert hyper_parameters(longer, 99).lr == pytest.approx(PEAK / 2)
 
 
-@pytest.mark.parametrize(("rule", "bank_lr"), [("adco", 0.1), ("moco", 0.0)])
+@pytest.mark.parametrize(
+    ("rule", "bank_lr"), [("adco", 0.1), ("moco", 0.0), ("nnclr", 0.0), ("inbatch", 0.0)]
+)
 def test_baselines_start_with_the_main_schedule(rule, bank_lr):
     schedule = replace(bank_rule=rule, bank_warmup_epochs=0)
     first = hyper_parameters(schedule, 0)

@@ -15,6 +15,7 @@ import torch
 from launch import (
     SMALL,
     SWITCH,
+    by,
     environment,
     final_state,
     kill_when,
@@ -231,6 +232,28 @@ def test_baselines_train_in_the_same_loop(rule, flags, tmp_path):
     launch({**flags, "run.dir": tmp_path / "run", "bank.rule": rule, "run.max_steps": 4})
     lines = list(read_json_lines(tmp_path / "run/metrics.jsonl"))
     assert [line["phase"] for line in lines] == [rule] * 4
+
+
+def test_nnclr_goes_on_elsewhere_with_its_queue_and_its_predictor(flags, tmp_path):
+    given = {
+        **flags,
+        "bank.rule": "nnclr",
+        "bank.warmup_epochs": 1,
+        "run.max_steps": 22,
+    }  # the switch: step 12
+    launch({**given, "run.dir": tmp_path / "one"})
+    launch({**given, "run.dir": tmp_path / "other", "run.max_steps": 14}, **by("fsdp2", 2))
+    launch({**given, "run.dir": tmp_path / "other"})
+    (expected, values), (found, other_values) = (final_state(tmp_path / name) for name in ("one", "other"))
+    difference, name = relative_difference(found, expected)
+    assert difference <= 1e-8, f"{name} differs by {difference:.2e}"
+    assert values["bank_pointer"] == other_values["bank_pointer"] == 22 * 2 * 8 % 20
+    predictor = {name for name in found if "predictor." in name}
+    assert "query.predictor.0.weight" in predictor
+    assert "optimizer.predictor.0.weight/momentum_buffer" in predictor
+    assert not any(name.startswith("key") for name in predictor)
+    phases = [line["phase"] for line in read_json_lines(tmp_path / "other" / "metrics.jsonl")]
+    assert phases == ["bank warm-up"] * 12 + ["nnclr"] * 10
 
 
 @pytest.mark.parametrize("format", ["safetensors", "torchvision"])

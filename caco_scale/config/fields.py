@@ -17,6 +17,7 @@ from caco_scale.flags.choices import (
     Compute,
     KernelInputs,
     Optimizer,
+    Predictor,
     Stem,
 )
 from caco_scale.flags.rules import (
@@ -137,6 +138,8 @@ class Model:
     """Width of the projector's two hidden layers."""
     embedding_dim: Size = 256
     """Size of an embedding and of a bank row."""
+    predictor: Predictor = "auto"
+    """Predictor behind the query encoder's projector, as wide as that: mlp, none, or auto (mlp for the rule nnclr)."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,8 @@ class Bank:
     size: Size = 65536
     """Rows of the bank (learnable positives and negatives)."""
     rule: BankRule = "caco"
-    """caco (positives and negatives learned), adco (negatives learned), moco (a queue of keys)."""
+    """caco (positives and negatives learned), adco (negatives learned), moco (a queue of keys), nearest (a queue,
+    its nearest row is the positive), nnclr (that positive against the batch), inbatch (the batch's keys, no bank)."""
     exchange: Free[BankExchange] = "statistics"
     """What ranks exchange: exact softmax statistics, or whole rows of logits (equal result, heavy)."""
     kernel: BankKernel = "torch"

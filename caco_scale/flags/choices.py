@@ -5,7 +5,8 @@
 
 from typing import Literal, get_args
 
-BankRule = Literal["caco", "adco", "moco"]
+BankRule = Literal["caco", "adco", "moco", "nearest", "nnclr", "inbatch"]
+Predictor = Literal["auto", "mlp", "none"]
 BankExchange = Literal["statistics", "logits"]
 BankKernel = Literal["torch", "triton"]
 KernelInputs = Literal["fp32", "tf32", "bf16"]
@@ -17,6 +18,12 @@ ExportFormat = Literal["safetensors", "torchvision", "timm"]
 StrategyName = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 BANK_RULES: tuple[str, ...] = get_args(BankRule)
+# What the rules have in common: their positive is the nearest row, their rows learn, or are a queue of keys, and their
+# negatives are the batch.
+NEAREST_RULES = ("caco", "nearest", "nnclr")
+LEARNING_RULES = ("caco", "adco")
+QUEUE_RULES = ("moco", "nearest", "nnclr")
+BATCH_RULES = ("nnclr", "inbatch")
 BANK_EXCHANGES: tuple[str, ...] = get_args(BankExchange)
 BANK_KERNELS: tuple[str, ...] = get_args(BankKernel)
 KERNEL_INPUTS: tuple[str, ...] = get_args(KernelInputs)

@@ -16,8 +16,9 @@ No N×K matrix: the queries pass in blocks. With its own rows a rank makes e = e
 sums e and e u; when the ranks have added up Z = Σ e, it goes once more over the same e for pᵀ q = eᵀ (q / Z). A
 similarity lies between −1 and 1, so that neither e nor its sum leaves the numbers of the dtype: no maximum to find.
 
-Beside this file: ``contrast.py`` (its formulae), ``bank_compute.py`` (how one's own rows compute),
-``bank_exchange.py`` (what crosses ranks for the softmax), ``bank_rows.py`` (the first rows), ``kernels.py`` (Triton).
+Beside this file: ``contrast.py`` (its formulae), ``in_batch.py`` (rules whose negatives are the batch),
+``bank_compute.py`` (how one's own rows compute), ``bank_exchange.py`` (what crosses ranks for the softmax),
+``bank_rows.py`` (the first rows, and those of a queue), ``kernels.py`` (Triton).
 
 Shapes: R ranks, B this rank's batch, N = R·B global batch, V views, K rows, S this rank's rows, D embedding.
 Global tensors have the samples in rank order first and the views second: (N, V, D). A pair is a query view i
@@ -35,10 +36,11 @@ from torch import Tensor
 
 from caco_scale.distributed import collectives
 from caco_scale.errors import UserError
+from caco_scale.flags import choices
 from caco_scale.flags.choices import BankExchange, BankKernel, BankRule, KernelInputs
 from caco_scale.method.bank_compute import build_compute
 from caco_scale.method.bank_exchange import Logits, build_exchange
-from caco_scale.method.bank_rows import initial_rows
+from caco_scale.method.bank_rows import enqueue_, initial_rows
 from caco_scale.method.contrast import (
     MIN_TEMPERATURE,
     Contrast,
@@ -48,6 +50,7 @@ from caco_scale.method.contrast import (
     softmax_at_positive,
     tangent_,
 )
+from caco_scale.method.in_batch import contrast_in_batch
 
 
 class ShardedBank:
@@ -73,7 +76,7 @@ class ShardedBank:
     Attributes:
         rows, velocity: (S, D), this rank's.
         rows_range: (start, stop) of this rank's rows in the whole bank.
-        pointer: the row of the whole bank that moco overwrites next.
+        pointer: the row of the whole bank that a queue of keys overwrites next.
         assignments: (S,) int64, how often a row was a positive since :meth:`reset_assignments`.
 
     Raises:
@@ -133,7 +136,7 @@ class ShardedBank:
         return rows, collectives.all_gather_shards(self.velocity.clone(), self.size, self.group)
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the bank's state: rows, velocity, assignments (S, …), and moco's pointer.
+        """This rank's part of the bank's state: rows, velocity, assignments (S, …), and a queue's pointer.
 
         The tensors themselves, not copies. Nothing crosses ranks: every rank saves its own part, which another
         number of ranks cannot load; :meth:`full` and :meth:`load_full` are for that.
@@ -189,8 +192,9 @@ class ShardedBank:
             keys: of the two global views (B, D), unit norm, without gradient.
             temperature, bank_temperature: T of the encoder's loss, T_bank of the bank's gradient.
             rule: "caco": the positive is the row nearest to the other view's key. "adco": the positive is
-                that key itself, K+1 logits with the key first; only negatives are learned. "moco": as adco,
-                but the rows are a queue of keys.
+                that key itself, K+1 logits with the key first; only negatives are learned. "moco" and "nearest":
+                as adco and caco, but the rows are a queue of keys. "nnclr": that nearest row against the queries
+                of the batch. "inbatch": the query against the keys of the batch, without the bank.
             weight: of this call in the step: 1 / micro-steps under gradient accumulation.
 
         After ``result.loss.backward()`` a rank's query gradient, in the queries' dtype, is R times its part
@@ -200,25 +204,28 @@ class ShardedBank:
         Raises:
             UserError: on every rank, for a wrong argument on any or shapes that differ between ranks.
 
-        Source: arXiv:2203.14370 (CaCo), arXiv:2011.08435 (AdCo), arXiv:1911.05722 (MoCo).
+        Source: arXiv:2203.14370 (CaCo), 2011.08435 (AdCo), 1911.05722 (MoCo), 2104.14548 (NNCLR).
         """
         self._check(queries, keys, temperature, bank_temperature, rule, weight)
         with torch.no_grad(), torch.autocast(self.rows.device.type, enabled=False):
             own = torch.stack([x.to(self.rows.dtype) for x in (*queries, *keys)], dim=1)
             block = collectives.all_gather_rows(own, self.group)
             query, key = block[:, :-2].contiguous(), block[:, -2:].contiguous()
-            loss, dq, found = self._contrast(query, key, temperature, bank_temperature, rule, weight)
+            if rule in choices.BATCH_RULES:
+                loss, dq, found = self._contrast_in_batch(query, key, temperature, rule, weight)
+            else:
+                loss, dq, found = self._contrast(query, key, temperature, bank_temperature, rule, weight)
         return Contrast(loss=GlobalLoss.apply(loss, dq, *queries), rule=rule, **found)
 
     def _contrast(self, query, key, temperature, bank_temperature, rule, weight):
         """Loss (), dq (B, V, D) and the other fields of :class:`Contrast`, from the global batch."""
         num_samples, num_views, _ = query.shape
         pairs = pair_weights(num_views, query.dtype, query.device)
-        learns = rule != "moco"
+        learns = rule in choices.LEARNING_RULES
         two = learns and bank_temperature != temperature
         temperatures = [temperature, bank_temperature] if two else [temperature]
 
-        is_key = rule != "caco"  # the positive: the key itself, or the row nearest to it
+        is_key = rule not in choices.NEAREST_RULES  # the positive: the key itself, or the row nearest to it
         positives = None if is_key else self._exchange.nearest(self.rows, key.flatten(0, 1)).view(-1, 2)
         s = torch.einsum("nvd,njd->nvj", query, key if positives is None else self._unit(positives))
         totals = self._exchange.totals(self.rows, query, positives, temperatures)
@@ -243,28 +250,45 @@ class ShardedBank:
         loss = loss + 0 * key.sum()  # a key that is not finite chose a meaningless positive: say so
         dq = self._query_gradient(attraction, key, positives, pairs, log_p[0].exp())
         dq *= self.num_ranks * weight / (temperature * num_samples)
-        if positives is not None:
-            self._pull_positives(pull, positives, query, pairs, log_p[-1].exp())
         if pull is not None:
+            if positives is not None:
+                self._pull_positives(pull, positives, query, pairs, log_p[-1].exp())
             tangent_(pull, self.rows).mul_(-weight / (temperatures[-1] * num_samples))
 
-        own, exists = self._own_samples(num_samples), pairs > 0
-        found = {
+        return loss, dq, self._found(rule, key, positives, pairs, log_p[0], pull)
+
+    def _contrast_in_batch(self, query, key, temperature, rule, weight):
+        """As :meth:`_contrast`, of the rules whose negatives are the batch."""
+        num_samples, num_views, _ = query.shape
+        pairs = pair_weights(num_views, query.dtype, query.device)
+        nearest, positives, other = rule in choices.NEAREST_RULES, None, key
+        if nearest:
+            positives = self._exchange.nearest(self.rows, key.flatten(0, 1)).view(-1, 2)
+            other = collectives.all_reduce_(self._unit(positives), group=self.group)
+        own = self._own_samples(num_samples)
+        log_p, dq = contrast_in_batch(query, other, own, pairs, temperature, nearest, self.group)
+        loss = -weight * (pairs * log_p).sum() / num_samples + 0 * key.sum()
+        dq *= self.num_ranks * weight / (temperature * num_samples)
+        return loss, dq, self._found(rule, key, positives, pairs, log_p, None)
+
+    def _found(self, rule, key, positives, pairs, log_p, bank_gradient):
+        """The fields of a :class:`Contrast` beside its loss."""
+        own, exists = self._own_samples(len(key)), pairs > 0
+        return {
             "positives": None if positives is None else [y.clone() for y in positives[own].unbind(1)],
-            "positive_probability": (exists * log_p[0].exp()).sum() / (exists.sum() * num_samples),
-            "bank_gradient": pull,
+            "positive_probability": (exists * log_p.exp()).sum() / (exists.sum() * len(key)),
+            "bank_gradient": bank_gradient,
             "global_positives": positives,
-            "global_keys": None if learns else key,
+            "global_keys": key if rule in choices.QUEUE_RULES else None,
         }
-        return loss, dq, found
 
     @torch.no_grad()
     def step(self, result: Contrast | Sequence[Contrast], lr: float) -> None:
-        """The bank's step, after the encoder's: v ← m v + g, W ← W − lr v; for moco, enqueue the step's keys.
+        """The bank's step, after the encoder's: v ← m v + g, W ← W − lr v; a queue takes the step's keys instead.
 
         Args:
             result: what :meth:`contrast` returned; under gradient accumulation the list, for one step of all.
-            lr: the bank's learning rate (moco's queue has none and ignores it).
+            lr: the bank's learning rate (a queue has none and ignores it).
 
         Nothing crosses ranks. A step that is to be skipped is simply not called.
 
@@ -275,17 +299,17 @@ class ShardedBank:
         rules = {r.rule for r in results}
         if len(rules) != 1:
             raise UserError(f"one bank step takes results of one rule, got {sorted(rules)}")
-        if rules == {"moco"}:
-            self._enqueue([r.global_keys for r in results])
-            return
-        self.velocity.mul_(self.momentum)
         for r in results:
-            assert r.bank_gradient is not None
-            self.velocity.add_(r.bank_gradient)
             if r.global_positives is not None and len(self.rows):
                 row, owned = self._own_rows(r.global_positives)
                 self.assignments.index_add_(0, row.flatten(), owned.flatten().long())
-        self.rows.sub_(self.velocity, alpha=lr)
+        if keys := [r.global_keys for r in results if r.global_keys is not None]:
+            self.pointer = enqueue_(self.rows, self.rows_range, self.size, self.pointer, keys, self.num_ranks)
+        if gradients := [r.bank_gradient for r in results if r.bank_gradient is not None]:
+            self.velocity.mul_(self.momentum)
+            for gradient in gradients:
+                self.velocity.add_(gradient)
+            self.rows.sub_(self.velocity, alpha=lr)
 
     # ---- looking at it
 
@@ -360,30 +384,6 @@ class ShardedBank:
             return self.rows.new_zeros(*rows.shape, self.dim)
         row, owned = self._own_rows(rows)
         return torch.where(owned[..., None], F.normalize(self.rows[row], dim=-1), 0)
-
-    # ---- moving the rows
-
-    def _enqueue(self, keys):
-        """Overwrite the next rows, modulo K, by the step's keys: (N, 2, D) from each micro-step.
-
-        The order is the global batch's, all of view 1 and then all of view 2. A rank's share of that batch is
-        its micro-batches one after another, hence (view, rank, micro-step, sample).
-        """
-        by_rank = torch.cat([k.view(self.num_ranks, -1, 2, self.dim) for k in keys], dim=1)
-        ordered = by_rank.permute(2, 0, 1, 3).reshape(-1, self.dim)
-        skipped = max(0, len(ordered) - self.size)  # more keys than rows: the last ones stay
-        first = (self.pointer + skipped) % self.size
-        before_wrap = skipped + self.size - first
-        self._write(first, ordered[skipped:before_wrap])
-        self._write(0, ordered[before_wrap:])
-        self.pointer = (self.pointer + len(ordered)) % self.size
-
-    def _write(self, first, values):
-        """Rows ``first, first + 1, …`` of the whole bank become ``values``, where they are this rank's."""
-        start, stop = self.rows_range
-        begin, end = max(start, first), min(stop, first + len(values))
-        if begin < end:
-            self.rows[begin - start : end - start] = values[begin - first : end - first]
 
     # ---- asking for the right thing
 

@@ -25,12 +25,12 @@ class Contrast:
 
     Attributes:
         loss: (), differentiable in the queries; the GLOBAL loss (times ``weight``) on every rank.
-        positives: per key view the rows (B,) that are this rank's positives; None for adco and moco.
+        positives: per key view the rows (B,) that are this rank's positives; None where they are no rows.
         positive_probability: (), global mean of p at the positive over all pairs; no gradient.
-        bank_gradient: (S, D) of this rank's rows (times ``weight``); None for moco.
+        bank_gradient: (S, D) of this rank's rows (times ``weight``); None where rows do not learn.
         rule: the rule that made it.
         global_positives: (N, 2) positives of the global batch, counted by :meth:`ShardedBank.step`; or None.
-        global_keys: (N, 2, D) keys that moco will enqueue; None for the other rules.
+        global_keys: (N, 2, D) keys that a queue will take; None for the other rules.
     """
 
     loss: Tensor

@@ -18,19 +18,24 @@ NUM_GLOBAL_VIEWS = 2
 
 
 class Encoder(nn.Module):
-    """Backbone and projector: images (B, 3, H, W) -> unit-norm embeddings (B, D), fp32 or fp64."""
+    """Backbone and projector: images (B, 3, H, W) -> unit-norm embeddings (B, D), fp32 or fp64.
 
-    def __init__(self, backbone: nn.Module, projector: nn.Module):
+    ``predictor``: (B, D) -> (B, D) behind the projector, of a query encoder only; None: without.
+    """
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module, predictor: nn.Module | None = None):
         super().__init__()
         self.backbone = backbone
         self.projector = projector
+        self.predictor = predictor
 
     def features(self, images: Tensor) -> Tensor:
         """Backbone features (B, F), what evaluation and export look at."""
         return self.backbone(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        return unit_norm(self.projector(self.backbone(images)))
+        embeddings = self.projector(self.backbone(images))
+        return unit_norm(embeddings if self.predictor is None else self.predictor(embeddings))
 
 
 def unit_norm(embeddings: Tensor) -> Tensor:
@@ -44,9 +49,9 @@ def unit_norm(embeddings: Tensor) -> Tensor:
 class QueryKeyModel(nn.Module):
     """The trained query encoder and its moving average, the key encoder, which takes no gradient.
 
-    The key encoder starts as a copy; :func:`caco_scale.method.ema.ema_update` and :func:`synchronise_key`
-    alone move its parameters. Both run in train mode, each with BatchNorm statistics of its own; convert them
-    to synchronised BatchNorm after construction (a process group cannot be copied).
+    The key encoder starts as a copy, without the predictor; :func:`caco_scale.method.ema.ema_update` and
+    :func:`synchronise_key` alone move its parameters. Both run in train mode, each with BatchNorm statistics of its
+    own; convert them to synchronised BatchNorm after construction (a process group cannot be copied).
 
     ``autocast_dtype``: compute in this type inside ``forward``, parameters and outputs stay as they are;
     None: in the parameters' type. ``channels_last``: lays the views out so; never the weights, which
@@ -59,6 +64,7 @@ class QueryKeyModel(nn.Module):
         super().__init__()
         self.query = encoder
         self.key = copy.deepcopy(encoder).requires_grad_(False)
+        self.key.predictor = None
         self.autocast_dtype = autocast_dtype
         self.channels_last = channels_last
 

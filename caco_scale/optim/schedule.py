@@ -9,7 +9,7 @@ Legend: N global batch, K bank rows, S steps per epoch, W learning-rate warm-up 
 import math
 from dataclasses import dataclass
 
-from caco_scale.flags.choices import BANK_RULES, BankRule
+from caco_scale.flags.choices import BANK_RULES, LEARNING_RULES, BankRule
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Schedule:
     bank_size: int  # K
     bank_rule: BankRule
     bank_lr: float  # absolute, constant after the same warm-up
-    bank_warmup_epochs: int  # 0: ceil(K / N) steps for caco, none for adco and moco
+    bank_warmup_epochs: int  # 0: ceil(K / N) steps for caco and nearest, none for the other rules
     bank_warmup_ramp_steps: int  # linear warm-up of base_lr within the bank warm-up; 0: full at once
     temperature: float  # of the encoder's loss
     bank_temperature: float
@@ -44,7 +44,7 @@ class Schedule:
     @property
     def warmup_steps(self) -> int:
         """Steps of the bank warm-up: enough to fill the bank, or the epochs asked for if those are more."""
-        if self.bank_rule != "caco" and self.bank_warmup_epochs == 0:
+        if self.bank_rule not in ("caco", "nearest") and self.bank_warmup_epochs == 0:
             return 0
         steps_to_fill = math.ceil(self.bank_size / self.global_batch_size)
         return max(steps_to_fill, self.bank_warmup_epochs * self.steps_per_epoch)
@@ -90,7 +90,7 @@ def hyper_parameters(schedule: Schedule, step: int) -> HyperParameters:
         temperature=schedule.temperature,
         bank_temperature=schedule.bank_temperature,
         lr=schedule.peak_lr * warmup_factor * (final + (1 - final) * decay_factor),
-        bank_lr=0.0 if schedule.bank_rule == "moco" else schedule.bank_lr * warmup_factor,
+        bank_lr=schedule.bank_lr * warmup_factor if schedule.bank_rule in LEARNING_RULES else 0.0,
         # The authors move the key encoder at the start of step t with m(t), we at the end of the step before:
         # the average that ends step t carries m(t + 1). Theirs at t = 0 is empty: key = query there.
         key_momentum=1 - (1 - schedule.key_momentum) * cosine_decay(t + 1, schedule.main_steps),

@@ -138,7 +138,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 pass_fds=[self._lock],
                 start_new_session=True,  # a terminal's Ctrl-C is for the sweep, which tells its runs
-                preexec_fn=_end_with(os.getpid()),  # this process has one thread
+                preexec_fn=_end_with(os.getpid()),  # no thread of ours holds a lock
             )
 
 

@@ -18,7 +18,7 @@ from caco_scale.sweep.study import Planned
 
 @dataclass
 class Entry:
-    """How a planned run stands. ``state``: "done", "failed: why", "stopped", "running" or "to do"."""
+    """How a planned run stands. ``state``: "done", "failed: why", "stopped" or "to do"."""
 
     planned: Planned
     result: Result

@@ -24,7 +24,7 @@ from caco_scale.distributed.strategies.base import Strategy
 from caco_scale.method.bank import ShardedBank
 from caco_scale.method.encoders import build_backbone
 from caco_scale.method.model import Encoder, QueryKeyModel
-from caco_scale.method.projector import build_projector
+from caco_scale.method.projector import build_predictor, build_projector
 from caco_scale.optim.build import build_optimizer, init_optimizer_state
 from caco_scale.optim.schedule import Schedule
 from caco_scale.run.profiling import part
@@ -161,10 +161,12 @@ def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
 
 
 def build_encoder(config: Config) -> Encoder:
-    """Backbone and projector as ``config.model`` says, with random weights."""
+    """Backbone, projector and, if any, predictor as ``config.model`` says, with random weights."""
     backbone, num_features = build_backbone(config.model.arch, config.model.stem)
-    projector = build_projector(num_features, config.model.projector_hidden, config.model.embedding_dim)
-    return Encoder(backbone, projector)
+    dim, hidden = config.model.embedding_dim, config.model.projector_hidden
+    projector, wanted = build_projector(num_features, hidden, dim), config.model.predictor
+    has_predictor = wanted == "mlp" or (wanted == "auto" and config.bank.rule == "nnclr")
+    return Encoder(backbone, projector, build_predictor(dim, hidden) if has_predictor else None)
 
 
 def build_model(config: Config) -> QueryKeyModel:

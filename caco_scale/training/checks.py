@@ -23,6 +23,7 @@ from caco_scale.data.order import share_size
 from caco_scale.distributed.collectives import assert_equal_on_all_ranks
 from caco_scale.distributed.strategies.build import check_combination
 from caco_scale.errors import UserError
+from caco_scale.flags.choices import BATCH_RULES
 from caco_scale.method.contrast import MIN_TEMPERATURE
 from caco_scale.run.directory import check_place
 from caco_scale.run.stopping import ControlFiles, check_job_end
@@ -105,6 +106,12 @@ def check_batch(start: Start) -> str:
         raise UserError(
             f"data.micro_batch_size {micro} does not divide the {share} images that each of {processes} process(es) "
             f"has of a global batch of {total}: give a divisor of {share}"
+        )
+    rule = start.config.bank.rule
+    if rule in BATCH_RULES and micro < share:
+        raise UserError(
+            f"bank.rule {rule} takes its negatives from one forward, which data.micro_batch_size {micro} makes "
+            f"{micro * processes} images of {total}: give --data.micro_batch_size 0, or more processes"
         )
     if micro * processes < 2:
         raise UserError(
