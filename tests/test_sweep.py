@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import random
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from caco_scale import config as configuration
 from caco_scale.config import parse
 from caco_scale.errors import UserError
 from caco_scale.sweep.__main__ import read_arguments
+from caco_scale.sweep.runner import alone_in
 from caco_scale.sweep.runs import Result, read_result, refuse_other_values
 from caco_scale.sweep.study import read_study
 from caco_scale.sweep.table import Entry, lines, to_csv, to_rich
@@ -280,11 +280,21 @@ def test_a_sweep_that_is_killed_again_and_again_repeats_nothing(tmp_path):
     process = start_counting(tmp_path, names, "--jobs", "2")
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert sorted(ledger(tmp_path)) == sorted(f"{name} step {i} None" for name in names for i in (1, 2, 3, 4))
+    counted = sorted(line.rpartition(" ")[0] for line in ledger(tmp_path))
+    assert counted == [f"{name} step {i}" for name in names for i in (1, 2, 3, 4)]
     assert [(row["run"], row["final"], row["not_done"]) for row in table(tmp_path)] == [
         (n, "50", "") for n in names
     ]
     assert "50.0" in output
+
+
+def test_two_sweeps_in_one_folder_are_refused(tmp_path):
+    with alone_in(tmp_path / "out"):
+        process = start_counting(tmp_path, ["a"])
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.startswith("error: another sweep works in ")
+    assert ledger(tmp_path) == []
 
 
 def test_a_failed_run_is_a_row_and_the_exit_code(tmp_path):
@@ -304,14 +314,6 @@ def test_a_signal_stops_the_runs_in_good_order(tmp_path, number):
     while not ledger(tmp_path):
         assert process.poll() is None
         time.sleep(0.01)
-    other = start_counting(tmp_path, ["a", "b"])
-    _, errors = other.communicate(timeout=60) if number == signal.SIGTERM else (None, None)
-    if errors is not None:
-        assert other.returncode == 2
-        assert errors.startswith("error: another sweep works in ")
-    else:
-        other.kill()
-        other.communicate()
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode in (0, 1)  # 0: it had just finished
