@@ -173,7 +173,7 @@ class Index:
         from data_prep.progress import say
 
         place, manifest = index(self.src, self.to, self.image)
-        say(*(f"{place}: {note}" for note in manifest.build["notes"]))
+        say(*(f"{place}: {note}" for note in manifest.build.get("notes", ())))
         say(
             f"{place}: {manifest.num_samples:,} samples ({sum(manifest.class_counts):,} with a label) in "
             f"{len(manifest.shards):,} shards, {manifest.num_bytes / 1e6:,.1f} MB; give it as data.shards"

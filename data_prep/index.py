@@ -1,17 +1,20 @@
-"""Make a foreign WebDataset set readable: an index of every tar, and a manifest."""
+"""Make a foreign WebDataset set readable: an index of every tar, and a manifest. Or add checksums to an old set's."""
 
 import hashlib
 import os
 import tempfile
 from collections import Counter
+from dataclasses import replace
 
-from caco_scale.atomic import write_atomically
 from caco_scale.data.addresses import is_remote, local_path
 from caco_scale.data.folders import is_image
 from caco_scale.data.object_store import Remote
+from caco_scale.data.shard_index import INDEX_SUFFIXES
 from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo, expand_braces, plain_name
+from caco_scale.data.store import open_store
 from caco_scale.data.tars import Notes, index_tar
 from caco_scale.errors import UserError
+from data_prep.checksums import add_checksums, writer
 
 
 def index(
@@ -22,14 +25,15 @@ def index(
     pattern: ``s3://bucket/set/train-{000..012}.tar``, or a folder, whose tars are all taken. to: where manifest and
     indexes go; beside the tars if not given. image: of samples with several images, the extension of the one to
     read. Nothing of the tars is changed, and every byte is read once. What is left out of them is in
-    ``manifest.build["notes"]``, in words with numbers. UserError: a tar that is missing, cut or damaged, a name that is
+    ``manifest.build["notes"]``, in words with numbers. A set that has a manifest and indexes without checksums gets
+    those, and keeps all else that its manifest says. UserError: a tar that is missing, cut or damaged, a name that is
     no plain file name, samples whose image cannot be told (:func:`~caco_scale.data.tars.index_tar`), tars without any.
     """
     if image is not None:
         image = image.lower().lstrip(".")
         if not is_image(f"x.{image}"):
             raise UserError(f"--image {image} is no image's extension: give one like jpg or rgb.png")
-    pattern = os.fspath(pattern)
+    pattern, to = os.fspath(pattern), None if to is None else os.fspath(to)
     if pattern.startswith("pipe:") or "|" in pattern:
         raise UserError(f"{pattern!r} is a shell pipe: nothing is run to read data, give files or an address")
     if "{" in pattern:
@@ -39,12 +43,14 @@ def index(
     if not is_remote(folder):
         folder = local_path(folder)
     tars = Remote(folder) if is_remote(folder) else None
+    if manifest := _completed(folder, names, to):
+        return folder if to is None else to, manifest
     if names is None:
         there = tars.listing() if tars else os.listdir(folder) if os.path.isdir(folder) else []
         names = sorted(plain_name(name) for name in there if name.endswith(".tar"))
     if not names:
         raise UserError(f"{pattern} has no tars: give a folder or a pattern like {folder}/{{000..012}}.tar")
-    place = folder if to is None else os.fspath(to)
+    place = folder if to is None else to
     if to is not None and not is_remote(place):
         place = local_path(place)
         os.makedirs(place, exist_ok=True)
@@ -54,11 +60,7 @@ def index(
         Remote(place).check_writable()
     _refuse_manifest(place)
     shards, labels, notes = [], Counter(), Notes()
-    write = (
-        Remote(place).write
-        if is_remote(place)
-        else lambda name, data, **_: write_atomically(os.path.join(place, name), data)
-    )
+    write = writer(place)
     for name in names:
         info, found, data = _index_one(tars, folder, name, image, notes)
         if not info.num_samples:
@@ -92,13 +94,32 @@ def index(
     return place, manifest
 
 
+def _has_manifest(place):
+    if is_remote(place):
+        return Remote(place).size(MANIFEST_NAME) is not None
+    return os.path.exists(os.path.join(place, MANIFEST_NAME))
+
+
+def _completed(folder, names, to):
+    """The manifest of a set of these tars (None: all) after its missing checksums were added; None if none miss.
+
+    Where the manifest is beside the tars but ``to`` is elsewhere, the set is described anew in ``to``.
+    """
+    place = folder if to is None else to if is_remote(to) else local_path(to)
+    there = next((place for place in (place, folder) if _has_manifest(place)), None)
+    if there is None:
+        return None
+    store = open_store(there, "none")
+    if not store.unchecked or (names and names != [shard.name for shard in store.manifest.shards]):
+        return None
+    if there != place:
+        os.makedirs(place, exist_ok=True)
+        store.manifest = replace(store.manifest, build=store.manifest.build | {"shards_at": folder})
+    return add_checksums(store, place)[0]
+
+
 def _refuse_manifest(place):
-    there = (
-        Remote(place).size(MANIFEST_NAME) is not None
-        if is_remote(place)
-        else os.path.exists(os.path.join(place, MANIFEST_NAME))
-    )
-    if there:
+    if _has_manifest(place):
         raise UserError(f"{place} has a {MANIFEST_NAME} already: remove it, or write elsewhere with --to")
 
 
@@ -116,7 +137,7 @@ def _index_one(tars, folder, name, image, notes):
         file.seek(0)
         index = index_tar(file, f"{folder}/{name}", image, notes)
     data = index.to_bytes()
-    index_name = name.removesuffix(".tar") + ".idx"
+    index_name = name.removesuffix(".tar") + INDEX_SUFFIXES[True]
     sha256 = hashlib.sha256(data).hexdigest()
     info = ShardInfo(name, len(index), num_bytes, digest.hexdigest(), index_name, len(data), sha256)
     return info, [int(label) for label in index.labels if label >= 0], data

@@ -1,15 +1,18 @@
 """Build the bad shards of a set again from its source."""
 
+import hashlib
 import os
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 from caco_scale.atomic import write_atomically
 from caco_scale.data.folders import image_folders
-from caco_scale.data.shards import Manifest
+from caco_scale.data.shard_index import ShardIndex
+from caco_scale.data.shards import Manifest, ShardInfo
 from caco_scale.data.store import open_store
 from caco_scale.data.store.local import LocalStore
 from caco_scale.errors import UserError
+from data_prep.checksums import add_checksums
 from data_prep.destination import same_build, scratch_folder
 from data_prep.jobs import Settings, plan_shards
 from data_prep.sources import open_source
@@ -27,8 +30,9 @@ def repair(
 ) -> tuple[Manifest, list[str]]:
     """Build the bad shards of a finished set again, from its source; returns (manifest, names of those built again).
 
-    src, dst and the options: as for the build. Every shard is read and hashed. UserError when the source is not
-    the one that the set was built from, and when a new shard is not the one that the manifest names.
+    src, dst and the options: as for the build. Every shard is read and hashed; a set whose indexes have no checksums
+    gets them. UserError when the source is not the one that the set was built from, and when a new shard is not the
+    one that the manifest names.
     """
     src, dst = os.fspath(src), os.fspath(dst)
     store = open_store(dst, "none")
@@ -36,10 +40,15 @@ def repair(
         raise UserError(f"{dst} is an indexed foreign set: {store.repair_hint}")
     if store.remote:
         store.remote.check_writable()
-    manifest = store.manifest
     bad, _ = bad_shards(store, full=True, workers=workers)
-    if not bad:
-        return manifest, []
+    options = source_options, skip_empty_classes, split, split_folders
+    repaired = _repaired(bad, src, dst, store, *options) if bad else []
+    manifest, _ = add_checksums(open_store(dst, "none"), store.path if isinstance(store, LocalStore) else dst)
+    return manifest, repaired
+
+
+def _repaired(bad, src, dst, store, source_options, skip_empty_classes, split, split_folders):
+    manifest = store.manifest
     with scratch_folder("repair") as scratch:
         source = open_source(src, None, **(source_options or {}))
         folders = image_folders(source.scan(), src, split, skip_empty_classes, split_folders)
@@ -50,7 +59,7 @@ def repair(
         staging = os.path.join(scratch, "shards")
         os.makedirs(os.path.join(staging, ".build"))
         jobs = plan_shards(source, folder, staging, what)
-        return manifest, [_build_again(jobs[number], manifest.shards[number], store) for number, _ in bad]
+        return [_build_again(jobs[number], manifest.shards[number], store) for number, _ in bad]
 
 
 def _folder_of(folders, what, dst):
@@ -64,10 +73,12 @@ def _folder_of(folders, what, dst):
 def _build_again(job, info, store):
     from data_prep.shard import build_shard  # not above: it imports torch
 
-    record, _ = build_shard(job)
-    if record["info"] != asdict(info):
+    built = ShardInfo(**build_shard(job)[0]["info"])
+    if not info.has_checksums:
+        built = _without_checksums(job, built, info.index_name)
+    if built != info:
         raise UserError(
-            f"{info.name} built again has another sha256 ({record['info']['sha256'][:12]}) than the manifest's "
+            f"{info.name} built again has another sha256 ({built.sha256[:12]}) than the manifest's "
             f"{info.sha256[:12]}: its images or this program's libraries have changed, build the set anew"
         )
     for name in (info.name, info.index_name):
@@ -78,3 +89,13 @@ def _build_again(job, info, store):
             store.remote.write(name, path)
         path.unlink()
     return info.name
+
+
+def _without_checksums(job, built, name):
+    """The shard with the index of an older version of this program, which the manifest names."""
+    data = Path(job.dst, built.index_name).read_bytes()
+    data = ShardIndex.from_bytes(data).with_checksums(None).to_bytes()
+    Path(job.dst, name).write_bytes(data)
+    return replace(
+        built, index_name=name, index_num_bytes=len(data), index_sha256=hashlib.sha256(data).hexdigest()
+    )

@@ -11,10 +11,13 @@ import tarfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import xxhash
+
 from caco_scale.atomic import atomic_file, write_atomically
 from caco_scale.data.folders import Image
 from caco_scale.data.object_store import Remote
-from caco_scale.data.shards import BLOCK, ShardIndex, ShardInfo
+from caco_scale.data.shard_index import INDEX_SUFFIXES, ShardIndex
+from caco_scale.data.shards import BLOCK, ShardInfo
 from caco_scale.data.views import CorruptSample
 from data_prep.destination import (
     STATE_DIR,
@@ -63,9 +66,9 @@ def build_shard(job: Job) -> tuple[dict, bool]:
     path = os.path.join(job.dst, name)
     with atomic_file(path) as file:
         output = _HashingFile(file)
-        samples, fixed, rejected = _write_samples(job, name, output)
-    index = ShardIndex.from_samples(samples).to_bytes()
-    index_name = name.removesuffix(".tar") + ".idx"
+        samples, checksums, fixed, rejected = _write_samples(job, name, output)
+    index = ShardIndex.from_samples(samples, checksums).to_bytes()
+    index_name = name.removesuffix(".tar") + INDEX_SUFFIXES[True]
     write_atomically(os.path.join(job.dst, index_name), index)
     index_hash = hashlib.sha256(index).hexdigest()
     info = ShardInfo(
@@ -89,20 +92,21 @@ def _upload(job, info, record):
 
 
 class _HashingFile:
-    """A file that counts and hashes what is written to it."""
+    """A file that counts and hashes what is written to it; ``span`` has the checksum since it was last reset."""
 
     def __init__(self, file):
-        self.file, self.hash, self.num_bytes = file, hashlib.sha256(), 0
+        self.file, self.hash, self.span, self.num_bytes = file, hashlib.sha256(), xxhash.xxh3_64(), 0
 
     def write(self, data):
         self.hash.update(data)
+        self.span.update(data)
         self.num_bytes += len(data)
         return self.file.write(data)
 
 
 def _write_samples(job, shard, output):
-    """Write the shard's tar; returns the samples for its index, and what was fixed and rejected."""
-    samples, fixed, rejected, start = [], [], [], 0
+    """Write the shard's tar; returns samples and checksums for its index, and what was fixed and rejected."""
+    samples, checksums, fixed, rejected, start = [], [], [], [], 0
     for slot, (label, image) in enumerate(job.images, job.first):
         key, note = f"{slot:08d}", {"source": image.name}
         try:
@@ -115,13 +119,15 @@ def _write_samples(job, shard, output):
             note["fixed"] = reason
         members = {"jpg": data, "json": json.dumps(note).encode()}
         members |= {"cls": str(label).encode()} if label >= 0 else {}
+        output.span.reset()
         places, size = _write_members(key, members, output)
         samples.append((key, start, size, label, places))
+        checksums.append(output.span.intdigest())
         start += size
     # The end of a tar: two empty blocks, filled up to a whole record.
     end = start + 2 * BLOCK
     output.write(bytes(2 * BLOCK + -end % tarfile.RECORDSIZE))
-    return samples, fixed, rejected
+    return samples, checksums, fixed, rejected
 
 
 def _write_members(key, members, output):

@@ -333,7 +333,7 @@ class FaultProxy(_Server):
     def choose(self, handler):
         """The fault for this request, or None."""
         path = urllib.parse.urlsplit(handler.path).path
-        if handler.command != "GET" or not path.endswith((".tar", ".idx")):
+        if handler.command != "GET" or not path.endswith((".tar", ".idx", ".idx2")):
             return None
         wanted = path, handler.headers.get("Range", "").rpartition("-")[2]
         with self.lock:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
+from caco_scale.data.shard_index import INDEX_SUFFIXES
 from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo
 from caco_scale.data.tars import index_tar
 
@@ -32,12 +33,14 @@ def encode(image, kind="JPEG", **options):
     return file.getvalue()
 
 
-def make_shard_set(path, num_images=64, size=32, classes=4, samples_per_shard=16, corrupt=(), vary=0, seed=0):
+def make_shard_set(
+    path, num_images=64, size=32, classes=4, samples_per_shard=16, corrupt=(), vary=0, seed=0, checksums=True
+):
     """Write a shard set of JPEGs to directory ``path`` and return it as str. Image i has label i % classes.
 
     size: the sides are ``size`` to ``size + vary`` pixels. corrupt: numbers of images whose file is cut to its
     half, which the manifest records as any other. Tars are named 000000.tar, ...; keys are the image's number in
-    eight digits.
+    eight digits. checksums: False writes indexes as version 1 did.
     """
     os.makedirs(path, exist_ok=True)
     generator, shards = np.random.default_rng(seed), []
@@ -50,7 +53,7 @@ def make_shard_set(path, num_images=64, size=32, classes=4, samples_per_shard=16
                 data = encode(smooth_image(generator, height, width), quality=90)
                 data = data[: len(data) // 2] if number in corrupt else data
                 tar.write({"__key__": f"{number:08d}", "jpg": data, "cls": str(number % classes).encode()})
-        shards.append(index_shard(path, name, len(members)))
+        shards.append(index_shard(path, name, len(members), checksums))
     counts = Counter(number % classes for number in range(num_images))
     names = tuple(f"class{c}" for c in range(classes))
     write_manifest(path, shards, names, tuple(counts[c] for c in range(classes)))
@@ -73,10 +76,11 @@ def write_manifest(path, shards, classes, class_counts):
         file.write(manifest.to_json())
 
 
-def index_shard(path, name, num_samples):
+def index_shard(path, name, num_samples, checksums=True):
     """Write the index of a tar -> its ShardInfo."""
-    index_name = name.replace(".tar", ".idx")
-    index = index_tar(os.path.join(path, name)).to_bytes()
+    index_name = name.replace(".tar", INDEX_SUFFIXES[checksums])
+    index = index_tar(os.path.join(path, name))
+    index = index.with_checksums(index.checksums if checksums else None).to_bytes()
     with open(os.path.join(path, index_name), "wb") as file:
         file.write(index)
     with open(os.path.join(path, name), "rb") as file:

@@ -318,7 +318,7 @@ def test_an_image_is_prepared_as_the_evaluation_sees_it(tmp_path):
     )
     store = open_store(shards)
     index = store.index(0)
-    from caco_scale.data.shards import read_sample
+    from caco_scale.data.shard_index import read_sample
 
     first = read_sample(index, 0, store.read(0, *index.span(0)))["jpg"]
     (tmp_path / "first.jpg").write_bytes(first)

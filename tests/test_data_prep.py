@@ -356,7 +356,7 @@ def test_a_finished_set_is_left_alone_and_a_damaged_one_is_mended(tree, tmp_path
     assert "was finished already, by the same build" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "set").iterdir()} == times
     (tmp_path / "set" / "000001.tar").unlink()
-    (tmp_path / "set" / "000002.idx").write_bytes(b"")
+    (tmp_path / "set" / "000002.idx2").write_bytes(b"")
     [(_, _, was_there)] = build(tree, tmp_path / "set", samples_per_shard=8, workers=1)
     assert not was_there
     assert files_of(tmp_path / "set") == expected
@@ -610,7 +610,7 @@ def test_verify_finds_an_index_or_an_image_that_the_hashes_do_not(tree, tmp_path
         verify(path, full=True, workers=1)
     shutil.rmtree(path)
     build(tree, tmp_path / "set", workers=1)
-    index = Path(path, "000000.idx")
+    index = Path(path, "000000.idx2")
     wrong = index.read_bytes().replace(b'"jpg"', b'"jpx"')
     Path(path, "manifest.json").write_text(
         text.replace(manifest.shards[0].index_sha256, hashlib.sha256(wrong).hexdigest())

@@ -18,7 +18,7 @@ from s3_server import WebServer
 from test_data_prep import CLASSES, command, encoded, files_of, processes_in, refused, start, write_tree
 
 from caco_scale.data.object_store import Remote
-from caco_scale.data.shards import ShardIndex
+from caco_scale.data.shard_index import ShardIndex
 from caco_scale.data.store import open_store
 from caco_scale.data.tars import index_tar
 from caco_scale.errors import UserError
@@ -126,7 +126,7 @@ def test_repair_builds_what_is_bad_again(tree, s3, tmp_path):
     remote = Remote(f"{s3}/bad")
     remote.delete(["000001.tar"])
     remote.write("000002.tar", expected["000002.tar"][:-1] + b"?")
-    remote.write("000003.idx", b"?")
+    remote.write("000003.idx2", b"?")
     refused("3 of 4 shards are bad, first 000001.tar", "verify", f"{s3}/bad", "--full", "--workers", 1)
     done = command("repair", tree, f"{s3}/bad", "--workers", 1)
     assert done.returncode == 0, done.stderr

@@ -65,7 +65,7 @@ def make_sets(folder):
     make_shard_set(folder / "no_shard", **small)
     (folder / "no_shard/000000.tar").unlink()
     make_shard_set(folder / "no_index", **small)
-    (folder / "no_index/000000.idx").unlink()
+    (folder / "no_index/000000.idx2").unlink()
     make_shard_set(folder / "bad_manifest", **small)
     (folder / "bad_manifest/manifest.json").write_text("{")
     make_shard_set(folder / "none_in_it", **small)
@@ -133,7 +133,7 @@ WRONG_SETS = {
     "bad_manifest": ("data", "is not JSON"),
     "cut": ("data", "bytes, 8,"),
     "no_shard": ("data", "000000.tar: No such file"),
-    "no_index": ("data", "000000.idx: No such file"),
+    "no_index": ("data", "000000.idx2: No such file"),
     "none_in_it": ("val", "holds no images"),
     "other_classes": ("val", "the same classes in both sets"),
     "folder_of_five": ("val", "the same classes in both sets"),

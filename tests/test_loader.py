@@ -204,13 +204,14 @@ def test_a_truncated_shard_is_the_same_error_with_workers(tmp_path, workers):
     assert "\n" not in str(error.value)
 
 
-def test_bytes_that_differ_from_the_manifest_are_an_error_not_a_corrupt_sample(tmp_path):
-    url = make_shard_set(tmp_path, num_images=48, size=40)
+@pytest.mark.parametrize("words", ["another sha256", "another checksum"])
+def test_bytes_that_differ_from_the_manifest_are_an_error_not_a_corrupt_sample(tmp_path, words):
+    url = make_shard_set(tmp_path, num_images=48, size=40, checksums=words == "another checksum")
     with open(tmp_path / "000001.tar", "r+b") as file:
         data = file.read()
         file.seek(data.index(b"\xff\xd8"))
         file.write(bytes(300))
-    with pytest.raises(UserError, match=r"shard 000001\.tar .*another sha256"):
+    with pytest.raises(UserError, match=rf"shard 000001\.tar .*{words}"):
         list(batches(url, num_steps=4))
 
 

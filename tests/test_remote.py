@@ -213,7 +213,7 @@ def test_an_object_that_was_replaced_is_named_with_the_repair_command(shards, s3
     folder.write("000001.tar", bytes(data))
     store = open_store(folder.url, str(tmp_path / "cache"))
     store.check()  # sizes only
-    for read in (lambda: store.fetch(1), lambda: store.read_checked(1, 0, 512)):
+    for read in (lambda: store.fetch(1), lambda: store._learn(1, store.chunks(1))):
         with pytest.raises(UserError, match=r"shard 000001\.tar .*damaged.*data_prep repair"):
             read()
     folder.write("000001.tar", bytes(data[:-512]))

@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 
-from caco_scale.data.shards import MANIFEST_NAME, read_sample
+from caco_scale.data.shard_index import read_sample
+from caco_scale.data.shards import MANIFEST_NAME
 from caco_scale.data.store import open_store
 from caco_scale.data.store.base import MAX_OPEN_FILES
 from caco_scale.data.store.local import LocalStore

@@ -4,6 +4,7 @@ Shapes: N global batch, B = N / world size, V views, H the side of a view in pix
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -132,6 +133,8 @@ def batches(
     view_specs(views)  # refuses now what it would refuse at the first batch
     store = open_store(data, cache_dir, cache_bytes, flag="data")
     store.check()
+    if store.unchecked:
+        warnings.warn(store.unchecked, stacklevel=2)
     order = Order(
         [shard.num_samples for shard in store.manifest.shards],
         seed=seed,

@@ -93,12 +93,22 @@ class Remote:
 
     # Reading
 
-    def read(self, name: str, start: int, num_bytes: int) -> bytes:
-        """``num_bytes`` of an object from ``start``, whatever happens to the bodies on the way."""
-        data = bytearray()
-        for chunk in self.stream(name, start, num_bytes):
-            data += chunk
-        return bytes(data)
+    def read(
+        self, name: str, start: int, num_bytes: int, intact: Callable[[bytes], bool] | None = None
+    ) -> bytes:
+        """``num_bytes`` of an object from ``start``, whatever happens to the bodies on the way.
+
+        Bytes that are not ``intact`` are a failure like any other; :class:`WrongBytes` when the budget is spent.
+        """
+        attempts = self._attempts(name)
+        while True:
+            data = b"".join(self.stream(name, start, num_bytes))
+            if intact is None or intact(data):
+                return data
+            try:
+                attempts.failed(OSError("its bytes are not the recorded ones"))
+            except Unreachable as error:
+                raise WrongBytes(str(error)) from None
 
     def stream(self, name: str, start: int, num_bytes: int, whole: bool = False) -> Iterator[bytes]:
         """The same in chunks, which are not kept. ``whole``: they are the whole object."""
@@ -271,6 +281,10 @@ class MissingObject(UserError):
 
 class Unreachable(UserError):
     """The store does not answer, or not to these credentials: that says nothing of its objects."""
+
+
+class WrongBytes(UserError):
+    """What was read has another checksum than the recorded one."""
 
 
 class ObjectExists(UserError):

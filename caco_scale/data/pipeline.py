@@ -19,7 +19,6 @@ from torch.utils.data import get_worker_info
 
 from caco_scale.data.order import Order, key64, rank_share, sample_keys
 from caco_scale.data.samples import NoImage, image_of
-from caco_scale.data.shards import read_sample
 from caco_scale.data.store.base import Store
 from caco_scale.data.views import (
     CorruptSample,
@@ -169,12 +168,10 @@ def evaluation_reader(job: EvaluationJob) -> Iterator[dict]:
         yield {**tensors, "labels": torch.tensor(labels, dtype=torch.int64), **more}
 
 
-def _read(store, place, checked=False):
+def _read(store, place):
     """One webdataset sample dict, with where it is from in ``__place__`` (shard, position) and ``__url__``."""
     shard, position = place
-    index = store.index(shard)
-    read = store.read_checked if checked else store.read
-    sample = read_sample(index, position, read(shard, *index.span(position)))
+    sample, index = store.read_sample(shard, position), store.index(shard)
     url = store.manifest.shards[shard].name
     sample.update(__place__=place, __url__=url, __label__=int(index.labels[position]))
     return sample
@@ -189,10 +186,11 @@ def _decode(store, sample):
     try:
         return _decode_bytes(sample)
     except CorruptSample:
-        again = _read(store, sample["__place__"], checked=True)
+        store.learn_checksums(sample["__place__"][0])
+        again = _read(store, sample["__place__"])
         if all(again.get(name) == value for name, value in sample.items() if isinstance(value, bytes)):
             raise
-    return _decode_bytes(again)  # a cached copy was damaged, or a byte on its way
+    return _decode_bytes(again)  # there was no checksum, and a cached copy was damaged, or a byte on its way
 
 
 def _decode_bytes(sample):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from caco_scale.data.folders import IMAGE_EXTENSIONS, hidden, is_image
 
 if TYPE_CHECKING:
-    from caco_scale.data.shards import Samples
+    from caco_scale.data.shard_index import Samples
 
 KEY_AND_EXTENSION = r"((?:.*/|)[^.]+)[.]([^/]*)"
 META_FILES = r"__[^/]*__($|/)"

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from caco_scale.data.samples import NoImage, image_of, images_of, key_and_extension, label_of, some
-from caco_scale.data.shards import BLOCK, MAX_LABEL, ShardIndex
+from caco_scale.data.shard_index import HASH_BYTES, ShardIndex, hash_spans
+from caco_scale.data.shards import BLOCK, MAX_LABEL
 from caco_scale.errors import UserError, one_line
 
 # Of all headers of one member together (names, extended attributes), and of those that count for the rest of the tar.
@@ -177,7 +178,10 @@ def _index_file(file, name, image, notes):
         )
     if repeated := [key for key, number in with_image.items() if number > 1]:
         notes.add("keys that come several times, as a sample each", f"{name}: {repeated[0]}", len(repeated))
-    return ShardIndex.from_samples(samples)
+    index = ShardIndex.from_samples(samples)
+    file.seek(0)
+    chunks = iter(lambda: file.read(HASH_BYTES), b"")
+    return index.with_checksums(hash_spans(index.starts, index.sizes, chunks)[2])
 
 
 def _groups(members, name, notes):

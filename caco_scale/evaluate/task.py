@@ -255,5 +255,7 @@ def _introduce(task, flags):
         task.say(
             f"{name}: {store.manifest.num_samples:,} images of {len(store.manifest.classes)} classes in {store.url}"
         )
+        if store.unchecked:
+            task.say(store.unchecked)
     if absent := lacking_classes(task.val):
         task.say(absent)

@@ -137,7 +137,7 @@ class Loop:
         """Steps until the end or a reason to stop; then a checkpoint and a marker -> what stopped it, or None."""
         started = time.monotonic()
         self.evaluations.at_start(self.step, self.directory)
-        self._note_small_cache()
+        self._note_data()
         stop = None
         with contextlib.closing(
             on_device(self.data.batches(self.step, self.end), self.strategy.device)
@@ -233,8 +233,10 @@ class Loop:
         self.corrupt.record(self.step, chain(*corrupt))
         return next((stop for stop, _ in requests if stop), None), any(save for _, save in requests)
 
-    def _note_small_cache(self):
+    def _note_data(self):
         store = self.data.store
+        for note in {s.unchecked for s in (store, self.data.val_store) if s and s.unchecked}:
+            self.records.telemetry.note(note)
         if store.cache is not None and not cache_is_large_enough(store, self.data.order, self.step):
             self.records.telemetry.note(
                 f"data.cache_bytes {store.cache.limit_bytes:,} is less than the shards in use at once: images are "

@@ -35,8 +35,7 @@ def open_store(
 
     Args:
         cache_dir: where whole shards of an object store are kept on this node; ``auto`` is a folder of this user's
-            in the node's temporary directory, ``none`` reads ranges only, and a range is checked by its size alone:
-            only a whole shard has a hash.
+            in the node's temporary directory, ``none`` reads ranges only.
         cache_bytes: its limit, 0: four fifths of what is free there.
         labelled: of a folder, take only images in class folders, none of them empty (see :class:`FolderStore`).
         flag: the option that gave ``url``, for messages.

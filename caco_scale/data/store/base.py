@@ -17,9 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from caco_scale.data.cache import ShardCache
 from caco_scale.data.counters import Counters
-from caco_scale.data.object_store import Remote
+from caco_scale.data.object_store import Remote, WrongBytes
 from caco_scale.data.order import first_ids, locate
-from caco_scale.data.shards import MANIFEST_NAME, Manifest, Samples, ShardIndex, ShardInfo
+from caco_scale.data.shard_index import Samples, ShardIndex, hash_spans, read_sample
+from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo
 from caco_scale.errors import UserError, quoted
 
 MAX_OPEN_FILES = 128
@@ -27,7 +28,7 @@ MAX_INDEXES = 1024  # about 50 kB each for shards of 1,000 samples
 
 
 class DamagedShard(UserError):
-    """The bytes of a shard are not the manifest's, however often they are fetched."""
+    """The bytes of a shard are not the recorded ones, however often they are fetched."""
 
 
 class Store:
@@ -55,7 +56,7 @@ class Store:
         self.counters = counters
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._index_locks: dict[int, threading.Lock] = {}
-        self._intact: set[int] = set()
+        self._checksums: dict[int, NDArray[np.uint64]] = {}  # of shards whose index has none, as they are met
 
     def _parse_manifest(self, text):
         try:
@@ -91,6 +92,19 @@ class Store:
     def verify_hint(self) -> str:
         """How to find out what is damaged, in words."""
         return f"check the set with `python -m data_prep verify --full {quoted(self.url)}`"
+
+    @property
+    def unchecked(self) -> str:
+        """What is read without a checksum, in words with what to do; empty where nothing is."""
+        without = sum(not shard.has_checksums for shard in self.manifest.shards)
+        if not without:
+            return ""
+        to = " --to DIR" if self.url.startswith("http") and self.remote else ""  # DIR is data.shards then
+        return (
+            f"{self.url} has no checksums for the images of {without:,} of its {len(self.manifest.shards):,} shards: "
+            "wrong bytes that still decode go unnoticed until "
+            f"`python -m data_prep index {quoted(self.url)}{to}` has added them"
+        )
 
     def check(self) -> None:
         """Compare what is there with the manifest. UserError names the first wrong, and a set without an image."""
@@ -142,6 +156,8 @@ class Store:
             raise UserError(
                 f"shard index {name} has {len(index)} samples, {info.num_samples} expected: {self.repair_hint}"
             )
+        if info.has_checksums and index.checksums is None:
+            raise UserError(f"shard index {name} has no checksums: {self.repair_hint}")
         self._indexes[shard] = index
         while len(self._indexes) > MAX_INDEXES:
             self._indexes.popitem(last=False)
@@ -152,32 +168,58 @@ class Store:
 
     # Reading
 
-    def read(self, shard: int, start: int, num_bytes: int) -> bytes:
-        """``num_bytes`` of a shard from ``start``. UserError where they cannot be had."""
+    def read_sample(self, shard: int, position: int) -> dict[str, Any]:
+        """A sample as webdataset's dict, its bytes the recorded ones wherever the index has a checksum of them.
+
+        UserError where they cannot be had, :class:`DamagedShard` where others come, however often they are fetched.
+        """
+        index = self.index(shard)
+        recorded = index.checksum(position)
+        if recorded is None and shard in self._checksums:
+            recorded = int(self._checksums[shard][position])
+        try:
+            return read_sample(index, position, self.read(shard, *index.span(position), recorded))
+        except WrongBytes:
+            raise self._damaged_shard(
+                shard, f"the bytes of its sample {index.keys[position]} have another checksum than its index"
+            ) from None
+
+    def _damaged_shard(self, shard, problem):
+        name = self.manifest.shards[shard].name
+        return DamagedShard(f"shard {name} of {self.url} is damaged: {problem}: {self.repair_hint}")
+
+    def read(self, shard: int, start: int, num_bytes: int, recorded: int | None = None) -> bytes:
+        """``num_bytes`` of a shard from ``start``. UserError where they cannot be had.
+
+        ``recorded``: their checksum; :class:`WrongBytes` where others come, however often they are fetched.
+        """
         raise NotImplementedError
 
     def chunks(self, shard: int) -> Iterator[bytes]:
         """The bytes of a whole shard."""
         raise NotImplementedError
 
-    def read_checked(self, shard: int, start: int, num_bytes: int) -> bytes:
-        """As ``read``, after the whole shard's sha256 was found to be the manifest's (once per shard).
+    def learn_checksums(self, shard: int) -> NDArray[np.uint64] | None:
+        """The checksums of a shard (n,), if its index has none those of its bytes, kept for the reads that follow.
 
-        UserError if it is another: then nothing in the shard can be believed.
+        Its bytes are compared with its sha256; :class:`DamagedShard` where that is not the manifest's. None from a
+        store that has recorded nothing to compare with.
         """
-        if shard not in self._intact:
-            info = self.manifest.shards[shard]
-            digest, got = hashlib.sha256(), 0
-            for chunk in self.chunks(shard):
-                digest.update(chunk)
-                got += len(chunk)
-            if digest.hexdigest() != info.sha256:
-                raise UserError(
-                    f"shard {info.name} of {self.url} is damaged: its {got:,} bytes have another sha256 than "
-                    f"the manifest's {info.sha256[:12]}: {self.repair_hint}"
-                )
-            self._intact.add(shard)
-        return self.read(shard, start, num_bytes)
+        known = self._checksums.get(shard)
+        if known is None:
+            known = self.index(shard).checksums
+        return self._learn(shard, self.chunks(shard)) if known is None else known
+
+    def _learn(self, shard, chunks):
+        index, info = self.index(shard), self.manifest.shards[shard]
+        assert isinstance(index, ShardIndex), "a subset asks its store"
+        sha256, num_bytes, checksums = hash_spans(index.starts, index.sizes, chunks)
+        if sha256 != info.sha256:
+            raise self._damaged_shard(
+                shard, f"its {num_bytes:,} bytes have another sha256 than the manifest's {info.sha256[:12]}"
+            )
+        self._checksums[shard] = checksums
+        return checksums
 
     # For local files there is nothing to gain below.
 

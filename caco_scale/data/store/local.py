@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from caco_scale.data.addresses import check_address, is_remote, local_path
 from caco_scale.data.counters import Counters
+from caco_scale.data.object_store import WrongBytes
+from caco_scale.data.shard_index import checksum
 from caco_scale.data.shards import MANIFEST_NAME
 from caco_scale.data.store.base import MAX_OPEN_FILES, Store
 from caco_scale.errors import UserError
@@ -69,7 +71,7 @@ class LocalStore(Store):
         except OSError as error:
             raise UserError(f"shard index {path}: {error.strerror}: {self.repair_hint}") from None
 
-    def read(self, shard: int, start: int, num_bytes: int) -> bytes:
+    def read(self, shard: int, start: int, num_bytes: int, recorded: int | None = None) -> bytes:
         """``num_bytes`` of a shard from ``start``. UserError when the shard is missing or too short."""
         path = os.path.join(self.shards_at, self.manifest.shards[shard].name)
         try:
@@ -83,6 +85,8 @@ class LocalStore(Store):
             raise UserError(
                 f"shard file {path} has {size:,} bytes, {expected:,} expected: {self.repair_hint}"
             )
+        if recorded is not None and checksum(data) != recorded:
+            raise WrongBytes(f"shard file {path} is damaged from byte {start:,} to {start + num_bytes:,}")
         return data
 
     def _file(self, shard, path):

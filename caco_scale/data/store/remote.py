@@ -6,18 +6,21 @@ while ``prefetch`` fetches the shards of coming steps in the background.
 
 import contextlib
 import io
+import itertools
 import os
-import stat
 import tempfile
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from caco_scale.data.cache import DamagedDownload, ShardCache, UnusableCache
 from caco_scale.data.counters import Counters
 from caco_scale.data.object_store import NoRanges, Remote, RetryPolicy
+from caco_scale.data.own_files import NotOurs, private_folder
+from caco_scale.data.shard_index import HASH_BYTES, checksum
 from caco_scale.data.shards import MANIFEST_NAME
 from caco_scale.data.store.base import MAX_OPEN_FILES, DamagedShard, Store
 from caco_scale.data.store.local import LocalStore
@@ -91,7 +94,9 @@ class RemoteStore(Store):
         return self._remote
 
     def _check_files(self):
-        """Compare the size of every shard and index with the manifest."""
+        """Compare the size of every shard and index with the manifest, and look who else is in the cache."""
+        if self.cache is not None:
+            self.cache.check(shard.sha256 for shard in self.manifest.shards)
         expected = {}
         for shard in self.manifest.shards:
             expected[shard.name] = shard.num_bytes
@@ -111,45 +116,54 @@ class RemoteStore(Store):
             return self.local_index._index_bytes(info)
         return b"".join(self.remote.stream(info.index_name, 0, info.index_num_bytes, whole=True))
 
-    def read(self, shard: int, start: int, num_bytes: int) -> bytes:
+    def read(self, shard: int, start: int, num_bytes: int, recorded: int | None = None) -> bytes:
         """``num_bytes`` of a shard from ``start``: from this node's copy, else as a range of the object.
 
-        UserError (:class:`DamagedShard`) once a download has found that the shard is not the manifest's.
+        A copy that is damaged goes, and is fetched again with the next whole shards. UserError
+        (:class:`DamagedShard`) once a download has found that the shard is not the manifest's.
         """
         info = self.manifest.shards[shard]
-        data = self._read_copy(shard, info, start, num_bytes)
+        intact = None if recorded is None else lambda data: checksum(data) == recorded
+        data = self._read_copy(shard, info, start, num_bytes, intact)
         if data is not None:
             return data
         if shard in self._damaged:
             raise DamagedShard(self._damaged[shard])
         self.counters.add("misses")
         try:
-            return self.remote.read(info.name, start, num_bytes)
+            return self.remote.read(info.name, start, num_bytes, intact)
         except NoRanges:
             for _ in range(DOWNLOADS):  # another process may evict it before it is read
                 if not self._download(shard, wait=True):
                     break
-                data = self._read_copy(shard, info, start, num_bytes)
+                data = self._read_copy(shard, info, start, num_bytes, intact)
                 if data is not None:
                     return data
             if self._cache_error:
                 raise self._cache_error from None
             raise
 
-    def _read_copy(self, shard, info, start, num_bytes):
+    def _read_copy(self, shard, info, start, num_bytes, intact):
         """The bytes from this node's copy of the shard, None where there is no good one."""
         file = self._cached(shard, info)
-        if self.cache is None or file is None:
+        if file is None:
             return None
         with contextlib.suppress(OSError):
             data = os.pread(file.fileno(), num_bytes, start)
-            if len(data) == num_bytes:
+            if len(data) == num_bytes and (intact is None or intact(data)):
                 self.counters.add("hits")
                 return data
-        with self._lock:
-            self._files.pop(shard, None)
-        self.cache.drop(info.sha256)  # cut by someone while it was open, or the disk fails
+        self._drop_copy(shard, file)
         return None
+
+    def _drop_copy(self, shard, file):
+        """This copy was cut or written to while it was open, or the disk fails. Another that took its place stays."""
+        assert self.cache is not None, "there is a copy"
+        with self._lock:
+            if self._files.get(shard) is file:
+                del self._files[shard]
+        if self.cache.drop(self.manifest.shards[shard].sha256, file):
+            self.counters.add("damaged")
 
     def _cached(self, shard, info):
         """The open file of a cached shard, or None."""
@@ -173,24 +187,19 @@ class RemoteStore(Store):
             return file
 
     def chunks(self, shard: int) -> Iterator[bytes]:
-        """The bytes of a whole shard as the object store has them; this node's copy goes if it is damaged."""
+        """The bytes of a whole shard as the object store has them."""
         info = self.manifest.shards[shard]
         yield from self.remote.stream(info.name, 0, info.num_bytes, whole=True)
 
-    def read_checked(self, shard: int, start: int, num_bytes: int) -> bytes:
-        # The copy is not believed either: whoever asks has seen bytes that make no sense.
-        info = self.manifest.shards[shard]
-        if self.cache is not None and shard not in self._intact and self._has_copy(info):
-            with self._lock:
-                self._files.pop(shard, None)
-            with contextlib.suppress(OSError):
-                self.cache.path(info.sha256, ".ok").unlink()
-            if self._cached(shard, info) is not None:  # hashed again
-                self._intact.add(shard)
-        return super().read_checked(shard, start, num_bytes)
-
-    def _has_copy(self, info):
-        return self.cache is not None and os.path.exists(self.cache.path(info.sha256))
+    def _learn(self, shard, chunks):
+        file = self._cached(shard, self.manifest.shards[shard])
+        if file is not None:
+            try:
+                parts = (os.pread(file.fileno(), HASH_BYTES, at) for at in itertools.count(step=HASH_BYTES))
+                return super()._learn(shard, iter(parts.__next__, b""))
+            except (OSError, UserError):
+                self._drop_copy(shard, file)
+        return super()._learn(shard, chunks)
 
     def _stop_caching(self, error):
         """A full or failing disk ends no training: from now on shards without a copy are read as ranges."""
@@ -236,7 +245,7 @@ class RemoteStore(Store):
             return
         for shard in map(int, shards):
             known = shard in self._files or shard in self._queued or shard in self._damaged
-            if known or self._has_copy(self.manifest.shards[shard]):
+            if known or self.cache.has(self.manifest.shards[shard].sha256):
                 continue
             if self._threads is None:
                 self._threads = Threads(PREFETCH_THREADS, self.remote.cancel)
@@ -262,11 +271,11 @@ def cache_directory(name: str) -> str:
     """The path of ``data.cache_dir``; ``auto`` is this user's folder on the node's own disk."""
     if name not in ("", "auto"):
         return os.path.abspath(os.path.expanduser(name))
-    path = os.path.join(tempfile.gettempdir(), f"caco_scale-cache-{os.getuid()}")
-    with contextlib.suppress(OSError):  # what is wrong with the place is said where it is used
-        os.makedirs(path, mode=0o700, exist_ok=True)
-    with contextlib.suppress(OSError):
-        status = os.lstat(path)  # a link that another user planted is not followed
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-            raise UserError(f"{path} is not a directory of this user: give another data.cache_dir")
-    return path
+    path = Path(tempfile.gettempdir(), f"caco_scale-cache-{os.geteuid()}")
+    try:
+        private_folder(path)  # a link that another user planted is not followed
+    except NotOurs as error:
+        raise UserError(f"{path} is {error.strerror}: give another data.cache_dir") from None
+    except OSError:
+        pass  # what is wrong with the place is said where it is used
+    return str(path)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from caco_scale.data.object_store import Remote
-from caco_scale.data.shards import Samples
+from caco_scale.data.shard_index import Samples
 from caco_scale.data.store.base import Store
 
 PREFETCH_SHARE = 0.5  # of a shard's images that must be wanted before fetching all of it pays
@@ -47,11 +47,14 @@ class Subset(Store):
     def _choose(self, shard):
         return ChosenSamples(self._store.index(shard), self._positions[shard])
 
-    def read(self, shard: int, start: int, num_bytes: int) -> bytes:
-        return self._store.read(shard, start, num_bytes)
+    def read_sample(self, shard: int, position: int) -> dict[str, Any]:
+        return self._store.read_sample(shard, int(self._positions[shard][position]))
 
-    def read_checked(self, shard: int, start: int, num_bytes: int) -> bytes:
-        return self._store.read_checked(shard, start, num_bytes)
+    def read(self, shard: int, start: int, num_bytes: int, recorded: int | None = None) -> bytes:
+        return self._store.read(shard, start, num_bytes, recorded)
+
+    def learn_checksums(self, shard: int) -> NDArray[np.uint64] | None:
+        return self._store.learn_checksums(shard)
 
     def concurrently(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         return self._store.concurrently(function, items)
@@ -97,6 +100,7 @@ class ChosenSamples(Sequence[str]):
     def __init__(self, index: Samples, positions: NDArray[np.int64]):
         self._index, self._positions = index, positions.tolist()
         self.labels = index.labels[positions]
+        self.checksums = None if index.checksums is None else index.checksums[positions]
         self.keys = self
 
     def __len__(self) -> int:
@@ -108,6 +112,10 @@ class ChosenSamples(Sequence[str]):
     def span(self, position: int) -> tuple[int, int]:
         """(start, size in bytes) of one sample."""
         return self._index.span(self._positions[position])
+
+    def checksum(self, position: int) -> int | None:
+        """What is recorded of the bytes of one sample."""
+        return self._index.checksum(self._positions[position])
 
     def members(self, position: int) -> list[tuple[str, int, int]]:
         """The files of one sample: list of (extension, offset in the span, size in bytes)."""
