@@ -254,7 +254,7 @@ def test_index_adds_checksums_and_changes_nothing_else(old, new, tmp_path, elsew
     later = open_store(old)
     later.manifest = before
     assert read_all(later) == good  # a run that began before
-    with pytest.raises(UserError, match=r"has a manifest\.json already"):
+    with pytest.raises(UserError, match="has no tars" if elsewhere else r"has a manifest\.json already"):
         index(place)
     another_version(old / "000001.tar")
     with pytest.raises(DamagedShard, match=DAMAGE):
