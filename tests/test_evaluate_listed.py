@@ -76,6 +76,8 @@ def test_the_list_trains_and_is_named_on_one_and_two_processes(place, tmp_path, 
     assert (tmp_path / "1/samples.txt").read_text() == (tmp_path / "2/samples.txt").read_text()
     with pytest.raises(UserError, match="both choose images"):
         run_finetune.run(parse([*options, "--fraction", "0.1"]))
+    with pytest.raises(UserError, match=r"--list +is not a file"):  # of a shell variable that is not set
+        run_finetune.run(parse(words("finetune", place, *SHORT, "--list", "")))
 
 
 def test_a_drawn_share_is_called_our_own(place, tmp_path, capsys):

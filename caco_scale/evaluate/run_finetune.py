@@ -80,7 +80,7 @@ def run(flags: Any) -> dict[str, Any]:
 
 def _choose(task, labels, flags):
     """(sample numbers to train on, what decides them as settings). Collective."""
-    if not flags.list:
+    if flags.list is None:  # an empty one is a mistake
         return choose_share(labels, flags.fraction, flags.seed), {"fraction": flags.fraction}
     if flags.fraction != 1:
         raise UserError(
