@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import functools
 import os
+import re
 import shlex
 import signal
 import sys
@@ -53,6 +54,24 @@ def quoted(word):
     return "$'" + "".join(map(plain, word)) + "'"
 
 
+NO_MEMORY = re.compile(r"can't allocate memory|out of memory|Storage size calculation overflowed")
+
+
+@contextlib.contextmanager
+def _memory_in_words():
+    """Memory that nobody has is a mistake in some number; torch has no exception of its own for it on a CPU."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
+            raise
+        reason = one_line(error)[:300] or "Python could not allocate any more"
+        raise UserError(
+            f"out of memory ({reason}): lower what is large (the model, the bank, images at once, views or workers); "
+            "caco doctor says what a run needs"
+        ) from error
+
+
 def exit_on_user_error(main):
     """Decorate a command's ``main``: a :class:`UserError` becomes ``error: <line>`` on stderr and exit code 2.
 
@@ -62,7 +81,8 @@ def exit_on_user_error(main):
     @functools.wraps(main)
     def run(*args, **kwargs):
         try:
-            return main(*args, **kwargs)
+            with _memory_in_words():
+                return main(*args, **kwargs)
         except UserError as error:
             rank = int(os.environ.get("RANK", 0))
             if rank:

@@ -4,8 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from launch import SMALL, environment
 from shard_sets import make_shard_set
+
+from caco_scale.errors import exit_on_user_error
 
 
 def pretrain(flags, cwd):
@@ -134,3 +137,17 @@ def test_a_good_end_does_not_hang_on_the_interpreters_own(how, code):
     run = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (code, "all is saved\n")
     assert run.stderr == ("error: no such thing\n" if code else "")
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda: torch.empty(2**50), lambda: torch.empty(2**40, 2**40), lambda: [0] * 2**60]
+)
+def test_memory_that_nobody_has_is_one_line(ask, capsys):
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(ask)()
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory (")
+    assert error.endswith("caco doctor says what a run needs\n")
+    with pytest.raises(RuntimeError, match="another"):
+        exit_on_user_error(lambda: (_ for _ in ()).throw(RuntimeError("another")))()

@@ -114,7 +114,7 @@ class Views:
     """Probability of Gaussian blur in view 1 and view 2."""
     solarize_p: tuple[Probability, Probability] = (0.0, 0.2)
     """Probability of solarization in view 1 and view 2."""
-    num_local_crops: Count = 0
+    num_local_crops: Annotated[Count, at_most(1024)] = 0
     """Local crops besides the two global views (multi-crop)."""
     local_size: Pixels = 96
     """Pixels on a side of a local crop."""
