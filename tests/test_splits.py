@@ -91,6 +91,7 @@ def test_classes_are_no_splits(folders):
         ("seg_train", "seg_test", "seg_pred"),
         ("train_cats", "train_dogs", "val_cats", "val_dogs"),
         (*ANIMALS, "train", "my_test"),
+        ("seg_train", "seg_test", "extra"),
     ],
 )
 def test_in_doubt_the_user_is_asked(folders):

@@ -102,11 +102,11 @@ def find_splits(image_folders: Iterable[str], empty_folders: Iterable[str] = ())
     empty = {name[len(prefix) :] for name in empty_folders if name.startswith(prefix)}
     empty = {name for name in empty if name and "/" not in name and name not in below and split_kind(name)}
     names = sorted((name for name in below | empty if split_kind(name)), key=split_rank)
+    if {split_kind(name) for name in names} == {"extra"}:
+        names = []  # alone it may be anything
     others = tuple(sorted(below - set(names)))
     splits = Splits(prefix, tuple(names), others)
     kinds = {split_kind(name) for name in names}
-    if kinds == {"extra"} or (not names and not others):
-        return Splits()
     if names and not others:
         return splits
     if names:
