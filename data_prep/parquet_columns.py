@@ -46,7 +46,7 @@ class Columns:
             raise ValueError(
                 f"the label in {self.label!r} is {'missing' if label is None else 'empty'}{without}"
             )
-        if not isinstance(label, str) and not 0 <= label < len(self.names or range(label + 1)):
+        if not isinstance(label, str) and (label < 0 or (self.names and label >= len(self.names))):
             classes = f" of {len(self.names)} classes" if self.names else ""
             raise ValueError(f"label {label}{classes}: has this split no labels?{without}")
         return data, label
@@ -87,14 +87,27 @@ def find_columns(files: Sequence[str], image_column: str | None, label_column: s
         import pyarrow.parquet as parquet
     except ImportError:
         raise UserError("--format parquet needs pyarrow: pip install pyarrow") from None
+    unreadable = (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        MemoryError,
+        RecursionError,
+    )
     found: Columns | None = None
     first, kind = files[0], None
     for path in files:
         try:
             schema = parquet.read_schema(path)
             features = _features(schema.metadata)
-        except (pyarrow.ArrowException, OSError, ValueError, TypeError, AttributeError, MemoryError) as error:
+        except unreadable as error:
             raise UserError(f"{path} cannot be read as parquet: {one_line(error)}") from None
+        if twice := [name for name, count in Counter(schema.names).items() if count > 1]:
+            raise UserError(
+                f"{path} has several columns with the name {twice[0]!r}: rename them; {_columns(schema)}"
+            )
         image = _image_column(path, schema, features, image_column)
         label = _label_column(path, schema, features, label_column)
         its_kind = None if label is None else _label_kind(path, schema, label)
@@ -182,7 +195,7 @@ def _one_of(candidates, usual):
 
 
 def _check_there(path, schema, name, flag):
-    if schema.names.count(name) != 1:
+    if name not in schema.names:
         raise UserError(
             f"{path} has no column {name!r}{did_you_mean(name, schema.names)} for {flag}; {_columns(schema)}"
         )
@@ -241,10 +254,11 @@ def _label_kind(path, schema, name):
 def _names(path, features, label):
     """The names that the data set's card has for its labels; None without."""
     names = features.get(label, {}).get("names")
-    if not names:
+    if not isinstance(names, list) or not names:
         return None
     if not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
+        shown = some_names([repr(name)[:40] for name in names])
         raise UserError(
-            f"{path}: the names of the classes in {label!r} are empty or doubled ({some_names(names)})"
+            f"{path}: the names of the classes in {label!r} are empty, doubled or no words ({shown})"
         )
     return tuple(names)

@@ -215,7 +215,7 @@ def test_the_order_of_classes_is_that_of_the_labels(tmp_path):
     write(tmp_path / "x.parquet", label=["a/b", "a_b"] * 3)
     refused("several labels that would be one class: a_b", tmp_path)
     write(tmp_path / "x.parquet", card=names("a", "a"), label=[0, 1] * 3)
-    refused("empty or doubled", tmp_path)
+    refused("empty, doubled or no words", tmp_path)
     write(tmp_path / "x.parquet", label=["train", "val"] * 3)  # classes, whatever their names
     assert read(tmp_path)[0] == ("train", "val")
 
@@ -250,6 +250,24 @@ def test_what_is_no_parquet_is_one_line(tmp_path):
     data = (tmp_path / "a/x.parquet").read_bytes()
     (tmp_path / "a/x.parquet").write_bytes(data[:10] + bytes(100) + data[110:])
     refused("x.parquet cannot be read as images with labels: row 0", tmp_path / "a")
+    table = pyarrow.table({"image": BYTES, "label": pyarrow.array([2**63 + 5] * 6, pyarrow.uint64())})
+    for card in (
+        "",
+        "[]",
+        "{",
+        '{"info": 1}',
+        "[" * 100_000,
+        '{"info": {"features": {"label": {"names": [1]}}}}',
+    ):
+        parquet.write_table(table.replace_schema_metadata({"huggingface": card}), tmp_path / "a/x.parquet")
+        if "names" in card:
+            refused("no words (1)", tmp_path / "a")
+        elif card in ("{", "", "[" * 100_000):
+            refused("cannot be read as parquet", tmp_path / "a")
+    parquet.write_table(table, tmp_path / "a/x.parquet")
+    assert read(tmp_path / "a")[0] == (str(2**63 + 5),)
+    parquet.write_table(pyarrow.table([BYTES, BYTES], names=["image", "image"]), tmp_path / "a/x.parquet")
+    refused("several columns with the name 'image'", tmp_path / "a")
     with pytest.raises(UserError, match=r"has no images .*--format parquet"):
         build(tmp_path / "a", tmp_path / "set")
 
