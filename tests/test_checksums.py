@@ -1,5 +1,6 @@
 """Bytes that are not the recorded ones are never used, whether they decode or not; older sets get their checksums."""
 
+import hashlib
 import os
 import random
 import shutil
@@ -14,7 +15,7 @@ from test_loader import batches
 
 from caco_scale.data import object_store
 from caco_scale.data.loader import evaluation_batches
-from caco_scale.data.object_store import RetryPolicy
+from caco_scale.data.object_store import Remote, RetryPolicy
 from caco_scale.data.order import Order
 from caco_scale.data.shard_index import ShardIndex, checksum, hash_spans
 from caco_scale.data.shards import MANIFEST_NAME, Manifest
@@ -24,7 +25,9 @@ from caco_scale.data.store.subset import Subset
 from caco_scale.errors import UserError
 from data_prep import checksums as adding
 from data_prep.__main__ import main
+from data_prep.build import build
 from data_prep.index import index
+from data_prep.repair import repair
 from data_prep.verify import verify
 
 QUICK = RetryPolicy(retries=2, stall_seconds=1)
@@ -325,3 +328,52 @@ def test_verify_notices_checksums_that_are_not_the_tars(new):
     (new / MANIFEST_NAME).write_text(manifest.to_json())
     with pytest.raises(UserError, match="the checksums of its index are not those of the tar"):
         verify(new, full=True, workers=1)
+
+
+@pytest.mark.parametrize("damaged", [None, "000001.tar", "000001.idx"])
+def test_repair_builds_again_what_an_old_set_names_and_adds_checksums(tmp_path, damaged):
+    from shard_sets import encode, smooth_image
+
+    for number in range(12):
+        path = tmp_path / "images" / f"class{number % 2}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(smooth_image(np.random.default_rng(number), 24, 30)))
+    [(built, new, _)] = build(tmp_path / "images", tmp_path / "set", samples_per_shard=5, workers=1)
+    good = read_all(open_store(built))
+    made_old(tmp_path / "set", open_store(built))
+    if damaged:
+        flip(tmp_path / "set" / damaged, 900 if damaged.endswith("tar") else 100)
+    manifest, repaired = repair(tmp_path / "images", built, workers=1)
+    assert repaired == (["000001.tar"] if damaged else [])
+    assert manifest == open_store(built).manifest
+    assert [s.index_sha256 for s in manifest.shards] == [s.index_sha256 for s in new.shards]
+    assert read_all(open_store(built)) == good
+    assert verify(built, full=True, workers=1)[0][1] == new
+    assert build(tmp_path / "images", built, samples_per_shard=5, workers=1)[0][2], (
+        "it is there, and that build's"
+    )
+
+
+def made_old(folder, store):
+    """The set as version 1 would have built it."""
+    shards = []
+    for number, info in enumerate(store.manifest.shards):
+        data = store.index(number).with_checksums(None).to_bytes()
+        (folder / info.index_name).unlink()
+        name = info.index_name.removesuffix("2")
+        (folder / name).write_bytes(data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        shards.append(replace(info, index_name=name, index_num_bytes=len(data), index_sha256=sha256))
+    (folder / MANIFEST_NAME).write_text(replace(store.manifest, shards=tuple(shards)).to_json())
+
+
+def test_a_set_in_a_bucket_gets_its_checksums_there(old, s3):
+    remote = Remote(f"{s3}/checksums")
+    for path in old.iterdir():
+        remote.write(path.name, path)
+    running = open_store(remote.url, "none")
+    good = read_all(running)
+    main(["index", remote.url])
+    assert open_store(remote.url, "none").unchecked == ""
+    assert read_all(open_store(remote.url, "none")) == read_all(running) == good
+    verify(remote.url, full=True, workers=1)
