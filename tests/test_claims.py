@@ -240,5 +240,5 @@ def test_an_expanded_tensor_is_not_made_whole(tmp_path):
         for kind in ("weight", "bias", "running_mean", "running_var")
     }
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"0.weight claims \(2000000, 512\) of 4 bytes"):
+    with pytest.raises(UserError, match=r"w.pth, projector: 0.weight claims \(2000000, 512\) of 4 bytes"):
         load_weights(tmp_path / "w.pth")

@@ -11,7 +11,7 @@ from shard_sets import make_shard_set
 
 from caco_scale.config import load_recipe, recipe_names, replace
 from caco_scale.doctor import checks as doctor
-from caco_scale.doctor.memory import estimate_memory
+from caco_scale.doctor.memory import _bank_bytes, estimate_memory
 from caco_scale.errors import UserError
 from caco_scale.run.directory import check_place
 from caco_scale.training import checks
@@ -125,6 +125,10 @@ def test_partitioning_divides_what_it_should():
     assert of["zero3"].masters == pytest.approx(num_bytes / 8, rel=1e-6)
     offloaded = estimate_memory(config, "zero3", 8, 2, offloaded=True)
     assert offloaded == dataclasses.replace(of["zero3"], masters=0, optimizer_state=0)
+    header = (ROOT / "caco_scale/recipes/caco_vitb16_300ep.yaml").read_text()
+    state = of["ddp"].parameters + of["ddp"].gradients + of["ddp"].optimizer_state
+    assert f" {state / 1e9:.2f} GB under ddp.yaml" in header
+    assert f"the bank takes {_bank_bytes(config, 32, 4) / 1e9:.2f} GB" in header
 
 
 def test_one_image_at_a_time_can_be_estimated():

@@ -4,6 +4,8 @@ import argparse
 import pickle
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from weight_files import (
 from caco_scale.checkpoint.state import State
 from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.errors import UserError
+from caco_scale.evaluate.task import Task, _introduce
 from caco_scale.export import write as export
 from caco_scale.export.__main__ import main
 from caco_scale.method.encoders import ARCHITECTURES, build_backbone
@@ -324,6 +327,20 @@ def test_what_a_file_does_not_say_is_assumed_and_said(tmp_path, capsys):
     assert (again.encoder, again.assumed) == ("single", ("size", "mean", "std"))
     stem = load_weights(save(build_backbone("resnet18", "cifar")[0].state_dict(), tmp_path / "cifar.pth"))
     assert (stem.size, stem.assumed) == (32, ("size", "mean", "std"))
+
+
+def test_an_evaluation_says_what_it_assumes_unless_it_was_told(tmp_path, capsys):
+    weights = load_weights(save(torchvision_state().state_dict(), tmp_path / "w.pth"))
+    accelerator = SimpleNamespace(is_main_process=True, num_processes=1, device=torch.device("cpu"))
+    store: Any = SimpleNamespace(url="set", manifest=SimpleNamespace(num_samples=4, classes=["a", "b"]))
+    images: Any = {"size": 224, "resize": 256, "mean": weights.mean, "std": (1.0, 1.0, 1.0)}
+    rest: Any = {"dtype": torch.float32, "autocast_dtype": None, "images_at_once": 1, "workers": 0, "seed": 0}
+    task = Task(accelerator=accelerator, weights=weights, train=store, val=store, **images, **rest)
+    _introduce(task, SimpleNamespace(size=None, mean=None, std=(1.0, 1.0, 1.0)))
+    words = capsys.readouterr().out
+    assert "size 224, mean 0.485, 0.456, 0.406; --size, --mean give others" in words
+    assert "single encoder of" in words
+    assert "in the file but not used: fc.* (2)" in words
 
 
 def test_the_metadata_of_an_export_say_what_images_it_wants(run, tmp_path):

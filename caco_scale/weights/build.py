@@ -89,7 +89,7 @@ def fill_backbone(arch: str, stem: str, state: Mapping[str, Tensor], path: str) 
     return backbone, num_features
 
 
-def fill_projector(num_features: int, state: Mapping[str, Tensor]) -> nn.Sequential | None:
+def fill_projector(num_features: int, state: Mapping[str, Tensor], path: str) -> nn.Sequential | None:
     """A projector with the tensors of a state dict, or None where they are those of another kind of head."""
     try:
         hidden, embedding_dim = state["0.weight"].shape[0], state["6.weight"].shape[0]
@@ -101,7 +101,7 @@ def fill_projector(num_features: int, state: Mapping[str, Tensor]) -> nn.Sequent
     if any(differences(expected, state)):
         return None
     filled = {name: state.get(name, torch.zeros((), dtype=torch.int64)) for name in expected}
-    _assign(projector, filled, "projector")
+    _assign(projector, filled, f"{path}, projector")
     return projector
 
 

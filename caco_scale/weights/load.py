@@ -103,7 +103,7 @@ def _load_run(path, which):
     arch, stem = config["model"]["arch"], config["model"]["stem"]
     backbone, num_features = fill_backbone(arch, stem, within(state, "backbone."), str(path))
     rest = within(state, "projector.")
-    projector = fill_projector(num_features, rest) if rest else None
+    projector = fill_projector(num_features, rest, str(path)) if rest else None
     return Weights(
         path=str(path),
         kind="run of caco_scale",
@@ -145,7 +145,7 @@ def _load_file(path, which, arch, stem):
     state, heads = split_heads(timm_vit_renamed(state))
     arch, stem = find_architecture(path, state, arch or metadata.get("arch"), stem or metadata.get("stem"))
     backbone, num_features = fill_backbone(arch, stem, state, str(path))
-    projector = fill_projector(num_features, within(heads, "fc."))
+    projector = fill_projector(num_features, within(heads, "fc."), str(path))
     unused = [name for name in heads if projector is None or not name.startswith("fc.")]
     return Weights(
         path=str(path),
