@@ -187,7 +187,7 @@ def test_no_file_takes_more_memory_than_its_size_justifies(tmp_path):
 @pytest.mark.parametrize("new_format", [True, False])
 def test_what_torch_saves_is_read(tmp_path, new_format):
     noted = torch.zeros(3)
-    noted.note = "an attribute"  # ty: ignore[missing-attribute]
+    noted.note = "an attribute"
     content: dict = {
         "w": torch.arange(20.0).view(4, 5),
         "part": torch.arange(10)[2:7:2],

@@ -19,11 +19,11 @@ PREFIXES = (
     ("backbone.", None, "DINO"),
 )
 # What may stand beside a backbone without being part of it, by the first words of its names: classifiers, projectors,
-# predictors, prototypes, MoCo's queue, MAE's decoder, the count of an average of models (EMA).
+# predictors, prototypes, MoCo's queue, the decoder and the masks of MAE and iBOT, the count of an average (EMA).
 HEADS = (
     *("fc.", "head.", "heads.", "last_layer.", "classifier.", "pre_logits."),
     *("projector.", "projection_head.", "predictor.", "prediction_head.", "prototypes."),
-    *("queue", "decoder_", "mask_token", "n_averaged"),
+    *("queue", "decoder_", "mask_token", "masked_embed", "n_averaged"),
 )
 # Parts that a backbone of this program does not have, and whose they are.
 FOREIGN_PARTS = (
