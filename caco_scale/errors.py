@@ -1,7 +1,6 @@
 """The one error a user sees: a single line with the numbers in it and the fix, exit code 2, no traceback."""
 
 import atexit
-import contextlib
 import difflib
 import functools
 import os
@@ -11,8 +10,12 @@ import signal
 import sys
 import time
 
+from caco_scale.console import lasting_console
+
 # Seconds that ranks above 0 wait before they repeat an error: rank 0 usually has the same, and says it.
 RANK_PATIENCE_SECONDS = 20
+# Who speaks in the errors of a collective: gloo names its source files, NCCL and torch's parts themselves.
+PEERS_BACKENDS = r"gloo/|NCCL|TCPStore|c10d"
 
 
 class UserError(ValueError):
@@ -37,8 +40,8 @@ def one_of(name, names, what):
 
 
 def one_line(error):
-    """The message of an exception with every run of white space folded into one blank."""
-    return " ".join(str(error).split())
+    """The message of an exception with every run of white space folded into one blank; without torch's C++ frames."""
+    return " ".join(str(error).split("Exception raised from ")[0].split())
 
 
 def quoted(word):
@@ -75,39 +78,48 @@ def _memory_in_words():
 def exit_on_user_error(main):
     """Decorate a command's ``main``: a :class:`UserError` becomes ``error: <line>`` on stderr and exit code 2.
 
-    Of several ranks that make the same mistake only the first speaks: the launcher ends the others meanwhile.
+    Of several ranks that make the same mistake only the first speaks: the launcher ends the others meanwhile. A process
+    that loses its peers says that in one line, exit code 1; Ctrl-C is 130. The console never ends it
+    (:func:`~caco_scale.console.lasting_console`).
     """
 
     @functools.wraps(main)
     def run(*args, **kwargs):
-        try:
-            with _memory_in_words():
-                return main(*args, **kwargs)
-        except UserError as error:
-            rank = int(os.environ.get("RANK", 0))
-            if rank:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                time.sleep(RANK_PATIENCE_SECONDS)
-            speaker = f"rank {rank}: " if rank else ""
-            print(f"error: {speaker}{one_line(error)}", file=sys.stderr, flush=True)
-            if isinstance(error, Hung):
-                os._exit(2)
-            sys.exit(2)
+        with lasting_console():
+            try:
+                with _memory_in_words():
+                    return main(*args, **kwargs)
+            except UserError as error:
+                if _rank():
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                    time.sleep(RANK_PATIENCE_SECONDS)
+                _end(one_line(error), 2, at_once=isinstance(error, Hung))
+            except RuntimeError as error:
+                if not is_loss_of_peers(error):
+                    raise
+                _end(f"another process of this launch has ended or does not answer ({one_line(error)})", 1)
+            except KeyboardInterrupt:
+                _end("interrupted", 130)
 
     return run
 
 
-@contextlib.contextmanager
-def unless_nobody_reads():
-    """Print within it: where the reader of our output is gone, as with ``| head``, the process ends in silence."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+def is_loss_of_peers(error: BaseException) -> bool:
+    """Whether gloo, NCCL or torch's store say that another process is gone or silent."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and re.search(PEERS_BACKENDS, str(error)) is not None
+
+
+def _rank():
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0
+
+
+def _end(text, code, at_once=False):
+    speaker = f"rank {_rank()}: " if _rank() else ""
+    print(f"error: {speaker}{text}", file=sys.stderr, flush=True)
+    if at_once:
+        os._exit(code)
+    sys.exit(code)
 
 
 _endings = []
@@ -131,8 +143,9 @@ def run_command(main):
     except SystemExit as end:
         if end.code:
             raise
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for function in _endings:
-        function()
-    os._exit(0)
+    with lasting_console():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for function in _endings:
+            function()
+        os._exit(0)

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
-from caco_scale.errors import UserError, exit_on_user_error, unless_nobody_reads
+from caco_scale.errors import UserError, exit_on_user_error
 from caco_scale.flags.read import Switch, read_command, shown
 from caco_scale.flags.rules import Rule
+from caco_scale.run.signals import interrupting
 
 PROG = "python -m data_prep"
 ONE_PER_CLASS = Rule(lambda x: x >= 10, "give at least 10, one image per class")
@@ -221,11 +222,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     """Run a command; exit code 0, or 2 with one line on stderr."""
     _, command = read_command(COMMANDS, sys.argv[1:] if arguments is None else arguments, prog, __doc__ or "")
     try:
-        with unless_nobody_reads():
+        with interrupting():
             command.run()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted: finished shards are kept, the same command continues", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(getattr(stop, "code", 130))
 
 
 if __name__ == "__main__":

@@ -42,9 +42,7 @@ load_site() {
   one_of REQUEUE yes no
   one_of PREFLIGHT yes no
   local name
-  for name in MIN_FREE_GB MAX_FAILURES MAX_STARTS_PER_STEP MAX_STARTS; do
-    [[ ${!name} =~ ^[0-9]+$ ]] || die "$name is '${!name}', which is no whole number: correct $site"
-  done
+  for name in MIN_FREE_GB MAX_FAILURES MAX_STARTS_PER_STEP MAX_STARTS; do whole_number "$name" "correct $site"; done
   [[ $SHM_GB =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "SHM_GB is '$SHM_GB', which is no number: correct $site"
   CACHE=()
   [ -z "$CACHE_DIR" ] || CACHE=(--data.cache_dir "$CACHE_DIR")
@@ -56,6 +54,17 @@ load_site() {
     source "$VENV/bin/activate"
   fi
 }
+
+# Numbers reach bash's arithmetic, which would run what stands in them; names reach #SBATCH lines and the patterns of
+# SLURM's file names, where a blank, a quote, a % or a new line would be another thing than a name.
+whole_number() { [[ ${!1} =~ ^(0|[1-9][0-9]{0,8})$ ]] || die "$1 is $(printf %q "${!1}"), which is no whole number: ${2:-correct it}"; }
+
+plain_name() {
+  [[ ${!1} =~ ^[[:alnum:]_./+=@:,-]*$ && ${!1} != -* ]] ||
+    die "$1 is $(printf %q "${!1}"): give a name of letters, digits and . _ - + = @ : , / alone"
+}
+
+one_line() { [[ $2 != *[[:cntrl:]]* ]] || die "$1 is $(printf %q "$2"), which has a new line or another control character"; }
 
 # A site variable and the values that it may have.
 one_of() {
@@ -70,6 +79,9 @@ name_run() {
   RUN_NAME=${RUN_NAME:-$(basename "$RECIPE" .yaml)}
   RUN_DIR=${RUN_DIR:-$RUNS/$RUN_NAME}
   [[ $RUN_DIR = /* ]] || RUN_DIR=$ROOT/$RUN_DIR
+  plain_name RUN_NAME
+  one_line RUN_DIR "$RUN_DIR"
+  [[ $RUN_DIR != *%* ]] || die "RUN_DIR is $RUN_DIR: SLURM puts other words for a % in file names, give a place without"
 }
 
 # The files of this start.
@@ -89,7 +101,9 @@ describe_job() {
   NODES=$SLURM_NNODES
   [ "$GPUS" != 0 ] || [ -n "${PROCESSES_PER_NODE:-}" ] ||
     die "the job has no GPUs: give sbatch --gpus-per-node=N, or PROCESSES_PER_NODE=1 to train on CPUs"
-  PROCESSES=$((NODES * ${PROCESSES_PER_NODE:=$GPUS}))
+  : "${PROCESSES_PER_NODE:=$GPUS}"
+  whole_number PROCESSES_PER_NODE
+  PROCESSES=$((NODES * PROCESSES_PER_NODE))
   [ "$GPUS" != 0 ] || export CUDA_VISIBLE_DEVICES= # said aloud: the CPU is meant
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   # Below the ephemeral range, and new on every start; the one after it is for training.

@@ -34,7 +34,7 @@ parse() {
       --dry-run) DRY_RUN=yes ;;
       --self-test) SELF_TEST=yes ;;
       --) shift && FLAGS=("$@") && break ;;
-      --*=* | --exclusive) OPTIONS+=("$1") ;;
+      --*=* | --exclusive) one_line "the option" "$1" && OPTIONS+=("$1") ;;
       -*) die "unknown option $1: sbatch's own are given with =, the trainer's after -- (slurm/submit.sh --help)" ;;
       *) [ -z "$NAME" ] || die "two names, $NAME and $1: the trainer's flags come after --" && NAME=$1 ;;
     esac
@@ -68,10 +68,13 @@ collect_options() {
 
 # The script as it is submitted: its own header, then all of that.
 render() {
-  env | grep '^SBATCH_' | sed 's/^/# from the environment: /' > "$RENDERED.env"
-  printf '#SBATCH %s\n' "${OPTIONS[@]}" >> "$RENDERED.env"
+  local name last option
+  for name in "${!SBATCH_@}"; do printf '# from the environment: %s=%q\n' "$name" "${!name}"; done > "$RENDERED.env"
+  for option in "${OPTIONS[@]}"; do
+    [[ $option =~ ^[[:alnum:]_./+=@:,%-]*$ ]] || option=$(printf %q "$option") # sbatch reads these lines as a shell does
+    printf '#SBATCH %s\n' "$option"
+  done >> "$RENDERED.env"
   # Said in the script, for sbatch may be told (SBATCH_EXPORT, --export) to hand no variables on.
-  local name last
   for name in CACO_ROOT CACO_CHAIN RECIPE RUN_NAME RUN_DIR STRATEGY SITE EXTEND PROCESSES_PER_NODE; do
     [ -z "${!name:-}" ] || printf 'export %s=%q\n' "$name" "${!name}"
   done >> "$RENDERED.env"
@@ -95,11 +98,10 @@ dry_run() {
   bash -n "$RENDERED" || die "the script is not valid bash"
   nodes=$(header nodes) gpus=$(header gpus-per-node SBATCH_GPUS_PER_NODE)
   gpus=${gpus##*:} # of h100:8
-  [[ $nodes =~ ^[0-9]+$ && $gpus =~ ^[0-9]+$ ]] || die "no estimate for $nodes nodes of $gpus GPUs: give numbers"
+  [[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^(0|[1-9][0-9]*)$ ]] || die "no estimate for $nodes nodes of $gpus GPUs: give numbers"
   gpus=$((nodes * gpus))
-  # shellcheck disable=SC2086
   "${CONTAINER[@]}" python -m caco_scale.doctor.estimate "$RECIPE" "${FLAGS[@]}" --run.dir "$RUN_DIR" --gpus $((gpus > 0 ? gpus : 1)) \
-    ${IMAGES_PER_SECOND:+--images-per-second $IMAGES_PER_SECOND} ${PRICE_PER_GPU_HOUR:+--price $PRICE_PER_GPU_HOUR} ||
+    ${IMAGES_PER_SECOND:+--images-per-second "$IMAGES_PER_SECOND"} ${PRICE_PER_GPU_HOUR:+--price "$PRICE_PER_GPU_HOUR"} ||
     exit $MISTAKE
   sbatch --test-only "${OPTIONS[@]}" "$RENDERED" "${FLAGS[@]}" || die "sbatch refuses the job as it stands"
 }
@@ -149,6 +151,7 @@ load_site
 name_run
 [ -z "$SELF_TEST" ] || [ "$REQUEUE" = yes ] || KIND=${KIND:-array}
 [ "$REQUEUE" = yes ] || [ -n "$KIND" ] || say "note: jobs do not requeue here (REQUEUE=no): --chain array goes on where one ends"
+for name in RECIPE STRATEGY SITE EXTEND PROCESSES_PER_NODE CACO_CHAIN; do one_line "$name" "${!name:-}"; done
 export RECIPE RUN_NAME RUN_DIR CACO_CHAIN=${CACO_CHAIN:-$(date +%s)-$$}
 RENDERED=$(mktemp) || die "no room for a temporary file"
 trap 'rm -f "$RENDERED" "$RENDERED.env"' EXIT

@@ -27,7 +27,7 @@ from caco_scale.data.views import (
     draw_colour,
     draw_crop,
 )
-from caco_scale.data.workers import stream
+from caco_scale.data.workers import StoppedWaiting, small_shared_memory, stream
 from caco_scale.distributed import collectives
 from caco_scale.errors import UserError
 
@@ -266,6 +266,115 @@ def test_a_worker_killed_with_no_batch_on_its_way_is_noticed_at_once():
             next(payloads)
     finally:
         collectives.set_exchange_timeout(before.total_seconds())
+
+
+def a_payload_and_then_silence():
+    yield {"payload": 1}
+    time.sleep(600)
+
+
+def test_a_read_of_this_process_that_hangs_has_an_end():
+    """Also for the signal that stops a run: it need not wait for a batch."""
+    before = collectives.exchange_timeout()
+    collectives.set_exchange_timeout(1)
+    try:
+        payloads = stream([a_payload_and_then_silence], workers=0)
+        assert next(payloads) == {"payload": 1}
+        with pytest.raises(UserError, match="no batch came for 1 seconds: the storage of the shards"):
+            next(payloads)
+    finally:
+        collectives.set_exchange_timeout(before.total_seconds())
+    asked = []
+    payloads = stream([a_payload_and_then_silence], workers=0, stop=lambda: asked)
+    assert next(payloads) == {"payload": 1}
+    asked.append("SIGTERM")
+    with pytest.raises(StoppedWaiting):
+        next(payloads)
+
+
+def test_a_stop_ends_the_wait_for_workers():
+    payloads = stream([a_payload_and_then_silence], workers=1, stop=lambda: "SIGTERM")
+    assert next(payloads) == {"payload": 1}
+    with pytest.raises(StoppedWaiting):
+        next(payloads)
+
+
+def test_the_readers_thread_ends_with_its_stream(shards):
+    before = threading.active_count()
+    stream_of_batches = batches(shards)
+    next(stream_of_batches)
+    assert threading.active_count() > before
+    stream_of_batches.close()
+    deadline = time.monotonic() + 60
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_shared_memory_is_measured_against_all_batches_of_the_machine(monkeypatch):
+    free = os.statvfs_result((4096, 4096, 0, 4096, 4096, 0, 0, 0, 0, 255))  # 16 MiB
+    monkeypatch.setattr(os, "statvfs", lambda path: free)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert small_shared_memory(2 << 20, workers=3) is None  # 8 x 2 MiB
+    text = small_shared_memory((2 << 20) + 1, workers=3)
+    assert text.startswith("/dev/shm has 16.8 MB free, the batches of data.workers 3 take up to 16.8 MB")
+    assert "--shm-size" in text
+    assert small_shared_memory(1 << 30, workers=0) is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert small_shared_memory(2 << 20, workers=3)
+    monkeypatch.setattr(os, "statvfs", lambda path: (_ for _ in ()).throw(FileNotFoundError(2, "none")))
+    assert "has 0.0 MB free" in small_shared_memory(1, workers=1)
+
+
+BIG_PAYLOADS = """
+import sys, torch
+
+def payloads():
+    for number in range(6):
+        yield {"crops": [torch.full((1 << 20,), number, dtype=torch.uint8) for _ in range(3)], "name": "x"}
+
+if __name__ == "__main__":
+    from big_payloads import payloads
+    from caco_scale.data.workers import stream
+    from caco_scale.distributed import collectives
+    from caco_scale.errors import UserError
+    collectives.set_exchange_timeout(120)
+    try:
+        for number, payload in enumerate(stream([payloads], workers=1, batch_bytes=int(sys.argv[1]))):
+            crops = [torch.as_tensor(crops) for crops in payload["crops"]]
+            assert len(crops) == 3 and all((crop == number).all() for crop in crops), number
+        print("all", number + 1, "came, in", type(payload["crops"][0]).__name__)
+    except UserError as error:
+        print("error:", error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fill", "batch_bytes", "words"),
+    [
+        (0, 3 << 20, "all 6 came, in ndarray"),  # known at the start
+        (0, 0, "all 6 came, in ndarray"),  # found out by the worker that sends: torch would drop the batch
+        (4, 3 << 20, "error: no loader worker can be started (No space left on device; /dev/shm is full"),
+    ],
+)
+def test_a_shared_memory_that_is_too_small_loses_no_batch(tmp_path, fill, batch_bytes, words):
+    (tmp_path / "big_payloads.py").write_text(BIG_PAYLOADS)
+    place = f"mount -t tmpfs -o size=4m tmpfs /dev/shm && head -c {fill}M /dev/zero > /dev/shm/full"
+    try:
+        subprocess.run(["unshare", "-m", "sh", "-c", place], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no mount of one's own here: {error}")
+    root = str(Path(__file__).parent.parent)
+    words_of_it = f"{place} && exec {sys.executable} {tmp_path}/big_payloads.py {batch_bytes}"
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", words_of_it],
+        env={**os.environ, "PYTHONPATH": f"{root}:{tmp_path}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.startswith(words), done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_killed_worker_is_a_users_error(shards):

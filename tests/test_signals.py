@@ -10,24 +10,56 @@ from pathlib import Path
 
 import pytest
 
-from caco_scale.run.signals import LAUNCHER, Signals
+from caco_scale.run.signals import LAUNCHER, STOP_SIGNALS, Interrupted, Signals, interrupting
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
 def signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # not as the tests' own process may have it, under nohup
     yield Signals().install()
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_only_sets_a_flag(signals, name):
     assert signals.requested is None
     signal.raise_signal(getattr(signal, name))
     assert signals.requested == name
+
+
+def test_under_nohup_a_run_goes_on_but_not_under_torchrun_which_ends_there(monkeypatch):
+    """In a session of torchrun's own, SIGHUP comes from it alone, on its way out."""
+    found = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    try:
+        with Signals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+        assert signals.requested is None
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        with Signals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+        assert signals.requested == "SIGHUP"
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        with interrupting():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, found)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_is_not_a_run_is_interrupted(number):
+    found = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(Interrupted) as stop, interrupting():
+            signal.raise_signal(number)
+        assert stop.value.code == 128 + number
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, found)
 
 
 ENDING = """

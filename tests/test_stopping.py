@@ -193,6 +193,41 @@ def test_storage_that_does_not_answer_ends_the_run(flags, tmp_path):
     assert latest(tmp_path / "run/checkpoints") is not None
 
 
+SILENT_DISK = """
+import sys, time
+from caco_scale.data.store.local import LocalStore
+from caco_scale.errors import run_command
+read, reads = LocalStore.read, 0
+def silent_after_eight_steps(store, *where):
+    global reads
+    reads += 1
+    while reads > 64:
+        time.sleep(1)
+    return read(store, *where)
+LocalStore.read = silent_after_eight_steps
+from caco_scale.pretrain import main
+run_command(lambda: main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_wins_over_a_disk_that_is_silent(flags, tmp_path, number):
+    """With no workers, which is to read in this process: what was trained is saved."""
+    run = tmp_path / "run"
+    flags = {**flags, "run.dir": run, "data.workers": 0, "run.log_every": 1}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    process = start_command([sys.executable, "-c", SILENT_DISK, "demo", *words])
+    try:
+        wait_for(process, lambda: progress(run) >= (1, 8))
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert marker(run) == (number.name, 8)
+    assert steps(run / "checkpoints") == [8]
+
+
 def train(flags, variables=None, code=0):
     """One process without a launcher, to its end -> its output."""
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]

@@ -152,7 +152,7 @@ def read_batches(
         ViewSpec(size, (0.2, 1.0), blur_p=1.0),
         ViewSpec(size, (0.2, 1.0), blur_p=0.1, solarize_p=0.2),
     ]
-    topology = {"rank": 0, "world_size": 1, "workers": 0, "seed": 0}
+    topology: dict[str, Any] = {"rank": 0, "world_size": 1, "workers": 0, "seed": 0}
     count = 0
     for made in train_batches(store, order, views, start_step=0, num_steps=order.steps_per_epoch, **topology):
         count += len(made.keys)

@@ -10,7 +10,7 @@ Shapes: B this rank's batch, h = w a view's crop side.
 import contextlib
 import functools
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,12 +62,14 @@ def train_batches(
     num_steps: int,
     seed: int,
     workers: int,
+    stop: Callable[[], object] = bool,
 ) -> Generator[Batch, None, None]:
     """This rank's training batches of steps ``start_step`` to ``num_steps`` - 1, counted over the whole run.
 
     store: where shards are; order: :class:`Order` of its samples; views: list of ViewSpec, one crop tensor
     for each. Nothing crosses ranks. With ``workers`` 0 everything runs in this process, else they start at
-    the call, not at the first batch. Returns an iterator of :class:`Batch`; closing it ends the workers.
+    the call, not at the first batch. ``stop``: of :func:`~caco_scale.data.workers.stream`. Returns an iterator of
+    :class:`Batch`; closing it ends the workers.
 
     A sample that does not decode is replaced by a random one that depends only on (seed, epoch, sample).
     Raises UserError at the call when the ranks do not divide the global batch, and while iterating when a
@@ -78,7 +80,13 @@ def train_batches(
     prefetch = cache_is_large_enough(store, order, start_step)
     job = TrainingJob(store, order, tuple(views), rank, world_size, steps, seed, prefetch)
     stages = [functools.partial(stage, job) for stage in (planned_samples, decoded_samples, training_batches)]
-    return _training_stream(stream([*stages, errors_as_data], workers), start_step, store)
+    num_bytes = batch_bytes(order.global_batch_size // world_size, [view.size for view in views])
+    return _training_stream(stream([*stages, errors_as_data], workers, num_bytes, stop), start_step, store)
+
+
+def batch_bytes(batch_size: int, sizes: Sequence[int]) -> int:
+    """Bytes of the crops of so many images; ``sizes``: of a side, in pixels, of every view."""
+    return batch_size * sum(3 * size * size for size in sizes)
 
 
 def cache_is_large_enough(store: Store, order: Order, step: int) -> bool:
@@ -118,7 +126,8 @@ def evaluation_batches(
     start, stop = (len(numbers) * r // world_size for r in (rank, rank + 1))
     batches = tuple(numbers[b : min(b + batch_size, stop)] for b in range(start, stop, batch_size))
     reader = functools.partial(evaluation_reader, EvaluationJob(store, size, resize, batches))
-    return _evaluation_stream(stream([reader, errors_as_data], workers), store, undecodable)
+    num_bytes = batch_bytes(batch_size, [size])
+    return _evaluation_stream(stream([reader, errors_as_data], workers, num_bytes), store, undecodable)
 
 
 def _training_stream(payloads, start_step, store):
@@ -127,7 +136,8 @@ def _training_stream(payloads, start_step, store):
             assert payload["step"] == step, "the workers' batches are out of order"
             store.counters.merge(payload.pop("counters"))
             params = [{k: torch.from_numpy(v) for k, v in p.items()} for p in payload.pop("params")]
-            yield Batch(params=params, **payload)
+            crops = [torch.as_tensor(c) for c in payload.pop("crops")]
+            yield Batch(params=params, crops=crops, **payload)
 
 
 def _evaluation_stream(payloads, store, undecodable):
@@ -138,4 +148,5 @@ def _evaluation_stream(payloads, store, undecodable):
                 undecodable += payload["corrupt"]
             for image in payload["corrupt"] if undecodable is None else ():
                 warnings.warn(f"left out of the evaluation: {image.name}: {image.error}", stacklevel=3)
-            yield payload["indices"], payload["crops"], payload["labels"]
+            indices, crops, labels = (torch.as_tensor(payload[k]) for k in ("indices", "crops", "labels"))
+            yield indices, crops, labels

@@ -1,6 +1,7 @@
 """Several processes as one: the launch, collectives, BatchNorm over all ranks, and the engines that train a model.
 
     launch.py             join the processes of a launch, and refuse one that would train otherwise than believed
+    environment.py        what launchers leave in the environment, checked
     deepspeed_config.py   what a launch asks of DeepSpeed, checked
     collectives.py        what crosses ranks, with one process built in
     partition.py          which part of a parameter this rank holds, whatever engine cut it up

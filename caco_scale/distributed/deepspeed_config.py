@@ -3,11 +3,14 @@
 A setting that is not known to change only speed and memory is refused by name.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from caco_scale.distributed.environment import number
 from caco_scale.errors import UserError, one_line
 
 CHECKOUT = Path(__file__).parents[2]  # where ds_configs/ lies beside the package
@@ -108,16 +111,15 @@ def _read_json(path):
 
 def _config_of_fields(environment):
     """A launcher's config file may hold DeepSpeed's main settings itself instead of naming a JSON."""
-    zero = {"stage": int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))}
+    zero: dict[str, Any] = {"stage": number(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2, lowest=0)}
     for what in ("optimizer", "param"):
         device = environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")
         if device != "none":
             zero[f"offload_{what}"] = {"device": device}
-    clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
-    return {
-        "zero_optimization": zero,
-        "gradient_clipping": clipping if clipping == "auto" else float(clipping),
-    }
+    clipping: float | str = environment.get("ACCELERATE_GRADIENT_CLIPPING", "auto")
+    with contextlib.suppress(ValueError):  # what is no number is refused as it stands
+        clipping = float(clipping)
+    return {"zero_optimization": zero, "gradient_clipping": clipping}
 
 
 def check_deepspeed(config: dict, source: str) -> None:

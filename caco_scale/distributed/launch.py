@@ -9,8 +9,11 @@ import contextlib
 import ctypes
 import os
 import platform
+import signal
+import sys
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -22,14 +25,26 @@ from accelerate.utils import KwargsHandler
 
 from caco_scale.distributed.collectives import set_exchange_timeout
 from caco_scale.distributed.deepspeed_config import deepspeed_config
-from caco_scale.errors import UserError
-from caco_scale.flags.choices import STRATEGIES
+from caco_scale.distributed.environment import (
+    MPI,
+    TORCH,
+    Place,
+    check_device,
+    check_parallelism,
+    is_true,
+    not_followed,
+    only_what_is_handed_on,
+    place_of,
+)
+from caco_scale.errors import UserError, one_line
 
 # torch renames the option; both names mean the same here, and 2.11 knows only this one.
 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
 
 # What launchers leave in the environment of a process that is one of several.
-PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+PROCESS_COUNTS = (*(names.size for names in (TORCH, *MPI)), "SLURM_STEP_NUM_TASKS")
+NOTICE_SECONDS = 30  # after which it is said whom a start waits for
+GRACE_SECONDS = 15  # beyond the limit, for torch to end the wait itself
 
 # glibc's mallopt: freed memory from whose end on is given back, blocks from which size on are mapped alone.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -40,28 +55,18 @@ LARGEST_KEPT_BLOCK = 2**30
 # What the launch asks for
 
 
-def _is_true(environment, variable):
-    return environment.get(variable, "false").lower() in ("true", "1", "yes")
-
-
 def launched_strategy(environment: Mapping[str, str]) -> str:
     """The strategy that the launcher's config file asks for, one of :data:`~caco_scale.flags.choices.STRATEGIES`.
 
     Raises:
         UserError: what this program does not train with, and what does the same.
     """
-    if _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
+    if is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
         return f"zero{deepspeed_config(environment)['zero_optimization']['stage']}"
-    if _is_true(environment, "ACCELERATE_USE_FSDP"):
+    if is_true(environment, "ACCELERATE_USE_FSDP"):
         check_fsdp(environment)
         return "fsdp2"
-    others = {"Megatron-LM": "ACCELERATE_USE_MEGATRON_LM", "parallelism": "PARALLELISM_CONFIG_TP_SIZE"}
-    for engine, variable in others.items():
-        if environment.get(variable, "false").lower() not in ("false", "1", ""):
-            raise UserError(
-                f"the launcher asks for {engine} ({variable}={environment[variable]}), which this program does not "
-                f"train with: use one of ds_configs/{{{','.join(STRATEGIES)}}}.yaml"
-            )
+    check_parallelism(environment)
     return "ddp"
 
 
@@ -73,7 +78,7 @@ def check_fsdp(environment: Mapping[str, str]) -> None:
             f"the launcher asks for FSDP version {version}, whose flat parameters LARS cannot tell apart: use "
             "--config_file ds_configs/fsdp2.yaml (fsdp_version: 2)"
         )
-    if _is_true(environment, "FSDP_OFFLOAD_PARAMS"):
+    if is_true(environment, "FSDP_OFFLOAD_PARAMS"):
         raise UserError(
             "the launcher asks for FSDP2 with parameters offloaded to the host, which is not supported: set "
             "fsdp_offload_params: false, or use --config_file ds_configs/zero3_offload.yaml"
@@ -82,7 +87,7 @@ def check_fsdp(environment: Mapping[str, str]) -> None:
 
 def offloads(environment: Mapping[str, str]) -> bool:
     """Whether the launch keeps DeepSpeed's master parameters and optimizer state in the host's memory."""
-    if not _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
+    if not is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
         return False
     offload = deepspeed_config(environment)["zero_optimization"].get("offload_optimizer") or {}
     return offload.get("device", "none") != "none"
@@ -101,18 +106,27 @@ def start_processes(asked_world_size: int = 0, timeout_seconds: float = 1800) ->
         timeout_seconds: ``run.timeout_seconds``: who waits longer for another in one exchange fails (gloo raises,
             NCCL's watchdog aborts the process), so that a rank that hangs ends the run.
     Raises:
-        UserError: training would not see the processes or the strategy that were asked for.
+        UserError: training would not see the processes or the strategy that were asked for; the processes do not meet
+            within ``timeout_seconds``.
     """
     strategy = launched_strategy(os.environ)
     set_exchange_timeout(timeout_seconds)
     # By torch's default convolutions in fp32 read 10 bits of mantissa.
     torch.backends.cudnn.allow_tf32 = False
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = not torch.cuda.is_available() or is_true(os.environ, "ACCELERATE_USE_CPU")
     if on_cpu:
         refuse_lost_driver(os.environ)
         keep_freed_memory()
+    place = place_of(os.environ, on_cpu, asked_world_size)
+    check_device(os.environ, "cpu" if on_cpu else "cuda")
+    is_true(os.environ, "ACCELERATE_CPU_AFFINITY")
+    if not on_cpu and place.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK is {place.local_rank}, but this machine has {torch.cuda.device_count()} GPU(s): launch as "
+            "many processes here (--num_processes), or unset LOCAL_RANK, as another launch's"
+        )
     # accelerate 1.15 believes to be rank 0 of 1 on a CPU unless it is told the backend; alone it refuses one.
-    grouped = int(os.environ.get("WORLD_SIZE", 1)) > 1 or strategy.startswith("zero")
+    grouped = place.is_launched or strategy.startswith("zero")
     backend, timeout = "gloo" if on_cpu else "nccl", timedelta(seconds=timeout_seconds)
     handlers: list[KwargsHandler] = (
         [InitProcessGroupKwargs(backend=backend, timeout=timeout)] if grouped else []
@@ -120,14 +134,69 @@ def start_processes(asked_world_size: int = 0, timeout_seconds: float = 1800) ->
     # Buffers are not broadcast (SyncBN keeps them equal); mixed precision belongs to the model's own forward.
     handlers.append(DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True))
     options: dict[str, Any] = {"mixed_precision": "no", "dynamo_backend": "no", "kwargs_handlers": handlers}
-    if strategy.startswith("zero"):
-        accelerator = _start_deepspeed(on_cpu, options)
-    else:
-        # FSDP2 is ours: accelerate's does not synchronise gradients on a CPU.
-        with _unset("ACCELERATE_USE_FSDP"):
-            accelerator = Accelerator(cpu=on_cpu, **options)
+    with _meeting(place, timeout_seconds):
+        if strategy.startswith("zero"):
+            accelerator = _start_deepspeed(on_cpu, options, place)
+        else:
+            # FSDP2 is ours: accelerate's does not synchronise gradients on a CPU.
+            with only_what_is_handed_on(place):
+                accelerator = Accelerator(cpu=on_cpu, **options)
     check_world_size(accelerator.num_processes, asked_world_size, os.environ)
+    for line in not_followed(os.environ):
+        accelerator.print(f"note: {line}", flush=True)
     return accelerator
+
+
+@contextlib.contextmanager
+def _meeting(place: Place, seconds: float) -> Generator[None]:
+    """Processes meet within it, or a UserError says that they did not. It ends whatever torch waits for.
+
+    Args:
+        seconds: ``run.timeout_seconds``.
+    """
+    if not place.is_launched:
+        with _named("this process cannot start as the environment says"):
+            yield
+        return
+    whom = (
+        f"{place.size} process(es) at {place.address}, for {seconds:g} seconds at most (run.timeout_seconds)"
+    )
+    unset = " ".join(name for name in (*place.names, "MASTER_ADDR") if name in os.environ)
+    where = f"start the others, or correct MASTER_ADDR and MASTER_PORT; to train alone, unset {unset}"
+
+    def give_up():
+        print(f"error: rank {place.rank}: waited for {whom}, in vain: {where}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    notice = threading.Timer(NOTICE_SECONDS, lambda: print(f"rank {place.rank} waits for {whom}", flush=True))
+    timers = (threading.Timer(seconds + GRACE_SECONDS, give_up), *([] if place.local_rank else [notice]))
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    main = threading.current_thread() is threading.main_thread()
+    # torch waits where Python runs no handler: the kernel's own.
+    by_kernel = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if by_kernel:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        with _named(f"waited for {whom}, in vain", where):
+            yield
+    finally:
+        if by_kernel:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for timer in timers:
+            timer.cancel()
+
+
+@contextlib.contextmanager
+def _named(what, fix="unset what another launch has left there (ACCELERATE_*, WORLD_SIZE, RANK)"):
+    """What torch and accelerate raise while they start, as a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, OSError, NotImplementedError) as error:
+        raise UserError(f"{what} ({one_line(error)[:400]}): {fix}") from error
 
 
 def keep_freed_memory() -> None:
@@ -142,9 +211,9 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _start_deepspeed(on_cpu, options):
+def _start_deepspeed(on_cpu, options, place):
     """An Accelerator with DeepSpeed's engine, or a UserError that says why there would be none."""
-    if _is_true(os.environ, "ACCELERATE_USE_CPU"):
+    if is_true(os.environ, "ACCELERATE_USE_CPU"):
         raise UserError(
             "the launcher asks for DeepSpeed and for ACCELERATE_USE_CPU, under which accelerate leaves DeepSpeed out: "
             "drop --cpu (use_cpu); ds_configs/zero*.yaml run on a CPU without it"
@@ -159,10 +228,12 @@ def _start_deepspeed(on_cpu, options):
     import_deepspeed()
     from accelerate import DeepSpeedPlugin
 
-    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(os.environ), zero3_init_flag=False)
-    # Only a word for DeepSpeed's log: the loader gives the batches.
-    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
-    accelerator = Accelerator(deepspeed_plugin=plugin, **options)
+    config = deepspeed_config(os.environ)
+    with only_what_is_handed_on(place):
+        plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
+        # Only a word for DeepSpeed's log: the loader gives the batches.
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        accelerator = Accelerator(deepspeed_plugin=plugin, **options)
     if accelerator.distributed_type.value != "DEEPSPEED":
         raise UserError(
             f"the launcher asks for DeepSpeed but accelerate trains with {accelerator.distributed_type.value}: launch "
@@ -193,17 +264,6 @@ def import_deepspeed() -> ModuleType:
     return deepspeed
 
 
-@contextlib.contextmanager
-def _unset(variable):
-    """The environment without ``variable`` meanwhile."""
-    value = os.environ.pop(variable, None)
-    try:
-        yield
-    finally:
-        if value is not None:
-            os.environ[variable] = value
-
-
 # ----------------------------------------------------------------------------------------------------------
 # What came of it
 
@@ -214,7 +274,7 @@ def refuse_lost_driver(environment: Mapping[str, str], devices: Path = Path("/de
     ``CUDA_VISIBLE_DEVICES=""`` (or -1), or ``accelerate launch --cpu``, says that the CPU is meant.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible in ("", "-1", "NoDevFiles") or _is_true(environment, "ACCELERATE_USE_CPU"):
+    if visible in ("", "-1", "NoDevFiles") or is_true(environment, "ACCELERATE_USE_CPU"):
         return
     signs = [f"CUDA_VISIBLE_DEVICES={visible}"] if visible else []
     signs += [str(device) for device in sorted(devices.glob("nvidia[0-9]*"))]

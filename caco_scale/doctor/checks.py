@@ -8,6 +8,7 @@ One line per finding: ``ok``, ``note``, or ``FAIL`` followed by what fixes it. E
 that a script can ask before it queues a job. All ranks check, rank 0 speaks; nothing is trained, and nothing written.
 """
 
+import multiprocessing
 import os
 import shutil
 import sys
@@ -166,12 +167,14 @@ def check_loader(
     config: Config, data: "TrainingData", environment: Mapping[str, str] = os.environ
 ) -> list[Finding]:
     """How many workers feed a process, by the rate that one has here -> findings. Reads 128 images, caches none."""
+    from caco_scale.distributed.environment import number
+
     corrupt: dict[str, str] = {}
     try:
         rate = worker_rate(config, data.store.manifest, corrupt)
     except UserError as error:
         return [fail(one_line(error))]
-    cores, processes = len(os.sched_getaffinity(0)), int(environment.get("LOCAL_WORLD_SIZE", 1))
+    cores, processes = len(os.sched_getaffinity(0)), number(environment, "LOCAL_WORLD_SIZE", 1)
     workers, most = config.data.workers, max(1, cores // processes - 1)
     text = (
         f"a loader worker prepares {rate:,.0f} images/s on a core (measured): data.workers {workers} can feed "
@@ -182,7 +185,23 @@ def check_loader(
             f"; but {cores} core(s) for {processes} process(es) here bear at most {most} each: "
             f"give --data.workers {most}"
         )
-    return [note(text), *_undecoded(config, data, corrupt)]
+    return [note(text), *_undecoded(config, data, corrupt), *check_shared_memory(config, data)]
+
+
+def check_shared_memory(config: Config, data: "TrainingData") -> list[Finding]:
+    """Whether loader workers can be started here, and their batches fit into /dev/shm -> findings."""
+    from caco_scale.data.loader import batch_bytes
+    from caco_scale.data.workers import no_workers, small_shared_memory
+    from caco_scale.training.assemble import view_specs
+
+    if config.data.workers:
+        try:
+            multiprocessing.Lock()
+        except OSError as error:
+            return [fail(no_workers(error))]
+    sizes = [view.size for view in view_specs(config.views)]
+    small = small_shared_memory(batch_bytes(data.batch_size, sizes), config.data.workers)
+    return [note(small)] if small else []
 
 
 def _undecoded(config, data, corrupt):
@@ -216,7 +235,7 @@ def worker_rate(config: Config, manifest: Any, corrupt: dict[str, str] | None = 
     store = open_store(
         config.data.shards, "none", 0, RetryPolicy(config.data.retries, config.data.stall_seconds)
     )
-    topology = {"rank": 0, "world_size": 1, "workers": 0, "seed": config.run.seed}
+    topology: dict[str, Any] = {"rank": 0, "world_size": 1, "workers": 0, "seed": config.run.seed}
     batches = train_batches(store, order, view_specs(config.views), start_step=0, num_steps=2, **topology)
     first = next(batches)  # what is only done once: imports, indices
     start = time.process_time()

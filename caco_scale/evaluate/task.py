@@ -1,6 +1,7 @@
 """What every evaluation begins with: the processes, the encoder, the two sets of images."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +204,7 @@ def _processes(flags):
     try:
         return start_processes(flags.world_size, flags.timeout_seconds)
     except UserError as error:
-        raise UserError(str(error).replace("run.world_size", "world_size")) from None
+        raise UserError(re.sub(r"run\.(world_size|timeout_seconds)", r"\1", str(error))) from None
 
 
 def _sources(flags):

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from caco_scale.errors import UserError, did_you_mean, unless_nobody_reads
+from caco_scale.errors import UserError, did_you_mean
 from caco_scale.flags import rules
 
 T = TypeVar("T")
@@ -102,10 +102,9 @@ def pick(
     """
     name, *rest = arguments or [""]
     if name in ("-h", "--help"):
-        with unless_nobody_reads():
-            print(f"usage: {prog} COMMAND ...\n\n{about.strip()}\n")
-            print(f"{listing(listed() if listed else commands)}\n\n{prog} COMMAND --help says more.")
-            sys.exit(0)
+        print(f"usage: {prog} COMMAND ...\n\n{about.strip()}\n")
+        print(f"{listing(listed() if listed else commands)}\n\n{prog} COMMAND --help says more.")
+        sys.exit(0)
     if name not in commands:
         what = f"{name!r} is no command{did_you_mean(name, commands)}: give" if name else "give"
         raise UserError(f"{what} one of {', '.join(commands)}; {prog} --help says what they do")
@@ -169,8 +168,7 @@ def _read(kinds, arguments, prog, about, usage, name_of):
     }
     arguments = list(arguments)
     if "-h" in arguments or "--help" in arguments:
-        with unless_nobody_reads():
-            tyro.cli(joined, args=["--help"], **options)
+        tyro.cli(joined, args=["--help"], **options)
     hints = {name: hint for kind, _ in kinds for name, hint in flag_types(kind).items()}
     needed = [name for kind, default in kinds if default is None for name in _without_default(kind)]
     words, given = _group(arguments, hints, prog, name_of)

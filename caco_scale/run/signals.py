@@ -1,7 +1,8 @@
 """Signals that ask a run to stop: they set a flag, and all ranks act on it together at a step boundary.
 
-SIGUSR1, SIGTERM and the first SIGINT (Ctrl-C) mean: write a checkpoint at the next step and end well. The
-second SIGINT kills at once. Nothing heavy is imported, so that the handlers stand before torch is.
+SIGUSR1, SIGTERM, SIGHUP (the terminal is gone) and the first SIGINT (Ctrl-C) mean: write a checkpoint at the next step
+and end well; before the first step, where there is nothing to save: end at once. The second SIGINT kills at once.
+Nothing heavy is imported, so that the handlers stand before torch is.
 
 Who is sent a signal is not always who should be. A cluster signals every process of a job step;
 ``accelerate launch`` passes a SIGTERM or SIGINT on to the whole process group of each trainer (and kills
@@ -24,8 +25,8 @@ from collections.abc import Generator
 from multiprocessing import connection, resource_tracker
 from typing import Self
 
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-GROUP_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP, signal.SIGUSR2)  # what may be sent to a job's every process
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+GROUP_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR2)  # what may be sent to a job's every process
 LAUNCHER = re.compile(
     r"(.*/)?(accelerate|accelerate-launch|torchrun|deepspeed)"  # the commands
     r"|accelerate\.commands\.\w+|torch\.distributed\.(run|launch)|deepspeed\.launcher\.\w+"  # python -m ...
@@ -43,26 +44,60 @@ class Signals:
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        self._interrupted = False
+        self._interrupted = self._is_command = False
         self._found: dict = {}  # the handlers to put back
 
     def install(self) -> Self:
-        """Take over SIGUSR1, SIGTERM and SIGINT of this process -> self."""
+        """Take over SIGUSR1, SIGTERM, SIGINT and SIGHUP of this process, whose command this is -> self."""
+        self._is_command = True
+        return self._take_over()
+
+    def _take_over(self):
         if _in_main_thread():
             for number in STOP_SIGNALS:
-                signal.signal(number, self._handle)
+                if not _is_under_nohup(number):
+                    signal.signal(number, self._handle)
             follow_launcher()
         return self
 
     def retire(self) -> None:
         """The command has ended in good order: a late SIGUSR1 must not kill the exiting interpreter."""
         if _in_main_thread():
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            for number in (signal.SIGUSR1, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+
+    @contextlib.contextmanager
+    def ending_at_once(self) -> Generator[None]:
+        """Within it a stop signal ends a command, with a line and exit code 0: there is nothing to save yet.
+
+        By a thread: the main one may be in torch's rendezvous, or in a read from a silent disk, where Python runs no
+        handler. No clean-up is lost: what a start writes appears whole or not at all.
+        """
+        if not (self._is_command and _in_main_thread()):
+            yield
+            return
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), name="stop-watch", daemon=True).start()
+        try:
+            if self.requested:  # while torch was imported
+                _end_before_the_first_step(self.requested)
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            os.close(writer)  # and the thread ends
+
+    def _watch(self, reader):
+        with open(reader, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                if number[0] in STOP_SIGNALS:
+                    _end_before_the_first_step(signal.Signals(number[0]).name)
 
     def __enter__(self) -> Self:
         if _in_main_thread():
             self._found = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOP_SIGNALS}
-        return self.install()
+        return self._take_over()
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._found.items():
@@ -80,6 +115,53 @@ class Signals:
 
 def _in_main_thread():
     return threading.current_thread() is threading.main_thread()
+
+
+def _is_under_nohup(number):
+    """Whether SIGHUP is to stay ignored, as the shell's ``nohup`` has it.
+
+    torchrun handles it nevertheless, and passes it on to its trainers, in sessions of their own, on its way out.
+    """
+    ignored = number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
+    return ignored and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def _end_before_the_first_step(name):
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"stopped by {name} before the first step: there was nothing to save, the same command starts again"
+        )
+        sys.stdout.flush()
+    os._exit(0)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A stop signal, where it ends a program as Ctrl-C does. ``code``: the exit code that shells give it."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
+
+
+@contextlib.contextmanager
+def interrupting() -> Generator[None]:
+    """Within it SIGTERM and SIGHUP (unless ignored) interrupt as Ctrl-C does: files are closed, folders removed."""
+    if not _in_main_thread():
+        yield
+        return
+
+    def interrupt(number, frame):
+        raise Interrupted(number)
+
+    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in found.items():
+        if handler is signal.SIG_DFL:
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in found.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def follow_launcher() -> None:

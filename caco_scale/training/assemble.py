@@ -78,8 +78,13 @@ class TrainingData:
         self.batch_size = share_size(data.global_batch_size, world_size)
         self.micro_batch_size = data.micro_batch_size or self.batch_size
 
-    def batches(self, start: int, end: int) -> Generator[Batch, None, None]:
-        """This rank's :class:`~caco_scale.data.loader.Batch` of every step from ``start`` up to ``end``."""
+    def batches(
+        self, start: int, end: int, stop: Callable[[], object] = bool
+    ) -> Generator[Batch, None, None]:
+        """This rank's :class:`~caco_scale.data.loader.Batch` of every step from ``start`` up to ``end``.
+
+        ``stop``: of :func:`~caco_scale.data.workers.stream`.
+        """
         return train_batches(
             self.store,
             self.order,
@@ -90,6 +95,7 @@ class TrainingData:
             num_steps=end,
             seed=self.config.run.seed,
             workers=self.config.data.workers,
+            stop=stop,
         )
 
 

@@ -21,8 +21,9 @@ from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.config import Config
 from caco_scale.data.counters import COUNTERS
 from caco_scale.data.folders import in_words
-from caco_scale.data.loader import Batch, cache_is_large_enough
+from caco_scale.data.loader import Batch, batch_bytes, cache_is_large_enough
 from caco_scale.data.to_device import on_device
+from caco_scale.data.workers import StoppedWaiting, small_shared_memory
 from caco_scale.distributed.collectives import gather_objects
 from caco_scale.distributed.strategies.base import Strategy
 from caco_scale.errors import UserError
@@ -38,6 +39,7 @@ from caco_scale.training.assemble import (
     build_augment,
     build_bank,
     parameter_dtype,
+    view_specs,
 )
 from caco_scale.training.corrupt import CorruptImages
 from caco_scale.training.evaluations import Evaluations
@@ -75,6 +77,7 @@ class Loop:
         self.bank = build_bank(config, strategy.device)
         values = restore(resumed, strategy, self.bank) if resumed else {}
         self.step = values.get("step", 0)
+        self.saved = self.step  # the last step of which there is, or will be, a checkpoint; 0: none
         # The checkpoint of another run that this one began with.
         self.branched_from = values.get("branched_from")
         of_another = bool(resumed) and resumed.absolute().parent != directory.checkpoints.absolute()
@@ -114,6 +117,7 @@ class Loop:
             steps_per_epoch=self.steps_per_epoch,
             telemetry=telemetry,
         )
+        self.signals = signals
         self.requests = Requests(signals, directory, config.run.stop_before_end_seconds)
         self.evaluations = Evaluations(config, data, strategy, end, self.requests.job_end, telemetry)
         self.parts = (self.skipped, self.corrupt, self.health, self.evaluations, self.requests)
@@ -140,10 +144,13 @@ class Loop:
         self._note_data()
         stop = None
         with contextlib.closing(
-            on_device(self.data.batches(self.step, self.end), self.strategy.device)
+            on_device(self.data.batches(self.step, self.end, self._asked_alone), self.strategy.device)
         ) as batches:
             while self.step < self.end and not stop:
                 stop = self._next(batches)
+        if self.step == 0:
+            self.records.telemetry.note(f"stopped by {stop} before the first batch came: nothing was to save")
+            return stop
         self.checkpointer.wait()
         self._note_complete_save()
         if stop and (self.step < self.end or self.evaluations.due(self.step)):
@@ -162,8 +169,13 @@ class Loop:
         """One step and what is due after it -> why to stop, or None."""
         began = time.monotonic()
         self.profiler.before_step()
-        with self.records.telemetry.meter.waiting(), part("data"):
-            batch = next(batches)
+        try:
+            with self.records.telemetry.meter.waiting(), part("data"):
+                batch = next(batches)
+        except StoppedWaiting:
+            if self.step != self.saved:
+                self._save()
+            return self._asked_alone()
         self._train_on(batch)
         self.profiler.after_step(is_last=self.step == self.end)
         self.requests.job_end.took("step", time.monotonic() - began)
@@ -233,10 +245,20 @@ class Loop:
         self.corrupt.record(self.step, chain(*corrupt))
         return next((stop for stop, _ in requests if stop), None), any(save for _, save in requests)
 
+    def _asked_alone(self) -> str | None:
+        """The signal that asks the only process to stop, which need not wait for a batch; others agree in a step."""
+        alone = self.strategy.world_size == 1 and self.signals is not None
+        return self.signals.requested if alone else None
+
     def _note_data(self):
-        store = self.data.store
+        """What is not checked of the data, and a cache or a shared memory that will slow this run."""
+        config, store = self.config, self.data.store
         for note in {s.unchecked for s in (store, self.data.val_store) if s and s.unchecked}:
             self.records.telemetry.note(note)
+        sizes = [view.size for view in view_specs(config.views)]
+        small = small_shared_memory(batch_bytes(self.data.batch_size, sizes), config.data.workers)
+        if small:
+            self.records.telemetry.note(small)
         if store.cache is not None and not cache_is_large_enough(store, self.data.order, self.step):
             self.records.telemetry.note(
                 f"data.cache_bytes {store.cache.limit_bytes:,} is less than the shards in use at once: images are "
@@ -258,6 +280,7 @@ class Loop:
     def _save(self):
         """Stage the whole state and write it in the background; the records up to here are on disk first."""
         self.requests.save_begins(self.step)
+        self.saved = self.step
         self.records.flush()
         values = {
             "step": self.step,

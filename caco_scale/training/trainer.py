@@ -1,5 +1,6 @@
 """A run from its start to its end: join the processes, refuse what cannot train, build, resume, loop."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,14 @@ def run(
     Raises:
         UserError: what the user can fix, before training where it can be known by then.
     """
+    with contextlib.ExitStack() as beginning:
+        if signals is not None:
+            beginning.enter_context(signals.ending_at_once())
+        return _run(config, signals, on_metrics, beginning)
+
+
+def _run(config, signals, on_metrics, beginning):
+    """``beginning``: what holds until the first step."""
     accelerator = start_processes(config.run.world_size, config.run.timeout_seconds)
     name = launched_strategy(os.environ)
     if accelerator.is_main_process:
@@ -88,5 +97,6 @@ def run(
         with Loop(
             config, strategy, data, schedule, end, directory, checkpointer, resumed, signals, on_metrics
         ) as loop:
+            beginning.close()
             stopped_by = loop.train()
         return Outcome(loop.step, stopped_by, directory.path)
