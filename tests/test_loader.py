@@ -299,16 +299,18 @@ def test_a_stop_ends_the_wait_for_workers():
         next(payloads)
 
 
+def readers():
+    return {thread for thread in threading.enumerate() if thread.name == "reader"}
+
+
 def test_the_readers_thread_ends_with_its_stream(shards):
-    before = threading.active_count()
+    before = readers()
     stream_of_batches = batches(shards)
     next(stream_of_batches)
-    assert threading.active_count() > before
+    (reader,) = readers() - before
     stream_of_batches.close()
-    deadline = time.monotonic() + 60
-    while threading.active_count() > before:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    reader.join(60)
+    assert not reader.is_alive()
 
 
 def test_shared_memory_is_measured_against_all_batches_of_the_machine(monkeypatch):
