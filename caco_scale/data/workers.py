@@ -72,12 +72,10 @@ def stream(
     )
     if not workers:
         return _unwrap(_Reader(iter(loader)), stop)
+    check_semaphores()
     start_fork_server()
-    try:
-        with shielded(), _main_module_hidden():
-            return _unwrap(iter(loader), stop)
-    except OSError as error:
-        raise UserError(no_workers(error)) from None
+    with shielded(), _main_module_hidden():
+        return _unwrap(iter(loader), stop)
 
 
 def small_shared_memory(batch_bytes: int, workers: int) -> str | None:
@@ -101,12 +99,15 @@ def small_shared_memory(batch_bytes: int, workers: int) -> str | None:
     )
 
 
-def no_workers(error: OSError) -> str:
-    """Why no worker can be started: Python's semaphores are files of the shared memory."""
-    return (
-        f"no loader worker can be started ({error.strerror}; {SHARED_MEMORY} is full or not to be used): free it, "
-        f"{MORE_SHARED_MEMORY}, or give --data.workers 0"
-    )
+def check_semaphores() -> None:
+    """UserError where no worker can be started: Python's semaphores are files of the shared memory."""
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        raise UserError(
+            f"no loader worker can be started ({error.strerror}; {SHARED_MEMORY} is full or not to be used): free it, "
+            f"{MORE_SHARED_MEMORY}, or give --data.workers 0"
+        ) from None
 
 
 def _as_is(payload):

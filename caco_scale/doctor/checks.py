@@ -8,7 +8,6 @@ One line per finding: ``ok``, ``note``, or ``FAIL`` followed by what fixes it. E
 that a script can ask before it queues a job. All ranks check, rank 0 speaks; nothing is trained, and nothing written.
 """
 
-import multiprocessing
 import os
 import shutil
 import sys
@@ -191,14 +190,11 @@ def check_loader(
 def check_shared_memory(config: Config, data: "TrainingData") -> list[Finding]:
     """Whether loader workers can be started here, and their batches fit into /dev/shm -> findings."""
     from caco_scale.data.loader import batch_bytes
-    from caco_scale.data.workers import no_workers, small_shared_memory
+    from caco_scale.data.workers import check_semaphores, small_shared_memory
     from caco_scale.training.assemble import view_specs
 
-    if config.data.workers:
-        try:
-            multiprocessing.Lock()
-        except OSError as error:
-            return [fail(no_workers(error))]
+    if config.data.workers and (failure := found(check_semaphores)):
+        return failure
     sizes = [view.size for view in view_specs(config.views)]
     small = small_shared_memory(batch_bytes(data.batch_size, sizes), config.data.workers)
     return [note(small)] if small else []
