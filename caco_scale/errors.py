@@ -1,6 +1,7 @@
 """The one error a user sees: a single line with the numbers in it and the fix, exit code 2, no traceback."""
 
 import atexit
+import contextlib
 import difflib
 import functools
 import os
