@@ -267,7 +267,7 @@ def _remote_manifest(remote, what):
     text = remote.read_whole(MANIFEST_NAME, missing=b"")
     if not text:
         return None
-    manifest = Manifest.from_json(text.decode("utf-8", "replace"))
+    manifest = Manifest.from_bytes(text, remote.url)
     same_build(remote.url, manifest.build, what)
     open_store(remote.url, "none").check()
     return manifest

@@ -11,6 +11,7 @@ from caco_scale.data.folders import is_image
 from caco_scale.data.object_store import Remote
 from caco_scale.data.shard_index import INDEX_SUFFIXES
 from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo, expand_braces, plain_name
+from caco_scale.data.small_files import open_regular
 from caco_scale.data.store import open_store
 from caco_scale.data.tars import Notes, index_tar
 from caco_scale.errors import UserError
@@ -47,7 +48,7 @@ def index(
         return folder if to is None else to, manifest
     if names is None:
         there = tars.listing() if tars else os.listdir(folder) if os.path.isdir(folder) else []
-        names = sorted(plain_name(name) for name in there if name.endswith(".tar"))
+        names = sorted(plain_name(name, f"in {folder}: rename it") for name in there if name.endswith(".tar"))
     if not names:
         raise UserError(f"{pattern} has no tars: give a folder or a pattern like {folder}/{{000..012}}.tar")
     place = folder if to is None else to
@@ -150,6 +151,6 @@ def _chunks(tars, folder, name):
             raise UserError(f"{folder}/{name} does not exist")
         yield from tars.stream(name, 0, size, whole=True)
         return
-    with open(os.path.join(folder, name), "rb") as file:
+    with open_regular(os.path.join(folder, name)) as file:
         while chunk := file.read(1 << 22):
             yield chunk

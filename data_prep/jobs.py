@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from data_prep.shard import Job
 
 PERMUTATION = 77  # sets the order of a build apart from the orders of training
+MAX_NOTES = 1_000_000  # of each kind in a manifest
 
 
 @dataclass(frozen=True)
@@ -157,5 +158,20 @@ def manifest_of(records: list[dict], folder: ImageFolder, what: dict) -> Manifes
             counts[labels[image.class_name]] += image.name not in lost
     num_bytes = sum(shard.num_bytes for shard in shards)
     return Manifest(
-        folder.classes, tuple(counts.tolist()), num_samples, num_bytes, shards, fixed, rejected, what
+        folder.classes,
+        tuple(counts.tolist()),
+        num_samples,
+        num_bytes,
+        shards,
+        _bounded(fixed),
+        _bounded(rejected),
+        what,
     )
+
+
+def _bounded(notes):
+    """Not more notes than a manifest may hold to be read again."""
+    more = len(notes) - MAX_NOTES
+    if more <= 0:
+        return notes
+    return [*notes[:MAX_NOTES], {"key": None, "source": f"{more:,} more", "reason": "not listed here"}]

@@ -20,35 +20,38 @@ from typing import Any
 
 from caco_scale.data.addresses import check_address
 from caco_scale.data.counters import Counters
-from caco_scale.data.credentials import boto3_credentials, s3_config
+from caco_scale.data.object_client import connect, reason_of
+from caco_scale.data.small_files import (
+    MAX_INDEX_BYTES,
+    MAX_MANIFEST_BYTES,
+    SMALL_SECONDS,
+    refuse_large,
+    refuse_slow,
+    what_instead,
+)
 from caco_scale.data.threads import Threads
 from caco_scale.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 PART_BYTES = 8 << 20  # of a multipart upload
 PROGRESS_BYTES = 1 << 16  # a failed attempt that brought this much is not counted against the budget
-CONNECT_SECONDS = 10
 FIRST_DELAY_SECONDS, LAST_DELAY_SECONDS = 0.1, 20.0
 REFUSED = (400, 401, 403, 405, 407)  # statuses that no retry fixes
 THREADS = 16  # requests in flight in one process
-# Variables that may name an endpoint without TLS, which is then allowed.
-ENDPOINTS = (
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_ENDPOINT",
-    "AZURE_STORAGE_ENDPOINT",
-    "AZURE_ENDPOINT",
-)
 
 _user: int | None = None  # the process that has used obstore
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """When to give up: failed attempts in a row, and seconds without a byte before an attempt has failed."""
+    """When to give up: failed attempts in a row, and seconds without a byte before an attempt has failed.
+
+    ``small_seconds``: for all of a small file (a manifest, an index), and all attempts at it and at asking for sizes.
+    """
 
     retries: int = 8
     stall_seconds: float = 30.0
+    small_seconds: float = SMALL_SECONDS
 
 
 class Remote:
@@ -88,7 +91,7 @@ class Remote:
         _user = os.getpid()
         with self._lock:
             if self._client is None:
-                self._client = _connect(self.url, self.scheme, self.retry_policy)
+                self._client = connect(self.url, self.scheme, self.retry_policy.stall_seconds)
         return self._client
 
     # Reading
@@ -120,6 +123,10 @@ class Remote:
             result = self._get(name, part)
             size = result.range[1] - result.range[0]
             if part is None and size != num_bytes:
+                if instead := what_instead(
+                    bytes(next(iter(result.stream(min_chunk_size=CHUNK_BYTES)), b"?"))
+                ):
+                    raise UserError(f"cannot read {self.url}/{name}: {instead}")
                 raise OSError(f"the body has {size:,} bytes, {num_bytes:,} expected")
             yield from result.stream(min_chunk_size=CHUNK_BYTES)
 
@@ -142,13 +149,31 @@ class Remote:
             except Exception as error:
                 attempts.failed(error, progress=got - before)
 
-    def read_whole(self, name: str, missing: bytes | None = None) -> bytes:
-        """A small object of unknown size: its bytes; ``missing`` (if not None) where there is none."""
+    def read_whole(self, name: str, missing: bytes | None = None, num_bytes: int | None = None) -> bytes:
+        """A small object: its bytes; ``missing`` (if not None) where there is none. ``num_bytes``: if it is known.
+
+        UserError for one of more than a gigabyte, or that comes slowly: see :mod:`~caco_scale.data.small_files`.
+        """
+        where = f"{self.url}/{name}"
+        refuse_large(where, num_bytes or 0, MAX_INDEX_BYTES)
 
         def get():
-            data = bytes(self._get(name, None).bytes())
+            start, data = time.monotonic(), bytearray()
+            result = self._get(name, None)
+            size = result.range[1] - result.range[0]
+            if num_bytes is None:
+                refuse_large(where, size, MAX_MANIFEST_BYTES)
+            for chunk in result.stream(min_chunk_size=1):
+                if not data and size != num_bytes and (instead := what_instead(bytes(chunk))):
+                    raise UserError(f"cannot read {where}: {instead}")
+                if num_bytes not in (None, size):
+                    raise OSError(f"the body has {size:,} bytes, {num_bytes:,} expected")
+                data += chunk
+                refuse_slow(where, len(data), time.monotonic() - start, self.retry_policy.small_seconds)
+            if len(data) != size or num_bytes not in (None, size):
+                raise OSError(f"the body ended after {len(data):,} of {num_bytes or size:,} bytes")
             self.counters.add("bytes", len(data))
-            return data
+            return bytes(data)
 
         try:
             return self._retried(name, get)
@@ -237,6 +262,7 @@ class Remote:
 
     def _retried(self, name, action, verb="read"):
         attempts = self._attempts(name, verb)
+        attempts.limit = self.retry_policy.small_seconds if verb == "read" else None
         while True:
             try:
                 return action()
@@ -297,32 +323,28 @@ class _Attempts:
     def __init__(self, remote, what, verb):
         self.remote, self.what, self.verb = remote, what, verb
         self.in_a_row, self.start, self.stop = 0, time.monotonic(), remote._stop
+        self.limit: float | None = None  # seconds for all attempts together
 
     def failed(self, error, progress=0):
         """Wait before the next attempt, or raise: the error is final or the budget is spent."""
-        reason = _reason(error)
+        reason = reason_of(error)
         final = _final_error(error, self.what, self.verb, reason)
         if final:
             raise final from None
         self.in_a_row = 1 if progress >= PROGRESS_BYTES else self.in_a_row + 1
-        if self.in_a_row > self.remote.retry_policy.retries:
+        seconds = time.monotonic() - self.start
+        late = self.limit is not None and seconds > self.limit
+        if late or self.in_a_row > self.remote.retry_policy.retries:
+            limit = f", {self.limit:g} s are the limit" if late else ""
             raise Unreachable(
                 f"{self.what} cannot be {self.verb}: {reason} ({self.in_a_row} attempts in a row failed within "
-                f"{time.monotonic() - self.start:.0f} s): check network, address and endpoint, or raise "
+                f"{seconds:.0f} s{limit}): check network, address and endpoint, or raise "
                 "data.retries, then run the same command again"
             ) from None
         self.remote.counters.add("retries")
         delay = min(LAST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** (self.in_a_row - 1))
         if self.stop.wait(delay * random.uniform(0.5, 1.5)):
             raise UserError(f"{self.what} cannot be {self.verb}: {reason}") from None
-
-
-def _reason(error):
-    """obstore's message without its debugging part, in one line."""
-    words = str(error).split("Debug source")[0]
-    words = re.sub(r"<\?xml.*?\?>|<RequestId>.*?</RequestId>", "", words, flags=re.DOTALL)
-    words = " ".join(re.sub(r"<[^>]*>", " ", words).split())
-    return words[:300] or type(error).__name__
 
 
 def _final_error(error, what, verb, reason):
@@ -362,37 +384,3 @@ def _final_error(error, what, verb, reason):
 
 class NoRanges(UserError):
     """A web server that answers every request with the whole file."""
-
-
-# ----------------------------------------------------------------------------------------------------
-# Clients
-
-
-def _connect(url, scheme, retry_policy):
-    from obstore.store import HTTPStore, from_url
-
-    endpoints = [os.environ.get(name, "") for name in ENDPOINTS]
-    options: dict[str, Any] = {}
-    config: dict[str, Any] = {}
-    if scheme == "s3":
-        config = s3_config(os.environ)
-        endpoints.append(config.get("endpoint", ""))
-    client = {
-        "connect_timeout": f"{min(CONNECT_SECONDS, retry_policy.stall_seconds):g}s",
-        "read_timeout": f"{retry_policy.stall_seconds:g}s",
-        "timeout": "86400s",  # of a whole body, however slow
-        "allow_http": scheme == "http" or any(e.startswith("http://") for e in endpoints),
-    }
-    if config.pop("boto3", None):
-        options["credential_provider"] = boto3_credentials()
-    options |= {"client_options": client, "retry_config": {"max_retries": 0}}
-    try:
-        if scheme in ("http", "https"):
-            # from_url takes the web addresses of public buckets for stores that want credentials.
-            return HTTPStore.from_url(url, **options)
-        return from_url(url, config=config or None, **options)  # ty: ignore[no-matching-overload]
-    except Exception as error:
-        hint = ""
-        if scheme == "az" and not os.environ.get("AZURE_STORAGE_ACCOUNT_NAME"):
-            hint = ": set AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_KEY"
-        raise UserError(f"{url} cannot be opened: {_reason(error)}{hint}") from None

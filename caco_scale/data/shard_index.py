@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import ArrayLike, NDArray
 
+from caco_scale.data.index_checks import check_arrays, read_header
 from caco_scale.errors import UserError, one_line
 
 INDEX_MAGICS = (b"CACOIDX1", b"CACOIDX2")  # without and with checksums
@@ -154,8 +155,7 @@ class ShardIndex:
         try:
             if data[:8] not in INDEX_MAGICS:
                 raise ValueError("it does not begin as one")
-            at = 16 + int.from_bytes(data[8:16], "little")
-            header = json.loads(data[16:at])
+            header, at = read_header(data)
             keys = data[at : at + header["keys"]].decode("utf-8", "surrogateescape")
             at += header["keys"]
             arrays = {}
@@ -171,8 +171,9 @@ class ShardIndex:
                 at += checksums.nbytes
             if at != len(data) or len(arrays) != len(cls._ARRAYS):
                 raise ValueError(f"{len(data)} bytes, {at} expected")
+            check_arrays(keys, header["extensions"], arrays)
             return cls(keys, header["extensions"], arrays, checksums)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
             raise UserError(f"not a shard index ({one_line(error)}): build the shard set again") from None
 
 

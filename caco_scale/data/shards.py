@@ -8,25 +8,38 @@ with one is complete.
 
 import json
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 
 from caco_scale.data.shard_index import INDEX_SUFFIXES
+from caco_scale.data.small_files import what_instead
 from caco_scale.errors import UserError, one_line
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "caco_scale shard set"
 VERSIONS = (1, 2)  # 2: there are indexes with checksums
 MAX_PATTERN_SHARDS = 1_000_000
+MAX_VALUES = 16_000_000  # of a manifest, that it cannot take all memory
+MAX_NUMBER = 1 << 60
+MIN_INDEX_BYTES = 8  # of a sample
 MAX_LABEL = 1_000_000  # a manifest counts the images of every class up to the highest label
 SHA256 = r"[0-9a-f]{64}"
+LISTS = {"classes": str, "class_counts": int, "shards": dict, "fixed": dict, "rejected": dict}
+BUILD_WORDS = {"shards_at", "pattern", "image"}  # what a manifest's "build" may say that is read again
 BLOCK = 512  # bytes of a tar block
 
 
-def plain_name(name: str) -> str:
-    """``name`` if it is a plain file name: no folder, no ``..``, no shell, nothing hidden; else UserError."""
+def plain_name(name: str, fix: str = "in the manifest: make the shard set again") -> str:
+    """``name`` if it is a plain file name: no folder, no ``..``, no shell, nothing hidden; else UserError.
+
+    ``fix``: where it stands and what to do about it.
+    """
     bad = not isinstance(name, str) or not name or name.startswith((".", "-"))
-    if bad or any(c in '/\\|:{}*?<>"`$&;' or ord(c) < 32 for c in name):
-        raise UserError(f"unsafe shard name {str(name)!r} in the manifest: build the shard set again")
+    # What is not UTF-8 in a name of a file comes as U+DC80 to U+DCFF.
+    if bad or any(
+        c in '/\\|:{}*?<>"`$&;' or not (c.isprintable() or "\udc80" <= c <= "\udcff") for c in name
+    ):
+        raise UserError(f"unsafe shard name {str(name)!r} {fix}")
     return name
 
 
@@ -51,7 +64,7 @@ def expand_braces(pattern: str) -> tuple[str, list[str]]:
         inner = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     else:
         inner = match[2].split(",")
-    names = [plain_name(match[1] + part + match[3]) for part in inner]
+    names = [plain_name(match[1] + part + match[3], f"in {pattern}: rename it") for part in inner]
     if len(set(names)) != len(names):
         raise UserError(f"{pattern} names a shard twice")
     return folder or ".", names
@@ -95,12 +108,14 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Parse and check a manifest. UserError: not JSON, unknown version, unsafe names, wrong sums."""
+        """Parse and check a manifest. UserError: not JSON, unknown version, unsafe names, wrong sums or claims."""
         try:
+            if sum(text.count(mark) for mark in "[{,") > MAX_VALUES:
+                raise ValueError(f"more than {MAX_VALUES:,} values")
             data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError, MemoryError) as error:
             raise UserError(
-                f"{MANIFEST_NAME} is not JSON ({one_line(error)}): build the shard set again"
+                f"{MANIFEST_NAME} is not JSON ({one_line(error)}): make the shard set again"
             ) from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise UserError(
@@ -113,6 +128,16 @@ class Manifest:
             )
         try:
             values = {field.name: data[field.name] for field in fields(cls)}
+            for name, kind in LISTS.items():
+                if not isinstance(values[name], list) or not all(
+                    isinstance(one, kind) for one in values[name]
+                ):
+                    raise TypeError(f"{name} is no list of {kind.__name__}")
+            if not isinstance(values["build"], dict):
+                raise TypeError("build is no dict")
+            for name in BUILD_WORDS & values["build"].keys():
+                if not isinstance(values["build"][name], str) or not values["build"][name].isprintable():
+                    raise TypeError(f"{values['build'][name]!r} is no {name}")
             values["shards"] = tuple(ShardInfo(**shard) for shard in values["shards"])
             values["classes"], values["class_counts"] = (
                 tuple(values["classes"]),
@@ -121,10 +146,23 @@ class Manifest:
             manifest = cls(**values)
             consistent = manifest._consistent()
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{MANIFEST_NAME} is damaged ({error!r}): build the shard set again") from None
+            raise UserError(f"{MANIFEST_NAME} is damaged ({error!r}): make the shard set again") from None
         if not consistent:
-            raise UserError(f"{MANIFEST_NAME} is damaged (its sums disagree): build the shard set again")
+            raise UserError(f"{MANIFEST_NAME} is damaged (its sums disagree): make the shard set again")
         return manifest
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> "Manifest":
+        """The manifest in the bytes of a file. UserError names ``where`` it is, and says what it is instead."""
+        instead = what_instead(data)
+        if instead:
+            raise UserError(f"cannot read {where}/{MANIFEST_NAME}: {instead}")
+        try:
+            return cls.from_json(data.decode())
+        except UnicodeDecodeError as error:
+            raise UserError(f"cannot read {where}/{MANIFEST_NAME}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
 
     def _consistent(self):
         numbers = [self.num_samples, self.num_bytes, *self.class_counts]
@@ -135,11 +173,22 @@ class Manifest:
                 if not re.fullmatch(SHA256, sha256):
                     raise TypeError(f"{sha256!r} of {shard.name} is not a sha256")
             numbers += [shard.num_samples, shard.num_bytes, shard.index_num_bytes]
-        wrong = [number for number in numbers if type(number) is not int or number < 0]
+        wrong = [number for number in numbers if type(number) is not int or not 0 <= number < MAX_NUMBER]
         if wrong:
             raise TypeError(f"{wrong[0]!r} is not a number of samples or bytes")
+        names = [name for shard in self.shards for name in (shard.name, shard.index_name)]
+        if len(set(names)) < len(names):
+            twice = next(name for name, number in Counter(names).items() if number > 1)
+            raise TypeError(f"{twice!r} is named twice")
+        for shard in self.shards:
+            if shard.num_samples > min(shard.num_bytes // BLOCK, shard.index_num_bytes // MIN_INDEX_BYTES):
+                raise TypeError(
+                    f"{shard.name} cannot have {shard.num_samples:,} samples in {shard.num_bytes:,} bytes, "
+                    f"with {shard.index_num_bytes:,} of its index"
+                )
         return (
             sum(shard.num_samples for shard in self.shards) == self.num_samples
             and sum(shard.num_bytes for shard in self.shards) == self.num_bytes
             and len(self.classes) == len(self.class_counts)
+            and sum(self.class_counts) <= self.num_samples
         )

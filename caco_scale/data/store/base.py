@@ -21,6 +21,7 @@ from caco_scale.data.object_store import Remote, WrongBytes
 from caco_scale.data.order import first_ids, locate
 from caco_scale.data.shard_index import Samples, ShardIndex, hash_spans, read_sample
 from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo
+from caco_scale.data.small_files import what_instead
 from caco_scale.errors import UserError, quoted
 
 MAX_OPEN_FILES = 128
@@ -57,12 +58,6 @@ class Store:
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._index_locks: dict[int, threading.Lock] = {}
         self._checksums: dict[int, NDArray[np.uint64]] = {}  # of shards whose index has none, as they are met
-
-    def _parse_manifest(self, text):
-        try:
-            self.manifest = Manifest.from_json(text)
-        except UserError as error:
-            raise UserError(f"{self.url}: {error}") from None
 
     @property
     def remote(self) -> Remote | None:
@@ -148,16 +143,25 @@ class Store:
         name = f"{self.url.rstrip('/')}/{info.index_name}"
         data = self._index_bytes(info)
         if hashlib.sha256(data).hexdigest() != info.index_sha256:
+            if instead := what_instead(data):
+                raise UserError(f"cannot read shard index {name}: {instead}")
             raise UserError(
                 f"shard index {name} ({len(data):,} bytes) differs from the manifest: {self.repair_hint}"
             )
-        index = ShardIndex.from_bytes(data)
+        try:
+            index = ShardIndex.from_bytes(data)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
         if len(index) != info.num_samples:
             raise UserError(
                 f"shard index {name} has {len(index)} samples, {info.num_samples} expected: {self.repair_hint}"
             )
         if info.has_checksums and index.checksums is None:
             raise UserError(f"shard index {name} has no checksums: {self.repair_hint}")
+        if (index.starts > info.num_bytes - index.sizes).any():
+            raise UserError(
+                f"shard index {name} has samples behind the shard's {info.num_bytes:,} bytes: {self.repair_hint}"
+            )
         self._indexes[shard] = index
         while len(self._indexes) > MAX_INDEXES:
             self._indexes.popitem(last=False)

@@ -9,7 +9,8 @@ from caco_scale.data.addresses import check_address, is_remote, local_path
 from caco_scale.data.counters import Counters
 from caco_scale.data.object_store import WrongBytes
 from caco_scale.data.shard_index import checksum
-from caco_scale.data.shards import MANIFEST_NAME
+from caco_scale.data.shards import MANIFEST_NAME, Manifest
+from caco_scale.data.small_files import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, open_regular, read_small
 from caco_scale.data.store.base import MAX_OPEN_FILES, Store
 from caco_scale.errors import UserError
 
@@ -30,13 +31,12 @@ class LocalStore(Store):
         self._begin(counters or Counters())
         path = os.path.join(self.path, MANIFEST_NAME)
         try:
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
+            data = read_small(path, MAX_MANIFEST_BYTES)
         except FileNotFoundError:
             raise UserError(f"{url} has no {MANIFEST_NAME}: {self._what_instead()}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {path}: {error}") from None
-        self._parse_manifest(text)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        self.manifest = Manifest.from_bytes(data, url)
         self.shards_at = _shards_at(self.manifest, self.path)
 
     def _what_instead(self):
@@ -66,8 +66,7 @@ class LocalStore(Store):
     def _index_bytes(self, info):
         path = os.path.join(self.path, info.index_name)
         try:
-            with open(path, "rb") as file:
-                return file.read()
+            return read_small(path, MAX_INDEX_BYTES)
         except OSError as error:
             raise UserError(f"shard index {path}: {error.strerror}: {self.repair_hint}") from None
 
@@ -90,7 +89,7 @@ class LocalStore(Store):
         return data
 
     def _file(self, shard, path):
-        file = self._files.pop(shard, None) or io.FileIO(path)
+        file = self._files.pop(shard, None) or open_regular(path)
         self._files[shard] = file
         while len(self._files) > MAX_OPEN_FILES:
             self._files.popitem(last=False)

@@ -21,7 +21,7 @@ from caco_scale.data.counters import Counters
 from caco_scale.data.object_store import NoRanges, Remote, RetryPolicy
 from caco_scale.data.own_files import NotOurs, private_folder
 from caco_scale.data.shard_index import HASH_BYTES, checksum
-from caco_scale.data.shards import MANIFEST_NAME
+from caco_scale.data.shards import MANIFEST_NAME, Manifest
 from caco_scale.data.store.base import MAX_OPEN_FILES, DamagedShard, Store
 from caco_scale.data.store.local import LocalStore
 from caco_scale.data.threads import Threads
@@ -54,7 +54,8 @@ class RemoteStore(Store):
         self.retry_policy = retry_policy or RetryPolicy()
         counters = counters or Counters()
         if index is None:
-            self._parse_manifest(self._manifest_text(Remote(url, self.retry_policy, counters)))
+            data = self._manifest_bytes(Remote(url, self.retry_policy, counters))
+            self.manifest = Manifest.from_bytes(data, url)
             self.shards_at = self.manifest.build.get("shards_at", url)
             if self.shards_at != url:
                 raise UserError(
@@ -64,17 +65,14 @@ class RemoteStore(Store):
             self.manifest, self.shards_at = index.manifest, index.shards_at
         self._begin(counters)
 
-    def _manifest_text(self, folder):
+    def _manifest_bytes(self, folder):
         data = folder.read_whole(MANIFEST_NAME, missing=b"")
         if not data:
             raise UserError(
                 f"{self.url} has no {MANIFEST_NAME}: it is not a shard set or its build has not finished; "
                 "`python -m data_prep build` makes one of images, `python -m data_prep index` of other tars"
             )
-        try:
-            return data.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"cannot read {self.url}/{MANIFEST_NAME}: {error}") from None
+        return data
 
     def _begin(self, counters):
         super()._begin(counters)
@@ -114,7 +112,7 @@ class RemoteStore(Store):
     def _index_bytes(self, info):
         if self.local_index:
             return self.local_index._index_bytes(info)
-        return b"".join(self.remote.stream(info.index_name, 0, info.index_num_bytes, whole=True))
+        return self.remote.read_whole(info.index_name, num_bytes=info.index_num_bytes)
 
     def read(self, shard: int, start: int, num_bytes: int, recorded: int | None = None) -> bytes:
         """``num_bytes`` of a shard from ``start``: from this node's copy, else as a range of the object.
