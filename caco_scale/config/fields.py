@@ -162,7 +162,8 @@ class Bank:
     momentum: Momentum = 0.9
     """Momentum of the bank rows."""
     warmup_epochs: Count = 0
-    """Epochs of bank warm-up (MoCo steps that fill the rows with keys); at least ceil(size/batch) steps for caco."""
+    """Epochs of bank warm-up (MoCo steps that fill the rows with keys); at least ceil(size/batch) steps for caco and
+    nearest."""
     warmup_ramp_steps: Count = 0
     """Steps over which the learning rate rises in the bank warm-up; 0 = full rate at once."""
     warmup_temperature: PositiveFloat = 0.2

@@ -1,9 +1,12 @@
 """Images and their order: shards and folders, object stores and caches, decoding, views, batches.
 
 From an image to the step: ``store`` (where it lies) -> ``order`` (who is next) -> ``pipeline`` (decoded, cropped) ->
-``loader`` (a batch) -> ``to_device`` -> ``augment``. ``folders`` and ``shards`` say what a set is; ``object_store``,
-``credentials``, ``cache``, ``threads`` bring it from elsewhere.
+``loader`` (a batch; ``workers``) -> ``to_device`` -> ``augment``; ``views`` decodes and cuts.
 
-The room knows errors, how long processes wait for each other (distributed) and how workers hear signals (run). It knows
-nothing of models, training, evaluation, or how shards are built (data_prep).
+What a set is: ``addresses`` (where), ``folders`` and ``splits`` (files and folders), ``shards`` and ``shard_index``
+(the format), ``samples`` and ``tars`` (what a tar holds), ``labels``. What brings it from elsewhere: ``object_store``,
+``credentials``, ``cache``, ``own_files``, ``threads``, ``counters``.
+
+The room knows errors, how long processes wait for each other (distributed), how workers hear signals and what they
+leave when they are killed (run). It knows nothing of models, training, evaluation, or how shards are built (data_prep).
 """

@@ -8,5 +8,5 @@
     syncbn.py             BatchNorm over the global batch on any device
     strategies/           DDP, ZeRO and FSDP2 behind one interface
 
-What this room may know: ``errors`` and ``choices``. No method, no optimizer, no checkpoint, no data.
+What this room may know: ``errors`` and ``flags.choices``. No method, no optimizer, no checkpoint, no data.
 """

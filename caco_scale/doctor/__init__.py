@@ -7,5 +7,6 @@
     preflight.py  the nodes of a job and the verdict on them; node.py: what each sees of itself, meeting.py: what only
                   several see
 
-Knows config, training's parts and checks (never its loop), data, distributed and run. Nothing knows it.
+Knows config, training's parts and checks (never its loop), checkpoint, method's sizes, data, distributed and run.
+Nothing knows it.
 """

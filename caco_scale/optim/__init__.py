@@ -4,5 +4,5 @@
     build.py      parameter groups, the optimizer by name, its first state and its state by parameter name
     schedule.py   the hyper-parameters of a step, pure functions of its number
 
-What this room may know: ``errors``, ``choices`` and ``distributed.partition``. No model, no bank, no configuration.
+What this room may know: ``errors``, ``flags.choices``, ``distributed.partition``. No model, no bank, no configuration.
 """

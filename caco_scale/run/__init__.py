@@ -7,6 +7,7 @@
     signals.py      SIGTERM and the like -> a flag   stopping.py   the files STOP and SAVE, the end of a SLURM job
     diagnostics.py  signs of collapse                profiling.py  where a step goes
     scores.py       the scores that a directory holds
+    patience.py     waiting for a disk, with an end   scratch.py    what killed processes leave, cleared
 
 It knows nothing of what is trained: of other rooms it uses errors, atomic, and the collectives of ``distributed``.
 """

@@ -6,5 +6,6 @@
     table.py    the table, as CSV and for a terminal
 
 The run directories are the only memory: what is done, and where to go on, is read from them at every start. It knows
-the configuration, what a run leaves on disk, the trainer's checks, and the report; a run is a process of its own.
+the configuration, what a run leaves on disk, the trainer's checks and precision, the report; a run is a process of its
+own.
 """

@@ -16,6 +16,6 @@ said to be assumed.
 
 ``load.py`` is the way in; ``claims.py`` checks a file and ``files.py`` reads it, ``recognise.py`` finds out what was
 read, ``build.py`` makes the modules.
-Of other rooms this one knows ``checkpoint`` (to read), ``method`` (to build), ``data.augment`` (ImageNet's mean) and
-``errors``.
+Of other rooms this one knows ``checkpoint`` (to read), ``method`` (to build), ``config.yaml_file``, ``data.augment``
+(ImageNet's mean) and ``errors``.
 """
