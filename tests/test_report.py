@@ -578,7 +578,7 @@ MISTAKES = {
         "RUN",
         "holds no loss",
     ),
-    "metrics that are a directory": (make_folder("metrics.jsonl"), "RUN", "cannot read"),
+    "metrics that are a directory": (make_folder("metrics.jsonl"), "RUN", "metrics.jsonl is a folder"),
 }
 
 
