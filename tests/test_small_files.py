@@ -214,9 +214,10 @@ def made_index(**changes):
         "lengths": {},
         "magic": b"CACOIDX1",
         "tail": b"",
+        "kind": "<i8",
     } | changes
     arrays = {name: np.array(parts[name], "<i8") for name in ShardIndex._ARRAYS}
-    listed = [[name, "<i8", parts["lengths"].get(name, len(arrays[name]))] for name in parts["names"]]
+    listed = [[name, parts["kind"], parts["lengths"].get(name, len(arrays[name]))] for name in parts["names"]]
     header = {"keys": parts["lengths"].get("keys", len(parts["keys"])), "extensions": parts["extensions"]}
     header = parts.get("header", json.dumps(header | {"arrays": listed}).encode())
     size = parts.get("header_size", len(header)).to_bytes(8, "little")
@@ -228,6 +229,7 @@ HAND_MADE = [
     {"magic": b"CACOIDX2"},
     {"magic": b"CACOIDX2", "tail": bytes(15)},
     {"tail": b"x"},
+    *({"kind": kind} for kind in (",2", "|O", "<f8", "(9,)i4", "i1000000000", ">i8", 8, None, ["<i8"], {})),
     {"magic": b"CACOIDX9"},
     {"magic": b"\x1f\x8b\x00\x00\x00\x00\x00\x00"},
     {"header_size": 1 << 63},

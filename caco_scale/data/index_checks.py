@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_HEADER_BYTES = 16 << 20
+KINDS = ("|i1", "<i2", "<i4", "<i8")
 PER_SAMPLE = ("starts", "sizes", "labels", "key_ends", "member_ends")
 PER_MEMBER = ("extension", "offset", "size")
 
@@ -24,6 +25,8 @@ def read_header(data: bytes) -> tuple[dict[str, Any], int]:
     wrong = [length for length in lengths if type(length) is not int or not 0 <= length <= len(data)]
     if wrong:
         raise ValueError(f"{wrong[0]!r} is no length in {len(data):,} bytes")
+    if kinds := {str(kind) for _, kind, _ in header["arrays"] if kind not in KINDS}:
+        raise ValueError(f"{min(kinds)!r} is no kind of its numbers")  # numpy would run its parser on any
     names = [name for name, _, _ in header["arrays"]]
     if len(set(names)) < len(names):
         raise ValueError("it has an array twice")
