@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +29,7 @@ POLL_SECONDS = 0.2
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[int]:
+def alone_in(folder: Path) -> Generator[int]:
     """The folder for this sweep alone -> the descriptor that its runs are to inherit.
 
     Raises:
