@@ -46,7 +46,8 @@ _user: int | None = None  # the process that has used obstore
 class RetryPolicy:
     """When to give up: failed attempts in a row, and seconds without a byte before an attempt has failed.
 
-    ``small_seconds``: for all of a small file (a manifest, an index), and all attempts at it and at asking for sizes.
+    ``small_seconds``: for all of a small file (a manifest, an index), and for all attempts at what a start asks for:
+    manifests and sizes.
     """
 
     retries: int = 8
@@ -175,8 +176,10 @@ class Remote:
             self.counters.add("bytes", len(data))
             return bytes(data)
 
+        # An index is read in mid-training, too, where an outage is waited for as with any shard.
+        limit = self.retry_policy.small_seconds if num_bytes is None else None
         try:
-            return self._retried(name, get)
+            return self._retried(name, get, limit=limit)
         except MissingObject:
             if missing is None:
                 raise
@@ -197,7 +200,7 @@ class Remote:
             return obstore.head(self.client(), name)["size"]
 
         try:
-            return self._retried(name, head)
+            return self._retried(name, head, limit=self.retry_policy.small_seconds)
         except MissingObject:
             return None
 
@@ -260,9 +263,10 @@ class Remote:
 
     # Retries
 
-    def _retried(self, name, action, verb="read"):
+    def _retried(self, name, action, verb="read", limit=None):
+        """``limit``: seconds for all attempts together."""
         attempts = self._attempts(name, verb)
-        attempts.limit = self.retry_policy.small_seconds if verb == "read" else None
+        attempts.limit = limit
         while True:
             try:
                 return action()
