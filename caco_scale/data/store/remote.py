@@ -5,6 +5,7 @@ while ``prefetch`` fetches the shards of coming steps in the background.
 """
 
 import contextlib
+import hashlib
 import io
 import itertools
 import os
@@ -28,6 +29,7 @@ from caco_scale.data.threads import Threads
 from caco_scale.errors import UserError
 
 PREFETCH_THREADS = 2
+INDEX_TRIES = 3  # of an index whose bytes are not the recorded ones
 DOWNLOADS = 3  # of a shard whose bytes turn out wrong, before that is an error
 
 
@@ -112,7 +114,16 @@ class RemoteStore(Store):
     def _index_bytes(self, info):
         if self.local_index:
             return self.local_index._index_bytes(info)
-        return self.remote.read_whole(info.index_name, num_bytes=info.index_num_bytes)
+        data = b""
+        for tries in range(
+            INDEX_TRIES
+        ):  # wrong bytes may be the way's fault; a file that stays wrong is told at once
+            if tries:
+                self.counters.add("retries")
+            data = self.remote.read_whole(info.index_name, num_bytes=info.index_num_bytes)
+            if hashlib.sha256(data).hexdigest() == info.index_sha256:
+                break
+        return data
 
     def read(self, shard: int, start: int, num_bytes: int, recorded: int | None = None) -> bytes:
         """``num_bytes`` of a shard from ``start``: from this node's copy, else as a range of the object.
