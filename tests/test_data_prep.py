@@ -92,7 +92,7 @@ def test_a_set_holds_every_image_once_untouched_and_shuffled(tree, tmp_path):
     assert [shard.num_samples for shard in manifest.shards] == [8, 8, 8, 6]
     assert [shard.name for shard in manifest.shards] == [f"00000{i}.tar" for i in range(4)]
     assert sorted(os.listdir(path)) == sorted(
-        ["manifest.json", *(f"00000{i}.{kind}" for i in range(4) for kind in ("tar", "idx"))]
+        ["manifest.json", *(f"00000{i}.{kind}" for i in range(4) for kind in ("tar", "idx2"))]
     )
     assert open_store(path).manifest == manifest
     text = Path(path, "manifest.json").read_text()

@@ -1,5 +1,6 @@
 """The parts of the loop: each one's concern, and what a checkpoint keeps of it; a whole run called from Python."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -83,6 +84,7 @@ def test_corrupt_images_count_once_and_too_many_end_the_run(directory, telemetry
 def test_requests_name_the_first_reason_and_remember_what_a_save_takes(directory, monkeypatch):
     class Requested:
         requested = None
+        ending_at_once = contextlib.nullcontext
 
     requests = Requests(Requested, directory, 0)
     assert requests.look(evaluation_is_due=True) == (None, False)
@@ -155,6 +157,7 @@ def test_a_run_that_fails_leaves_its_directory_to_the_next_start(config, tmp_pat
 def test_a_signal_of_the_caller_stops_a_run(config, tmp_path):
     class Requested:
         requested = None
+        ending_at_once = contextlib.nullcontext
 
     def ask(record):
         if record["step"] == SWITCH + 2:
