@@ -1,6 +1,7 @@
 """Fixtures that several files share."""
 
 import os
+import signal
 
 import pytest
 from ceph_server import CephServer
@@ -11,6 +12,9 @@ def pytest_configure(config):
     """GPUs are for ``-m gpu``: the other tests start several processes, perhaps more than this machine has GPUs."""
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # What the tests start gets a user's signals: a job in the background has SIGINT ignored, one under nohup SIGHUP.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 S3_SERVERS = {"swift": SwiftServer, "ceph": CephServer}

@@ -160,9 +160,8 @@ def test_a_peer_that_is_away_is_waited_for_as_long_as_asked(kind):
 
 
 MEETS_NOBODY = """
-import os, signal, sys
+import os, sys
 from caco_scale.run.signals import Signals
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
 signals = Signals().install()
 import torch.distributed as dist
 with signals.ending_at_once():
