@@ -17,7 +17,7 @@ MISTAKES = {
     "site.sh says maybe": ({"site": "REQUEUE=maybe"}, "REQUEUE is 'maybe': give one of yes no"),
     "site.sh counts in words": (
         {"site": "MAX_FAILURES=few"},
-        "MAX_FAILURES is 'few', which is no whole number",
+        "MAX_FAILURES is few, which is no whole number",
     ),
     "site.sh measures in words": ({"site": "SHM_GB=1GB"}, "SHM_GB is '1GB', which is no number"),
     "a cache that cannot be": (
