@@ -161,7 +161,7 @@ class Server:
     ("body", "options", "words"),
     [
         (PAGE, {}, "it is a web page: the server likely wants a login"),
-        (gzip.compress(b"{}"), {}, "it is compressed"),
+        (gzip.compress(b"{}", mtime=0), {}, "it is compressed"),
         (b"{" + b" " * 5000, {"pause": 0.05}, "1 seconds are the limit"),
         (b"", {"pause": 0.7}, "has no manifest.json"),
         (b"{}", {"claimed": 10**12}, "has 1,000,000,000,000 bytes or more, at most 536,870,912"),
