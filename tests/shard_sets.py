@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import tarfile
 from collections import Counter
 
 import numpy as np
@@ -31,6 +32,16 @@ def encode(image, kind="JPEG", **options):
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def write_tar(path, files, **options):
+    """A tar of (name, bytes) at ``path``, by tarfile and its ``options`` -> path."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
 
 
 def make_shard_set(

@@ -1,16 +1,14 @@
 """Sets of other programs: index, verify, doctor and loader agree on what a sample and its image are."""
 
 import hashlib
-import io
 import shlex
-import tarfile
 import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import webdataset as wds
-from shard_sets import encode, index_shard, smooth_image, write_manifest
+from shard_sets import encode, index_shard, smooth_image, write_manifest, write_tar
 
 from caco_scale.config import load_recipe
 from caco_scale.config import replace as with_fields
@@ -33,12 +31,7 @@ PNG = encode(smooth_image(RANDOM, 24, 24), "PNG")
 
 def write(path, files, **options):
     path.parent.mkdir(exist_ok=True, parents=True)
-    with tarfile.open(path, "w", **options) as tar:
-        for name, data in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
+    return write_tar(path, files, **options)
 
 
 def pairs(name="{:06d}", image="jpg", label="cls", count=6, data=JPEG):

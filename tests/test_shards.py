@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import webdataset as wds
+from shard_sets import write_tar
 
 from caco_scale.data.shard_index import INDEX_MAGICS, ShardIndex, read_sample
 from caco_scale.data.shards import (
@@ -17,16 +18,6 @@ from caco_scale.data.shards import (
 )
 from caco_scale.data.tars import index_tar
 from caco_scale.errors import UserError
-
-
-def write_tar(path, files, **options):
-    with tarfile.open(path, "w", **options) as tar:
-        for name, data in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
 
 SAMPLES = [
     ("a/0000.cls", b"3"),
