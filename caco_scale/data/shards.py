@@ -6,6 +6,7 @@ in training. The manifest names the shards with counts, sizes and hashes, and is
 with one is complete.
 """
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -86,6 +87,10 @@ class ShardInfo:
     def has_checksums(self) -> bool:
         """Has its index a checksum for every sample?"""
         return self.index_name.endswith(INDEX_SUFFIXES[True])
+
+    def is_index(self, data: bytes) -> bool:
+        """Are these the bytes of its index?"""
+        return hashlib.sha256(data).hexdigest() == self.index_sha256
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class Store:
         info = self.manifest.shards[shard]
         name = f"{self.url.rstrip('/')}/{info.index_name}"
         data = self._index_bytes(info)
-        if hashlib.sha256(data).hexdigest() != info.index_sha256:
+        if not info.is_index(data):
             if instead := what_instead(data):
                 raise UserError(f"cannot read shard index {name}: {instead}")
             raise UserError(

@@ -5,7 +5,6 @@ while ``prefetch`` fetches the shards of coming steps in the background.
 """
 
 import contextlib
-import hashlib
 import io
 import itertools
 import os
@@ -121,7 +120,7 @@ class RemoteStore(Store):
             if tries:
                 self.counters.add("retries")
             data = self.remote.read_whole(info.index_name, num_bytes=info.index_num_bytes)
-            if hashlib.sha256(data).hexdigest() == info.index_sha256:
+            if info.is_index(data):
                 break
         return data
 
