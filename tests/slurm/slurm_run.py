@@ -14,6 +14,7 @@ from caco_scale.run.audit import incomplete_steps, read_audit
 from caco_scale.run.files import read_json_lines
 
 PATIENCE_SECONDS = 900  # machines are busy; nothing here depends on how quick one is
+DIVERGES = {"optim.lr": 1e9, "optim.weight_decay": 1e6}  # the largest rate there is; fp64 ends in 16 steps
 SMALL_JOB = ("--gpus-per-node=0", "--cpus-per-task=1", "--mem=100")
 
 

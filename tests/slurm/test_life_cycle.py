@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from launch import SWITCH, final_state, launch, relative_difference
+from slurm_run import DIVERGES
 
 pytestmark = pytest.mark.slurm
 
@@ -171,7 +172,7 @@ def test_a_job_that_fails_at_every_start_gives_up(new_run, shards, tmp_path):
     """The second time because the shards are away, which the doctor finds before a step."""
     shutil.copytree(shards, tmp_path / "set")
     manifest = tmp_path / "set/manifest.json"
-    run = new_run("crash", site="MAX_FAILURES=3", **{"optim.lr": 1e30, "data.shards": str(tmp_path / "set")})
+    run = new_run("crash", site="MAX_FAILURES=3", **DIVERGES, **{"data.shards": str(tmp_path / "set")})
     job = run.submit()
     run.wait_for_event("failed")
     manifest.rename(tmp_path / "away")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from launch import ROOT, SWITCH
 from shard_sets import encode, smooth_image
-from slurm_run import SMALL_JOB
+from slurm_run import DIVERGES, SMALL_JOB
 
 from caco_scale.data.store import open_store
 
@@ -49,7 +49,7 @@ def test_the_next_link_of_a_chain_goes_on(new_run, kind):
 
 
 def test_a_chain_gives_up_too(new_run):
-    run = new_run("chain-crash", site="REQUEUE=no\nMAX_FAILURES=1", **{"optim.lr": 1e30})
+    run = new_run("chain-crash", site="REQUEUE=no\nMAX_FAILURES=1", **DIVERGES)
     done = submit(run, "--nodes=2", "--chain", "array", "--links", "3", *SMALL_JOB)
     links = [f"{done.stdout.split()[1]}_{link}" for link in (1, 2, 3)]
     run.jobs += links
