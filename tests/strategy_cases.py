@@ -22,7 +22,7 @@ from caco_scale.distributed.strategies.build import build_strategy
 from caco_scale.method.bank import ShardedBank
 from caco_scale.method.encoders import TinyResNet
 from caco_scale.method.model import Encoder, QueryKeyModel, synchronise_key
-from caco_scale.method.projector import build_projector
+from caco_scale.method.projector import build_predictor, build_projector
 from caco_scale.optim.build import build_optimizer, init_optimizer_state, state_bytes
 from caco_scale.optim.schedule import HyperParameters
 from caco_scale.training.step import train_step
@@ -38,6 +38,8 @@ DEFAULTS = {
     "num_micro": 1,
     "bank_size": 24,
     "dim": 32,
+    "rule": "caco",
+    "predictor": False,
     "warmup_steps": 2,
     "steps": 12,
     "start": None,  # checkpoint to begin from
@@ -78,7 +80,8 @@ def smoothen(module):
 def build(case, strategy_name, accelerator):
     torch.manual_seed(0)
     projector = smoothen(build_projector(SmoothResNet.num_features, 32, case["dim"]))
-    model = QueryKeyModel(Encoder(SmoothResNet(bool(case["gain"])), projector))
+    predictor = smoothen(build_predictor(case["dim"], 32)) if case["predictor"] else None
+    model = QueryKeyModel(Encoder(SmoothResNet(bool(case["gain"])), projector, predictor))
     if case["gain"] == "alone":
         for name, parameter in model.query.named_parameters():
             parameter.requires_grad_(name in ("backbone.gain", "backbone.offset"))
@@ -116,7 +119,7 @@ def hyper_parameters(case, step):
     warm = step < case["warmup_steps"]
     return HyperParameters(
         step=step,
-        rule="moco" if warm else "caco",
+        rule="moco" if warm else case["rule"],
         temperature=0.2,
         bank_temperature=0.2,
         lr=case["lr"] * (1 + step % 3) / 3,
