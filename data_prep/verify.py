@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from caco_scale.data.addresses import is_remote, local_path
 from caco_scale.data.object_store import Remote, Unreachable
-from caco_scale.data.samples import NoImage, image_of, problem_of
+from caco_scale.data.samples import NoImage, image_in, problem_of
 from caco_scale.data.shard_index import read_sample
 from caco_scale.data.shards import MANIFEST_NAME, Manifest
 from caco_scale.data.splits import SPLITS, split_rank
@@ -166,7 +166,7 @@ def _decode(sample):
     )
 
     try:
-        prepare_image(sample[image_of([name for name in sample if not name.startswith("__")])])
+        prepare_image(image_in(sample))
     except (NoImage, CorruptSample) as error:
         raise CorruptSample(f"sample {sample['__key__']}: {error}") from None
 

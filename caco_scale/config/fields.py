@@ -15,6 +15,7 @@ from caco_scale.flags.choices import (
     BankKernel,
     BankRule,
     Compute,
+    InMemory,
     KernelInputs,
     Optimizer,
     Predictor,
@@ -86,6 +87,8 @@ class Data:
     """Where a node keeps whole shards of an object store; auto = in its temporary directory, none = nowhere."""
     cache_bytes: Free[Count] = 0
     """Most bytes that the cache takes; 0 = four fifths of what is free on its disk."""
+    in_memory: Free[InMemory] = "auto"
+    """Whether decoded images stay in memory: true, false, or auto (if they take less than a gigabyte of a node)."""
     retries: Free[Count] = 8
     """Failed attempts in a row, with growing pauses, after which an object store counts as unreachable."""
     stall_seconds: Free[Seconds] = 30

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from caco_scale.data.in_memory import DecodedImages
 from caco_scale.data.order import Order, rank_share
 from caco_scale.data.pipeline import (
     EvaluationJob,
@@ -63,13 +64,15 @@ def train_batches(
     seed: int,
     workers: int,
     stop: Callable[[], object] = bool,
+    images: DecodedImages | None = None,
 ) -> Generator[Batch, None, None]:
     """This rank's training batches of steps ``start_step`` to ``num_steps`` - 1, counted over the whole run.
 
     store: where shards are; order: :class:`Order` of its samples; views: list of ViewSpec, one crop tensor
     for each. Nothing crosses ranks. With ``workers`` 0 everything runs in this process, else they start at
     the call, not at the first batch. ``stop``: of :func:`~caco_scale.data.workers.stream`. Returns an iterator of
-    :class:`Batch`; closing it ends the workers.
+    :class:`Batch`; closing it ends the workers. ``images``: where decoded images are kept, or those of an earlier
+    call; None: nowhere. The batches are the same.
 
     A sample that does not decode is replaced by a random one that depends only on (seed, epoch, sample).
     Raises UserError at the call when the ranks do not divide the global batch, and while iterating when a
@@ -78,7 +81,7 @@ def train_batches(
     rank_share(order.batch(start_step), rank, world_size)  # not divisible: an error now and in this process
     steps = range(start_step, num_steps)
     prefetch = cache_is_large_enough(store, order, start_step)
-    job = TrainingJob(store, order, tuple(views), rank, world_size, steps, seed, prefetch)
+    job = TrainingJob(store, order, tuple(views), rank, world_size, steps, seed, prefetch, images)
     stages = [functools.partial(stage, job) for stage in (planned_samples, decoded_samples, training_batches)]
     num_bytes = batch_bytes(order.global_batch_size // world_size, [view.size for view in views])
     return _training_stream(stream([*stages, errors_as_data], workers, num_bytes, stop), start_step, store)

@@ -17,14 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
+from caco_scale.data.in_memory import DecodedImages
 from caco_scale.data.order import Order, key64, rank_share, sample_keys
-from caco_scale.data.samples import NoImage, image_of
+from caco_scale.data.samples import NoImage, image_in
 from caco_scale.data.store.base import Store
 from caco_scale.data.views import (
     CorruptSample,
     ViewSpec,
     centre_crop,
-    crop_resize,
+    crop_resize_into,
     decode_image,
     draw_colour,
     draw_crop,
@@ -50,6 +51,7 @@ class TrainingJob:
     steps: range
     seed: int
     prefetch: bool
+    images: DecodedImages | None = None  # those that some worker has decoded before
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,22 @@ def _mine(items):
 
 
 def planned_samples(job: TrainingJob) -> Iterator[dict]:
-    """webdataset's sample dicts in training order, with ``__step__`` and the sample's number in ``__id__``."""
+    """webdataset's sample dicts in training order, with ``__step__`` and the sample's number in ``__id__``.
+
+    One whose image is in memory is not read: it has the image in ``__image__``, and its name.
+    """
     steps, read = _mine(job.steps), functools.partial(_read, job.store)
     for number, step in enumerate(steps):
         if job.prefetch:
             for later in steps[number : number + PREFETCH_STEPS]:
-                job.store.prefetch(np.unique(_places(job, later)[1]).tolist())
+                ids, shards, _ = _places(job, later)
+                job.store.prefetch(np.unique(shards[~_held(job, ids)]).tolist())
         ids, shards, positions = _places(job, step)
-        places = zip(shards.tolist(), positions.tolist(), strict=True)
-        for sample_id, sample in zip(ids.tolist(), job.store.concurrently(read, places), strict=True):
+        held = _held(job, ids)
+        places = list(zip(shards.tolist(), positions.tolist(), strict=True))
+        from_store = job.store.concurrently(read, [places[i] for i in np.flatnonzero(~held)])
+        for sample_id, place, is_held in zip(ids.tolist(), places, held.tolist(), strict=True):
+            sample = _from_memory(job, sample_id, place) if is_held else next(from_store)
             sample.update(__step__=step, __id__=sample_id)
             yield sample
 
@@ -97,18 +106,35 @@ def _places(job, step):
     return ids, *job.order.locate(ids)
 
 
+def _held(job, ids):
+    """Which of the samples have their decoded image in memory: (n,) -> (n,)."""
+    return np.zeros(len(ids), bool) if job.images is None else job.images.held(ids)
+
+
+def _from_memory(job, sample_id, place):
+    return {**_origin(job.store, place), "__image__": job.images.get(sample_id)}
+
+
 def decoded_samples(job: TrainingJob, samples: Iterable[dict]) -> Iterator[dict]:
-    """Add the decoded ``image``, the substitute's if need be; ``__corrupt__`` is None or the report."""
+    """Add the decoded ``__image__``, the substitute's if need be; ``__corrupt__`` is None or the report."""
     for sample in samples:
         sample["__corrupt__"] = None
         try:
-            sample["image"] = _decode(job.store, sample)
+            if "__image__" not in sample:
+                sample["__image__"] = _decode_and_keep(job, sample["__id__"], sample)
         except CorruptSample as error:
             epoch = sample["__step__"] // job.order.steps_per_epoch
-            sample["image"], substitute = _substitute(job, epoch, sample["__id__"], error)
+            sample["__image__"], substitute = _substitute(job, epoch, sample["__id__"], error)
             report = {"key": _name(sample), "error": str(error), "substitute": substitute}
             sample["__corrupt__"] = report
         yield sample
+
+
+def _decode_and_keep(job, sample_id, sample):
+    image = _decode(job.store, sample)
+    if job.images is not None:
+        job.images.put(sample_id, image)
+    return image
 
 
 def training_batches(job: TrainingJob, samples: Iterable[dict]) -> Iterator[dict]:
@@ -123,15 +149,12 @@ def training_batches(job: TrainingJob, samples: Iterable[dict]) -> Iterator[dict
             ids += [sample["__id__"] for sample in chunk]
             keys += [_name(sample) for sample in chunk]
             corrupt += [sample["__corrupt__"] for sample in chunk if sample["__corrupt__"]]
-            images = [sample["image"] for sample in chunk]
+            images = [sample["__image__"] for sample in chunk]
             heights, widths = np.array([image.shape[:2] for image in images]).T
             for view, spec in enumerate(job.views):
                 random = sample_keys(job.seed, epoch, ids[rows.start :], view)
-                pixels = crops[view].numpy()
-                for row, image, box in zip(
-                    rows, images, draw_crop(spec, random, heights, widths), strict=True
-                ):
-                    pixels[row] = crop_resize(image, box, spec.size)
+                boxes = draw_crop(spec, random, heights, widths)
+                crop_resize_into(crops[view][rows.start : rows.stop], images, boxes)
         # As numpy, which travels in the message: every tensor costs the receiver a file descriptor.
         params = [draw_colour(s, sample_keys(job.seed, epoch, ids, v)) for v, s in enumerate(job.views)]
         yield {
@@ -169,12 +192,16 @@ def evaluation_reader(job: EvaluationJob) -> Iterator[dict]:
 
 
 def _read(store, place):
-    """One webdataset sample dict, with where it is from in ``__place__`` (shard, position) and ``__url__``."""
+    """One webdataset sample dict, with what :func:`_origin` says of it."""
+    return {**store.read_sample(*place), **_origin(store, place)}
+
+
+def _origin(store, place):
+    """Where a sample is from, ``__place__`` (shard, position) and ``__url__``, its ``__key__`` and ``__label__``."""
     shard, position = place
-    sample, index = store.read_sample(shard, position), store.index(shard)
-    url = store.manifest.shards[shard].name
-    sample.update(__place__=place, __url__=url, __label__=int(index.labels[position]))
-    return sample
+    index = store.index(shard)
+    origin = {"__place__": place, "__url__": store.manifest.shards[shard].name}
+    return {**origin, "__key__": index.keys[position], "__label__": int(index.labels[position])}
 
 
 def _name(sample):
@@ -195,20 +222,25 @@ def _decode(store, sample):
 
 def _decode_bytes(sample):
     try:
-        image = image_of([name for name in sample if not name.startswith("__")])
+        data = image_in(sample)
     except NoImage as error:
         raise CorruptSample(str(error)) from None
-    return decode_image(sample[image])
+    return decode_image(data)
 
 
 def _substitute(job, epoch, sample_id, error):
     """The image that stands in for a corrupt sample, and its name: the first candidate of a fixed row to decode."""
     for attempt in range(SUBSTITUTE_TRIES):
         key = key64(job.seed, epoch, sample_id, attempt, SUBSTITUTE_STREAM)
-        shard, position = job.order.locate([int(key % np.uint64(job.order.num_samples))])
-        sample = _read(job.store, (int(shard[0]), int(position[0])))
+        candidate = int(key % np.uint64(job.order.num_samples))
+        shard, position = job.order.locate([candidate])
+        place = int(shard[0]), int(position[0])
+        if _held(job, [candidate])[0]:
+            sample = _from_memory(job, candidate, place)
+            return sample["__image__"], _name(sample)
+        sample = _read(job.store, place)
         try:
-            return _decode(job.store, sample), _name(sample)
+            return _decode_and_keep(job, candidate, sample), _name(sample)
         except CorruptSample:
             continue
     raise UserError(
@@ -222,7 +254,7 @@ def _chunks(samples):
     chunk, num_bytes = [], 0
     for sample in samples:
         chunk.append(sample)
-        num_bytes += sample["image"].nbytes
+        num_bytes += sample["__image__"].nbytes
         if len(chunk) == CHUNK_IMAGES or num_bytes >= CHUNK_BYTES:
             yield chunk
             chunk, num_bytes = [], 0

@@ -8,8 +8,8 @@ extension or are no sample's (``__meta__``), and hidden ones (``._0001.jpg``, ``
 """
 
 import re
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 from caco_scale.data.folders import IMAGE_EXTENSIONS, hidden, is_image
 
@@ -52,6 +52,11 @@ def image_of(extensions: Collection[str]) -> str:
     raise NoImage(
         f"no image file ({', '.join(IMAGE_EXTENSIONS[:4])}, ...) but {some(sorted(extensions)) or 'nothing'}"
     )
+
+
+def image_in(sample: Mapping[str, Any]) -> bytes:
+    """The bytes of the image in webdataset's sample dict; :class:`NoImage` as of :func:`image_of`."""
+    return sample[image_of([name for name in sample if not name.startswith("__")])]
 
 
 def images_of(extensions: Collection[str]) -> list[str]:

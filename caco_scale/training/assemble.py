@@ -14,6 +14,7 @@ from caco_scale import config as configuration
 from caco_scale.config import Config
 from caco_scale.data.augment import augment
 from caco_scale.data.counters import Counters
+from caco_scale.data.in_memory import DecodedImages, room_for
 from caco_scale.data.loader import Batch, train_batches
 from caco_scale.data.object_store import RetryPolicy
 from caco_scale.data.order import Order, share_size
@@ -77,6 +78,12 @@ class TrainingData:
             )
         self.batch_size = share_size(data.global_batch_size, world_size)
         self.micro_batch_size = data.micro_batch_size or self.batch_size
+        self.room, self.room_note = 0, None  # of :meth:`make_room`
+
+    def make_room(self) -> str | None:
+        """Settle how many bytes of decoded images :meth:`batches` may keep -> a line about it, None where none."""
+        self.room, self.room_note = room_for(self.store, self.config.data.in_memory)
+        return self.room_note
 
     def batches(
         self, start: int, end: int, stop: Callable[[], object] = bool
@@ -85,6 +92,7 @@ class TrainingData:
 
         ``stop``: of :func:`~caco_scale.data.workers.stream`.
         """
+        again = end - start > self.order.steps_per_epoch  # else no image comes twice
         return train_batches(
             self.store,
             self.order,
@@ -96,6 +104,7 @@ class TrainingData:
             seed=self.config.run.seed,
             workers=self.config.data.workers,
             stop=stop,
+            images=DecodedImages(self.order.num_samples, self.room) if self.room and again else None,
         )
 
 

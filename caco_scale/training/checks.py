@@ -133,8 +133,10 @@ def check_data(start: Start) -> str | None:
         return f"the demo's data will be built in {Path(shards).parent}"
     data = TrainingData(start.config, start.rank, start.world_size)
     data.store.check()
+    room = data.make_room()
     start.data, order = data, data.order
-    return f"{shards}: {order.num_samples:,} images, {order.steps_per_epoch:,} steps an epoch, {order.lanes} lanes"
+    found = f"{shards}: {order.num_samples:,} images, {order.steps_per_epoch:,} steps an epoch, {order.lanes} lanes"
+    return f"{found}; {room}" if room else found
 
 
 def check_evaluation(start: Start) -> str | None:

@@ -255,6 +255,8 @@ class Loop:
         config, store = self.config, self.data.store
         for note in {s.unchecked for s in (store, self.data.val_store) if s and s.unchecked}:
             self.records.telemetry.note(note)
+        if self.data.room_note:
+            self.records.telemetry.note(self.data.room_note)
         sizes = [view.size for view in view_specs(config.views)]
         small = small_shared_memory(batch_bytes(self.data.batch_size, sizes), config.data.workers)
         if small:
