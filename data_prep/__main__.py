@@ -47,6 +47,8 @@ class FromSource:
     """Take parquet files of which some are missing by their own numbers."""
     skip_empty_classes: Switch = False
     """Leave out class folders without images."""
+    without: Annotated[str | None, shown("LIST")] = None
+    """Leave out the images that a text file names, one a line, as caco embed duplicates writes it."""
     workers: Annotated[int | None, shown("N")] = None
     """Processes (default: one per CPU)."""
 
@@ -99,6 +101,7 @@ class Build(FromSource):
             dry_run=self.dry_run,
             part=parse_part(self.part),
             split_folders=self.split_folders,
+            without=self.without,
             tell=say,
         )
         if self.dry_run:
@@ -152,7 +155,7 @@ class Repair(FromSource):
         from data_prep.repair import repair
 
         options = (self.source_options(), self.skip_empty_classes, self.split_folder(), self.split_folders)
-        manifest, repaired = repair(self.src, self.dst, self.workers, *options)
+        manifest, repaired = repair(self.src, self.dst, self.workers, *options, self.without)
         which = ", ".join(repaired) or "none"
         say(f"{self.dst}: {len(repaired)} of {len(manifest.shards):,} shards built again: {which}")
 

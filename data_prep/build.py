@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from caco_scale.atomic import write_atomically
 from caco_scale.data.addresses import is_remote
-from caco_scale.data.folders import ImageFolder, image_folders
+from caco_scale.data.folders import ImageFolder
 from caco_scale.data.object_store import ObjectExists, Remote
 from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo
 from caco_scale.data.splits import some_names
@@ -38,6 +38,7 @@ from data_prep.destination import (
 from data_prep.jobs import DEFAULTS, Settings, manifest_of, plan_shards, run_jobs
 from data_prep.sources import needs_scratch, open_source
 from data_prep.tar import Source
+from data_prep.without import image_folders_without, read_list
 
 
 def build(
@@ -54,6 +55,7 @@ def build(
     dry_run: bool = False,
     part: tuple[int, int] | None = None,
     split_folders: bool | None = None,
+    without: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[tuple]:
     """Build the shard sets of a source of images; returns [(directory or address, manifest, was there)].
@@ -63,7 +65,8 @@ def build(
     pixels; larger images are made so small (0: none). dry_run: write nothing; the results are
     [(directory or address, number of images, of shards, bytes)]. part: (I, N), of N processes that share a build, on
     any nodes, this is the I-th, from 1; who finds all shards finished writes the manifest, for the others it is None.
-    split_folders: see :func:`~caco_scale.data.folders.image_folders`. tell: is given a line for every set, with its
+    split_folders: see :func:`~caco_scale.data.folders.image_folders`. without: the path of a list of images that are
+    left out, see :func:`~data_prep.without.image_folders_without`. tell: is given a line for every set, with its
     classes, before work starts. Raises UserError, and keeps finished shards.
     """
     src, dst = os.fspath(src), os.fspath(dst)
@@ -72,11 +75,14 @@ def build(
             f"--samples-per-shard {samples_per_shard} must be at least 1, --workers {workers} at least 0"
         )
     settings = Settings(samples_per_shard, seed, short_side, workers)
+    if without:
+        read_list(without)  # before a source is hashed or unpacked
     if is_remote(dst):
         Remote(dst).check_writable()
 
     def folders(source):
-        found = image_folders(source.scan(), src, split, skip_empty_classes, split_folders)
+        how = split, skip_empty_classes, split_folders
+        found = image_folders_without(source.scan(), src, without, *how, tell=tell)
         for name, folder in found.items():
             tell(f"{_join(dst, name)}: {folder.describe()}")
             if folder.left_out:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from caco_scale.atomic import write_atomically
-from caco_scale.data.folders import image_folders
 from caco_scale.data.shard_index import ShardIndex
 from caco_scale.data.shards import Manifest, ShardInfo
 from caco_scale.data.store import open_store
@@ -17,6 +16,7 @@ from data_prep.destination import same_build, scratch_folder
 from data_prep.jobs import Settings, plan_shards
 from data_prep.sources import open_source
 from data_prep.verify import bad_shards
+from data_prep.without import image_folders_without
 
 
 def repair(
@@ -27,6 +27,7 @@ def repair(
     skip_empty_classes: bool = False,
     split: str | None = None,
     split_folders: bool | None = None,
+    without: str | None = None,
 ) -> tuple[Manifest, list[str]]:
     """Build the bad shards of a finished set again, from its source; returns (manifest, names of those built again).
 
@@ -41,17 +42,17 @@ def repair(
     if store.remote:
         store.remote.check_writable()
     bad, _ = bad_shards(store, full=True, workers=workers)
-    options = source_options, skip_empty_classes, split, split_folders
+    options = source_options, without, (split, skip_empty_classes, split_folders)
     repaired = _repaired(bad, src, dst, store, *options) if bad else []
     manifest, _ = add_checksums(open_store(dst, "none"), store.path if isinstance(store, LocalStore) else dst)
     return manifest, repaired
 
 
-def _repaired(bad, src, dst, store, source_options, skip_empty_classes, split, split_folders):
+def _repaired(bad, src, dst, store, source_options, without, how):
     manifest = store.manifest
     with scratch_folder("repair") as scratch:
         source = open_source(src, None, **(source_options or {}))
-        folders = image_folders(source.scan(), src, split, skip_empty_classes, split_folders)
+        folders = image_folders_without(source.scan(), src, without, *how)
         what = manifest.build
         folder = folders[None] if None in folders else _folder_of(folders, what, dst)
         here = Settings(what["samples_per_shard"], what["seed"], what.get("short_side", 0)).describe(folder)

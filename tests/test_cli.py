@@ -16,6 +16,7 @@ from caco_scale.__main__ import dispatch
 from caco_scale.commands import table as commands
 from caco_scale.commands.completion import script
 from caco_scale.config import parse
+from caco_scale.embed.__main__ import with_command
 from caco_scale.errors import UserError
 from caco_scale.flags import read as flags
 from caco_scale.sweep.__main__ import read_arguments
@@ -200,6 +201,7 @@ def test_the_readmes_commands_are_read(monkeypatch, tmp_path):
     read = set()
     for name, *words in written_commands():
         full, kind, kinds = name, None, commands.group(name)
+        words = with_command(words) if name == "embed" else words
         if kinds and (not words or words[0] not in kinds):
             continue  # a list of them: {build,verify}
         if kinds:
@@ -221,6 +223,7 @@ def test_the_readmes_commands_are_read(monkeypatch, tmp_path):
         else:
             assert dataclasses.is_dataclass(flags.read(kind, words, full))
     assert read >= {"shards build", "shards verify", "evaluate knn", "evaluate finetune", "export", "report"}
+    assert read >= {"embed extract", "embed neighbours", "embed duplicates"}
     assert read >= {"doctor", "estimate", "preflight", "benchmark bank", "benchmark step", "pretrain"}
     with pytest.raises(UserError):
         parse(["--samples-per-shard", "3"])

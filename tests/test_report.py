@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from caco_scale import config as configuration
 from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.store import open_store
+from caco_scale.data.thumbnails import data_uri
 from caco_scale.errors import UserError
 from caco_scale.report import pictures
 from caco_scale.report.__main__ import main, write_report
@@ -364,7 +365,7 @@ def test_a_sample_holds_the_images_of_its_numbers(run, shards):
 
 
 def test_images_of_any_size_become_small_pictures():
-    small, large = (pictures.data_uri(np.zeros((s, s, 3), np.uint8)) for s in (32, 224))
+    small, large = (data_uri(np.zeros((s, s, 3), np.uint8)) for s in (32, 224))
     assert small.startswith("data:image/png;base64,")
     assert large.startswith("data:image/jpeg;base64,")
     assert len(large) < 4000

@@ -23,6 +23,7 @@ COMMANDS = {
     "sweep": Command("caco_scale.sweep.__main__", "Many runs by one file, and a table of them.", "Sweep"),
     "shards": Command("data_prep.__main__", "Shard sets of images."),
     "evaluate": Command("caco_scale.evaluate.__main__", "How good a backbone is."),
+    "embed": Command("caco_scale.embed.__main__", "Features of a set in a file; neighbours, duplicates."),
     "export": Command("caco_scale.export.__main__", "A backbone as a file for other programs.", "Export"),
     "report": Command("caco_scale.report.__main__", "A run, or several, as one HTML page.", "Report"),
     "doctor": Command(

@@ -112,7 +112,7 @@ def evaluation_batches(
     world_size: int,
     batch_size: int,
     workers: int,
-    ids: NDArray[np.int64] | None = None,
+    ids: Sequence[int] | NDArray[np.int64] | None = None,
     resize: int = 0,
     undecodable: list[Undecodable] | None = None,
 ) -> Generator[tuple[torch.Tensor, torch.Tensor, torch.Tensor], None, None]:

@@ -7,73 +7,35 @@ Several processes: accelerate launch --config_file ds_configs/ddp.yaml --num_pro
 """
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from tyro.conf import Positional
-
 from caco_scale.errors import exit_on_user_error, run_command
-from caco_scale.flags.choices import Encoder, Stem
+from caco_scale.evaluate.flags import EncoderFlags
 from caco_scale.flags.read import Switch, read_command, shown
-from caco_scale.flags.rules import ABOVE_0, FROM_0, SEED, Count, PositiveFloat, PositiveInt, at_most
+from caco_scale.flags.rules import ABOVE_0, SEED, PositiveFloat, PositiveInt, at_most
 
 PROG = "python -m caco_scale.evaluate"
-Colours = tuple[Annotated[float, FROM_0], Annotated[float, FROM_0], Annotated[float, FROM_0]]
-Deviations = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 LearningRate = Annotated[float, ABOVE_0, at_most(1e6)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(EncoderFlags):
     """What all evaluations are asked."""
 
     command: ClassVar[str]
 
-    weights: Positional[Annotated[str, shown("RUN_OR_WEIGHTS")]]
-    """Run directory, checkpoint directory, or file of weights."""
     data: Annotated[str | None, shown("TRAIN")] = None
     """Training images, one label each (multi-label sets, VOC07, are out of scope): shard set or image folder (default:
     those of the run)."""
     val: Annotated[str | None, shown("VAL")] = None
     """Validation images (default: those of the run, or the val/ beside train/ in --data)."""
-    which: Annotated[Encoder | None, shown("{query,key}")] = None
-    """Encoder, where there are two (default: query; of DINO key, its teacher)."""
-    step: Annotated[int | None, FROM_0, shown("N")] = None
-    """Checkpoint of the run (default: the newest)."""
-    arch: Annotated[str | None, shown("ARCH")] = None
-    """Architecture in a file of weights (default: found out)."""
-    stem: Annotated[Stem | None, shown("{imagenet,cifar}")] = None
-    """First layer in a file of weights (default: found out)."""
-    size: Annotated[int | None, ABOVE_0, at_most(8192), shown("PIXELS")] = None
-    """Side of the images (default: the run's, which its exports say; else 224, of the cifar stem 32)."""
-    resize: Annotated[int | None, ABOVE_0, at_most(16384), shown("PIXELS")] = None
-    """Shorter side before the central --size is cut out (default: the run's, else 256 for 224 in proportion, and --size
-    itself, whole images, up to 96)."""
-    mean: Annotated[Colours | None, shown("R G B")] = None
-    """Mean of the colours (default: the run's, which its exports say; else ImageNet's)."""
-    std: Annotated[Deviations | None, shown("R G B")] = None
-    """Standard deviation of the colours (default: the run's, which its exports say; else ImageNet's)."""
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """Number format of the encoder."""
-    images_at_once: Annotated[int, ABOVE_0, at_most(2**20)] = 256
-    """Images per forward and process."""
-    workers: Annotated[int, FROM_0, at_most(1024)] = field(
-        default_factory=lambda: min(4, len(os.sched_getaffinity(0)))
-    )
-    """Loader processes per process."""
-    cache_dir: str = "auto"
-    """Where whole shards of an object store are kept."""
     seed: Annotated[int, SEED] = 0
     """Seed of everything drawn at random."""
     to: Annotated[str | None, shown("DIR")] = None
     """Folder for progress and result (default: in the run, else runs/evaluate)."""
-    world_size: Count = 0
-    """Processes that must be there; 0 = unchecked."""
-    timeout_seconds: PositiveFloat = 1800
-    """Wait for another process, or for the loader."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,18 +124,23 @@ def _keys(store, rank, world_size):
 def _originals(store, rank, world_size):
     """(number, original name) of this rank's part of the images, as far as their json says."""
     for shard, first in _shards(store, rank, world_size):
-        index, notes = store.index(shard), []
-        for position in range(len(index.keys)):
-            start = index.span(position)[0]
-            members = [member for member in index.members(position) if member[0] == "json"]
-            notes += [(position, (shard, start + offset, size)) for _, offset, size in members]
-        if not notes:
-            continue
-        store.fetch(shard)
-        read = store.concurrently(lambda place: store.read(*place), [place for _, place in notes])
-        for (position, _), data in zip(notes, read, strict=True):
-            if original := _original(data):
-                yield first + position, original
+        names = originals_of(store, shard, range(len(store.index(shard).keys)))
+        yield from ((first + position, name) for position, name in names.items())
+
+
+def originals_of(store: Store, shard: int, positions: Iterable[int]) -> dict[int, str]:
+    """{position: original name} of samples of one shard, of those whose json says it."""
+    index, notes = store.index(shard), []
+    for position in positions:
+        start = index.span(position)[0]
+        members = [member for member in index.members(position) if member[0] == "json"]
+        notes += [(position, (shard, start + offset, size)) for _, offset, size in members]
+    if not notes:
+        return {}
+    store.fetch(shard)
+    read = store.concurrently(lambda place: store.read(*place), [place for _, place in notes])
+    found = ((position, _original(data)) for (position, _), data in zip(notes, read, strict=True))
+    return {position: name for position, name in found if name}
 
 
 def _original(data):

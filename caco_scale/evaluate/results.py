@@ -82,6 +82,7 @@ class ResultFolder:
         to: the folder that the user names, or None: a place below ``base`` of its own for these settings.
         name: how its name begins there.
         is_main: only the main rank writes.
+        what: is done there, in messages.
     Raises:
         UserError: on every rank: the folder holds another evaluation, is in use, or cannot be written.
     """
@@ -93,11 +94,12 @@ class ResultFolder:
         name: str,
         settings: Mapping[str, Any],
         is_main: bool,
+        what: str = "evaluation",
     ):
         digest = hashlib.sha256(to_json(settings, sort_keys=True).encode()).hexdigest()
         self.path = Path(to) if to else Path(base) / f"{name}-{digest[:8]}"
         self.settings, self.is_main, self._lock = json.loads(to_json(settings)), is_main, None
-        complaint = None
+        self._what, complaint = what, None
         try:
             if is_main:
                 self._open()
@@ -105,7 +107,7 @@ class ResultFolder:
             complaint = str(error)
             if self._lock is not None:
                 self._lock.close()
-        assert_equal_on_all_ranks({}, "evaluation", error=complaint)
+        assert_equal_on_all_ranks({}, what, error=complaint)
 
     def _open(self):
         try:
@@ -116,7 +118,7 @@ class ResultFolder:
                 f"cannot write {self.path}: {error.strerror}; name another place with --to"
             ) from None
         be_alone(
-            self._lock, f"{self.path} is in use by another evaluation: end that one, or give another --to"
+            self._lock, f"{self.path} is in use by another {self._what}: end that one, or give another --to"
         )
         found = self._read("settings.json")
         if found is None:
@@ -124,7 +126,7 @@ class ResultFolder:
         elif found != self.settings:
             names = sorted(n for n in {*found, *self.settings} if found.get(n) != self.settings.get(n))
             changed = "; ".join(f"{n}: {found.get(n)} -> {self.settings.get(n)}" for n in names)
-            raise UserError(f"{self.path} holds another evaluation ({changed}): give another --to")
+            raise UserError(f"{self.path} holds another {self._what} ({changed}): give another --to")
 
     def _read(self, name):
         try:

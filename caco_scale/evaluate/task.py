@@ -1,4 +1,7 @@
-"""What every evaluation begins with: the processes, the encoder, the two sets of images."""
+"""What every evaluation begins with: the processes, the encoder, the two sets of images.
+
+:class:`Encoding` is the part without the sets, for other commands that give images to an encoder.
+"""
 
 import os
 import re
@@ -31,8 +34,8 @@ FULL_NAMES = {"knn": "kNN", "linear": "linear evaluation", "finetune": "fine-tun
 
 
 @dataclass
-class Task:
-    """What is evaluated: an encoder and two sets of images, on this rank.
+class Encoding:
+    """How images become features on this rank: an encoder, and what it is given.
 
     ``size``, ``mean``, ``std``: of the images that the encoder is given; ``resize``: their shorter side before the
     centre crop. ``dtype``: of images and parameters; ``autocast_dtype``: of the forward pass, None: the same.
@@ -40,8 +43,6 @@ class Task:
 
     accelerator: "Accelerator"
     weights: Weights
-    train: Store
-    val: Store
     size: int
     resize: int
     mean: tuple[float, ...]
@@ -50,7 +51,6 @@ class Task:
     autocast_dtype: torch.dtype | None
     images_at_once: int
     workers: int
-    seed: int
 
     @property
     def device(self) -> torch.device:
@@ -97,17 +97,32 @@ class Task:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What decides an evaluation's result, as far as all evaluations share it: plain values."""
+        """What decides features, besides the images: plain values."""
         return {
             "weights": self.weights.sha256,
             "encoder": self.weights.encoder,
-            "train": self.train.fingerprint(),
-            "val": self.val.fingerprint(),
             "size": self.size,
             "resize": self.resize,
             "mean": list(self.mean),
             "std": list(self.std),
             "compute": str(self.autocast_dtype or self.dtype).removeprefix("torch."),
+        }
+
+
+@dataclass
+class Task(Encoding):
+    """What is evaluated: an encoder and two sets of images, on this rank."""
+
+    train: Store
+    val: Store
+    seed: int
+
+    def describe(self) -> dict[str, Any]:
+        """What decides an evaluation's result, as far as all evaluations share it: plain values."""
+        return {
+            **super().describe(),
+            "train": self.train.fingerprint(),
+            "val": self.val.fingerprint(),
         }
 
     def folder(self, flags: Any, name: str, settings: dict[str, Any]) -> ResultFolder:
@@ -162,7 +177,7 @@ def build_task(flags: Any) -> Task:
     Raises:
         UserError: processes, weights or images that are not as asked for.
     """
-    accelerator = _processes(flags)
+    accelerator = processes_of(flags)
     train_url, val_url, weights = _sources(flags)
     train, val = (
         open_store(url, flags.cache_dir, labelled=True, flag=flag)
@@ -171,34 +186,37 @@ def build_task(flags: Any) -> Task:
     train.check()
     val.check()
     val = with_classes_of(train, val, FULL_NAMES[flags.command])
-    size = flags.size or weights.size
-    compute = {"fp64": torch.float64}.get(flags.precision, torch.float32)
-    task = Task(
-        accelerator=accelerator,
-        weights=weights,
-        train=train,
-        val=val,
-        size=size,
-        resize=_resize(flags, weights, size),
-        mean=tuple(flags.mean or weights.mean),
-        std=tuple(flags.std or weights.std),
-        dtype=compute,
-        autocast_dtype=torch.bfloat16 if flags.precision == "bf16" else None,
-        images_at_once=flags.images_at_once,
-        workers=flags.workers,
-        seed=flags.seed,
-    )
-    for module in filter(None, (weights.backbone, weights.projector)):
-        module.to(accelerator.device, compute)
+    task = Task(**encoding_of(flags, accelerator, weights), train=train, val=val, seed=flags.seed)
     _introduce(task, flags)
     return task
 
 
-def _processes(flags):
+def encoding_of(flags: Any, accelerator: "Accelerator", weights: Weights) -> dict[str, Any]:
+    """The fields of an :class:`Encoding` by the flags of a command; the weights' modules move to the device."""
+    size = flags.size or weights.size
+    compute = {"fp64": torch.float64}.get(flags.precision, torch.float32)
+    for module in filter(None, (weights.backbone, weights.projector)):
+        module.to(accelerator.device, compute)
+    return {
+        "accelerator": accelerator,
+        "weights": weights,
+        "size": size,
+        "resize": _resize(flags, weights, size),
+        "mean": tuple(flags.mean or weights.mean),
+        "std": tuple(flags.std or weights.std),
+        "dtype": compute,
+        "autocast_dtype": torch.bfloat16 if flags.precision == "bf16" else None,
+        "images_at_once": flags.images_at_once,
+        "workers": flags.workers,
+    }
+
+
+def processes_of(flags: Any) -> "Accelerator":
+    """Join the processes of the launch, as many as the flags of a command ask for. Collective."""
     strategy = launched_strategy(os.environ)
     if strategy != "ddp":
         raise UserError(
-            f"the launcher asks for {strategy}, but an evaluation partitions nothing: use "
+            f"the launcher asks for {strategy}, but this command partitions nothing: use "
             "--config_file ds_configs/ddp.yaml"
         )
     try:
@@ -207,9 +225,14 @@ def _processes(flags):
         raise UserError(re.sub(r"run\.(world_size|timeout_seconds)", r"\1", str(error))) from None
 
 
+def weights_of(flags: Any) -> Weights:
+    """The encoder that the flags of a command name."""
+    return load_weights(flags.weights, flags.which, flags.step, flags.arch, flags.stem)
+
+
 def _sources(flags):
     """(address of the training images, of the validation images, weights)."""
-    weights = load_weights(flags.weights, flags.which, flags.step, flags.arch, flags.stem)
+    weights = weights_of(flags)
     train, val = flags.data, flags.val
     if train is not None and val is None and (both := split_folders(train)):
         return *both, weights
@@ -239,7 +262,8 @@ def _resize(flags, weights, size):
     return resize
 
 
-def _introduce(task, flags):
+def introduce_encoder(task: Encoding, flags: Any) -> None:
+    """Say which encoder is used, what was guessed of it, and what images it is given."""
     weights = task.weights
     task.say(
         f"{task.world_size} process(es), {task.device.type}; {weights.encoder} encoder of {weights.path} "
@@ -252,6 +276,10 @@ def _introduce(task, flags):
     if weights.unmatched:
         task.say(f"in the file but not used: {gist(weights.unmatched)}")
     task.say(f"images for evaluation: {describe_crop(task.size, task.resize)}")
+
+
+def _introduce(task, flags):
+    introduce_encoder(task, flags)
     for name, store in (("training", task.train), ("validation", task.val)):
         task.say(
             f"{name}: {store.manifest.num_samples:,} images of {len(store.manifest.classes)} classes in {store.url}"

@@ -3,8 +3,6 @@
 Legend: n training images looked at, m validation images, F features, D embedding, K bank rows, s pixels on a side.
 """
 
-import base64
-import io
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 from caco_scale.checkpoint.read import load_tensors
 from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.object_store import RetryPolicy
 from caco_scale.data.store import open_store
+from caco_scale.data.thumbnails import data_uri
 from caco_scale.errors import UserError, one_line
 from caco_scale.evaluate.features import extract_features
 from caco_scale.method.model import Encoder
@@ -32,7 +30,6 @@ NUM_ROWS = {"most used": 3, "typical": 3, "least used": 2}  # bank rows shown
 BLOCKS = 16  # runs of neighbouring images that a sample of a set is taken from
 MEMORY_BYTES = 160 << 20  # of decoded images of a set, held at once
 MAX_IMAGES = 5000
-THUMBNAIL = 96  # pixels on a side of a picture in the page
 MAP_CLASSES = 10
 MAP_IMAGES = 2000
 RETRY_POLICY = RetryPolicy(2, 10)  # a report waits less for an object store than a training run
@@ -282,18 +279,6 @@ def picture(images: Images, number: int, caption: str, same: bool | None = None)
         "caption": caption,
         "same": same,
     }
-
-
-def data_uri(pixels: np.ndarray) -> str:
-    """Pixels (s, s, 3) uint8 as a data URI: small images as they are, others as a JPEG of THUMBNAIL pixels."""
-    image, file = Image.fromarray(pixels), io.BytesIO()
-    if max(image.size) <= 64:
-        image.save(file, "PNG", optimize=True)
-        kind = "png"
-    else:
-        image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS).save(file, "JPEG", quality=85)
-        kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 # ----------------------------------------------------------------------------------------------------
