@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import warm
 
 from caco_scale.checkpoint.folder import latest, read_values
 from caco_scale.checkpoint.read import load_tensors
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # 96 images in global batches of 8: 12 steps an epoch. A bank of 20 rows: 3 steps of bank warm-up, then CaCo.
 SMALL = {
     "data.global_batch_size": 8,
-    "data.workers": 1,
+    "data.workers": 0,
     "data.window": 16,
     "bank.size": 20,
     "bank.warmup_epochs": 0,
@@ -79,16 +80,31 @@ def start(flags, num_processes=1, cwd=None, **options):
     return start_command(command(flags, num_processes, **options), cwd)
 
 
-def start_command(words, cwd=None):
+def start_command(words, cwd=None, stderr=subprocess.STDOUT):
+    """A started command; ``python -m MODULE`` of the project is forked where that is the same (:mod:`warm`)."""
+    words = [str(word) for word in words]
+    if words[:2] == [sys.executable, "-m"] and words[2].split(".")[0] in ("caco_scale", "data_prep"):
+        return warm.popen(words[2], words[3:], cwd, environment(), stderr)
     return subprocess.Popen(
         words,
         cwd=cwd,
         env=environment(),
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=stderr,
         text=True,
         start_new_session=True,
     )
+
+
+def finished(words, cwd=None, timeout=600):
+    """As ``subprocess.run`` of :func:`start_command`: its exit code, stdout and stderr."""
+    process = start_command(words, cwd, stderr=subprocess.PIPE)
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
 
 
 def launch(flags, num_processes=1, cwd=None, code=0, **options):

@@ -4,12 +4,11 @@ No figure is asserted that depends on the clock. (``benchmark loader`` has a fil
 """
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
-from launch import environment
+from launch import finished
 from oracle import oracle_step, random_inputs
 
 from caco_scale.benchmark import paper
@@ -22,14 +21,7 @@ from caco_scale.method.contrast import pair_weights
 
 def run(tmp_path, *words):
     """The JSON that a benchmark saves, which is also its last line."""
-    done = subprocess.run(
-        [sys.executable, "-m", "caco_scale.benchmark", *map(str, words), "--save", str(tmp_path)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    done = finished([sys.executable, "-m", "caco_scale.benchmark", *map(str, words), "--save", str(tmp_path)])
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.glob(f"{words[0]}_*.json")
     saved = json.loads(file.read_text())

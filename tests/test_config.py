@@ -69,11 +69,8 @@ def test_every_recipe_has_a_header_with_source_hardware_command_and_score(name):
     ],
 )
 def test_a_baseline_is_its_recipe_with_another_rule(baseline, recipe):
-    changed = {
-        name
-        for name, value in flatten(parse([baseline])).items()
-        if value != flatten(parse([recipe]))[name] and name not in ("recipe", "run.dir")
-    }
+    values, others = flatten(parse([baseline])), flatten(parse([recipe]))
+    changed = {name for name in values if values[name] != others[name]} - {"recipe", "run.dir"}
     lengths = {"optim.epochs", "bank.warmup_epochs", "bank.warmup_ramp_steps"}
     assert "bank.rule" in changed
     assert changed <= {"bank.rule", "bank.temperature", "loss.temperature"} | lengths

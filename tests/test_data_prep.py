@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
+from launch import finished, start_command
 from PIL import Image
 from s3_server import WebServer
 
@@ -57,6 +58,8 @@ def files_of(directory):
 
 def command(*arguments, **options):
     arguments = [sys.executable, "-m", "data_prep", *map(str, arguments)]
+    if not options:
+        return finished(arguments)
     return subprocess.run(arguments, capture_output=True, text=True, timeout=600, check=False, **options)
 
 
@@ -291,8 +294,7 @@ def test_dangerous_tar_members_are_recorded_and_never_touched(tmp_path):
 
 
 def start(*arguments):
-    arguments = [sys.executable, "-m", "data_prep", *map(str, arguments)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    return start_command([sys.executable, "-m", "data_prep", *arguments], stderr=subprocess.PIPE)
 
 
 def processes_in(session):

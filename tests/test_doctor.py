@@ -1,12 +1,11 @@
 """The doctor: what would fail is found before the run, with what fixes it, and by the exit code."""
 
 import dataclasses
-import subprocess
 import sys
 
 import pytest
 import torch
-from launch import ROOT, environment
+from launch import ROOT, finished
 from shard_sets import make_shard_set
 
 from caco_scale.config import load_recipe, recipe_names, replace
@@ -181,7 +180,7 @@ def examine(arguments, config=None, num_processes=2):
         ]
         launcher += ["--num_processes", str(num_processes)]
     command = [*launcher, "-m", "caco_scale.doctor", *arguments]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    return finished(command)
 
 
 def test_a_healthy_launch_is_ready_and_a_broken_one_is_not(tmp_path):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from launch import SMALL, environment
+from launch import SMALL, finished
 from shard_sets import make_shard_set
 
 from caco_scale.errors import exit_on_user_error
@@ -14,15 +14,7 @@ from caco_scale.errors import exit_on_user_error
 def pretrain(flags, cwd):
     """(exit code, stderr) of ``python -m caco_scale.pretrain demo`` with SMALL and these flags."""
     words = [word for name, value in {**SMALL, **flags}.items() for word in (f"--{name}", str(value))]
-    done = subprocess.run(
-        [sys.executable, "-m", "caco_scale.pretrain", "demo", *words],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = finished([sys.executable, "-m", "caco_scale.pretrain", "demo", *words], cwd)
     return done.returncode, done.stderr
 
 

@@ -116,14 +116,14 @@ def test_a_killed_fine_tuning_goes_on_and_ends_the_same(place, tmp_path):
 
 def test_a_stopped_fine_tuning_saves_at_that_step_and_ends_the_same(place, tmp_path):
     """Two processes get SIGTERM amid the steps between two saves; they end alike, and one process goes on."""
-    many = ("--fraction", 1.0, "--epochs", 30, "--batch_size", 4, "--lr", 0.5, "--precision", "fp64")
+    many = ("--fraction", 1.0, "--epochs", 10, "--batch_size", 4, "--lr", 0.5, "--precision", "fp64")
     options = words("finetune", place, *many, "--to", tmp_path / "stopped")
     state = tmp_path / "stopped/state.pt"
     output = kill_when(evaluation(options, 2), state.exists, signal.SIGTERM)
     (step,) = {
-        int(n) for n in re.findall(r"stopped by SIGTERM after step (\d+) of 480: the same command", output)
+        int(n) for n in re.findall(r"stopped by SIGTERM after step (\d+) of 160: the same command", output)
     }
-    assert torch.load(state, weights_only=True)["progress"]["step"] == step < 480, output
+    assert torch.load(state, weights_only=True)["progress"]["step"] == step < 160, output
     assert not (tmp_path / "stopped/result.json").exists()
     resumed = run_finetune.run(parse(options))
     whole = run_finetune.run(parse(words("finetune", place, *many, "--to", tmp_path / "whole")))

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 import yaml
+from launch import finished
 from run_directories import change_values as rewrite_values
 from run_directories import (
     make_config,
@@ -476,9 +477,7 @@ def test_the_command(tmp_path):
         "--format",
         "safetensors",
     ]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    done = finished(command, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("wrote w.safetensors (")
     assert "query backbone tiny (stem imagenet) of step 30; loaded back into caco_scale's tiny" in done.stdout

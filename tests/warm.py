@@ -1,0 +1,237 @@
+"""``python -m MODULE WORDS`` for the tests, forked instead of started: what it imports takes five seconds of CPU.
+
+One server per process of the tests has imported the package and waits. It forks for each request; the child takes the
+caller's words, environment, folder and output, leaves the server's code, and runs the module to a usual end of Python.
+What differs from a fresh start: modules are loaded already, so that an environment in which they would load otherwise
+(another PYTHONPATH, other settings of torch) gets a fresh one.
+"""
+
+import contextlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+IMPORTED_WITH = ("PYTHON", "OMP_", "MKL_", "TORCH", "CUDA_", "LD_", "MALLOC_", "TMPDIR", "HOME")
+_servers = {}  # by the process of the tests: a fork of it (xdist's, a fork server's) has its own
+
+
+def popen(module, words, cwd, env, stderr=subprocess.STDOUT):
+    """As ``subprocess.Popen`` of that command, in a session of its own, output as text in ``stdout``.
+
+    ``stderr``: STDOUT (into ``stdout``) or PIPE (``communicate`` returns it).
+    """
+    server = _servers.get(os.getpid())
+    if server is None:
+        server = _servers[os.getpid()] = Server(env)
+    if server.loads_like(env):
+        return server.fork(module, words, cwd or os.getcwd(), env, stderr == subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *words],
+        cwd=cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+    )
+
+
+class Server:
+    """The process that has imported everything; it ends with the one that started it."""
+
+    def __init__(self, env):
+        self.env = env
+        self.address = os.path.join(tempfile.mkdtemp(prefix="caco-warm-"), "socket")
+        words = [sys.executable, __file__, self.address]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(words, env=env, stdin=pipe, stdout=pipe, start_new_session=True)
+        assert self.process.stdout.readline() == b"ready\n", "the tests' fork server did not start"
+
+    def loads_like(self, env):
+        kept = [{k: v for k, v in e.items() if k.startswith(IMPORTED_WITH)} for e in (self.env, env)]
+        return kept[0] == kept[1]
+
+    def fork(self, module, words, cwd, env, apart):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(self.address)
+        request = json.dumps(
+            {"module": module, "words": list(words), "cwd": str(cwd), "env": dict(env)}
+        ).encode()
+        pipes = [os.pipe() for _ in range(1 + apart)]
+        given = [write for _, write in pipes]
+        socket.send_fds(connection, [len(request).to_bytes(4, "big")], [given[0], given[-1]])
+        for descriptor in given:
+            os.close(descriptor)
+        connection.sendall(request)
+        return Forked(connection, [read for read, _ in pipes], [module, *words])
+
+
+class Forked:
+    """The part of ``subprocess.Popen`` that the tests use."""
+
+    def __init__(self, connection, outputs, args):
+        self.args, self.returncode = args, None
+        self._connection = connection
+        files = [os.fdopen(output, encoding="utf-8", errors="replace") for output in outputs]
+        self.stdout, self.stderr = (*files, None)[:2]
+        self.pid = int.from_bytes(_exactly(connection, 4), "big")
+
+    def poll(self):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout=None):
+        if self.returncode is None:
+            self._connection.settimeout(timeout)
+            try:
+                self.returncode = int.from_bytes(_exactly(self._connection, 4), "big", signed=True)
+            except (TimeoutError, BlockingIOError):
+                raise subprocess.TimeoutExpired(self.args, timeout) from None
+            self._connection.close()
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        deadline = None if timeout is None else time.monotonic() + timeout
+        texts = {file: b"" for file in (self.stdout, self.stderr) if file}
+        with selectors.DefaultSelector() as selector:
+            for file in texts:
+                selector.register(file, selectors.EVENT_READ)
+            while selector.get_map():
+                ready = selector.select(None if deadline is None else max(0, deadline - time.monotonic()))
+                if not ready:
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+                for key, _ in ready:
+                    chunk = os.read(key.fd, 1 << 16)
+                    texts[key.fileobj] += chunk
+                    if not chunk:
+                        selector.unregister(key.fileobj)
+        self.wait(None if deadline is None else max(0.1, deadline - time.monotonic()))
+        for file in texts:
+            file.close()
+        decoded = [text.decode("utf-8", "replace").replace("\r\n", "\n") for text in texts.values()]
+        return (*decoded, None)[:2]
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for file in filter(None, (self.stdout, self.stderr)):
+            file.close()
+        self.wait()
+
+
+def _exactly(connection, count):
+    data = b""
+    while len(data) < count:
+        chunk = connection.recv(count - len(data))
+        if not chunk:
+            raise EOFError("the tests' fork server is gone")
+        data += chunk
+    return data
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The server
+
+
+def _import_all():
+    import importlib
+    import pkgutil
+
+    for package in map(importlib.import_module, ("caco_scale", "data_prep")):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__") and ".examples" not in module.name:
+                importlib.import_module(module.name)
+    importlib.import_module("torch.utils.tensorboard")
+
+
+def _serve(address):
+    """Forks for each request, tells its pid and at its end its exit code. Returns in each child: the request."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    selector = selectors.DefaultSelector()
+    selector.register(sys.stdin.fileno(), selectors.EVENT_READ, "parent")
+    selector.register(listener, selectors.EVENT_READ, "request")
+    print("ready", flush=True)
+    while True:
+        for key, _ in selector.select():
+            if key.data == "parent":
+                os._exit(0)
+            elif key.data == "request":
+                connection, _ = listener.accept()
+                size, descriptors, _, _ = socket.recv_fds(connection, 4, 2)
+                request = json.loads(_exactly(connection, int.from_bytes(size, "big")))
+                pid = os.fork()
+                if not pid:
+                    _take(*descriptors)
+                    _close(listener, selector, connection)
+                    return request
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                connection.sendall(pid.to_bytes(4, "big"))
+                selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, connection))
+            else:
+                pid, connection = key.data
+                selector.unregister(key.fd)
+                os.close(key.fd)
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                with contextlib.suppress(OSError):  # nobody asks any more
+                    connection.sendall(code.to_bytes(4, "big", signed=True))
+                connection.close()
+
+
+def _take(stdout, stderr):
+    """A session and standard files of the child's own."""
+    os.setsid()
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for number, descriptor in enumerate((nothing, stdout, stderr)):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+
+
+def _close(listener, selector, connection):
+    """What a child has of the server and of the other children: an open end would hold their ends up."""
+    for key in selector.get_map().values():
+        if isinstance(key.data, tuple):
+            key.data[1].close()
+            os.close(key.fd)
+    for each in (selector, listener, connection):
+        each.close()
+
+
+def _become(request):
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    sys.argv = [request["module"], *request["words"]]
+    sys.path[0] = request["cwd"]
+    time.tzset()
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parent.parent)
+    _import_all()
+    _request = _serve(sys.argv[1])
+    _become(_request)
+    sys.modules.pop(_request["module"], None)  # runpy is to execute it, as a fresh start would
+    runpy.run_module(_request["module"], run_name="__main__", alter_sys=True)
