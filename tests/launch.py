@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import warm
+from warm import ROOT, environment
 
 from caco_scale.checkpoint.folder import latest, read_values
 from caco_scale.checkpoint.read import load_tensors
 from caco_scale.data.order import Order
 from caco_scale.data.store import open_store
 from caco_scale.run.files import read_json_lines
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # 96 images in global batches of 8: 12 steps an epoch. A bank of 20 rows: 3 steps of bank warm-up, then CaCo.
 SMALL = {
@@ -68,11 +67,6 @@ def by(config, num_processes):
 
 def _words(value):
     return [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
-
-
-def environment():
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def start(flags, num_processes=1, cwd=None, **options):

@@ -1,7 +1,10 @@
 """The run directory: markers, attempts, metrics that are cut back, lines that a kill has cut."""
 
+import errno
 import json
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,6 +145,18 @@ def test_done_that_records_no_step_is_one_line(tmp_path):
     (tmp_path / "DONE").write_text("")
     with pytest.raises(UserError, match="DONE does not record a step; delete it"):
         RunDirectory(tmp_path, is_main=True).done_step()
+
+
+@pytest.mark.parametrize("name", ["INTERRUPTED", "environment.json.123.tmp"])
+def test_a_file_that_cannot_be_removed_is_one_line(tmp_path, monkeypatch, name):
+    def refused(self, missing_ok=False):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    (tmp_path / name).touch()
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(UserError, match=rf"cannot write {tmp_path / name}: Permission denied; free or fix"):
+        RunDirectory(tmp_path, is_main=True).mark_done(3)
+    assert not (tmp_path / "DONE").exists()
 
 
 def test_only_the_main_rank_writes(tmp_path):

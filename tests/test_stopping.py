@@ -96,7 +96,7 @@ def test_a_touch_during_the_save_is_another_request(tmp_path):
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     shards = make_shard_set(tmp_path_factory.mktemp("data") / "set", num_images=96, samples_per_shard=20)
-    return {**SMALL, "data.shards": shards, "run.max_steps": 0, "optim.epochs": 10_000}
+    return {**SMALL, "data.workers": 1, "data.shards": shards, "run.max_steps": 0, "optim.epochs": 10_000}
 
 
 def marker(run):

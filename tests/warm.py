@@ -19,8 +19,15 @@ import tempfile
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 IMPORTED_WITH = ("PYTHON", "OMP_", "MKL_", "TORCH", "CUDA_", "LD_", "MALLOC_", "TMPDIR", "HOME")
 _servers = {}  # by the process of the tests: a fork of it (xdist's, a fork server's) has its own
+
+
+def environment():
+    """Of what tests start: this checkout, one thread."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def popen(module, words, cwd, env, stderr=subprocess.STDOUT):
@@ -30,7 +37,7 @@ def popen(module, words, cwd, env, stderr=subprocess.STDOUT):
     """
     server = _servers.get(os.getpid())
     if server is None:
-        server = _servers[os.getpid()] = Server(env)
+        server = _servers[os.getpid()] = Server(environment())
     if server.loads_like(env):
         return server.fork(module, words, cwd or os.getcwd(), env, stderr == subprocess.PIPE)
     return subprocess.Popen(
@@ -229,7 +236,7 @@ def _become(request):
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parent.parent)
+    sys.path[0] = str(ROOT)
     _import_all()
     _request = _serve(sys.argv[1])
     _become(_request)

@@ -10,6 +10,7 @@ model card, FILE.md, says what it is and how to load it. One process on the CPU 
 loaded back into the library's own model and its features are compared with the trained backbone's before it appears.
 """
 
+import contextlib
 import json
 import os
 from importlib import metadata as distributions
@@ -78,7 +79,8 @@ def export(
     except OSError as error:
         raise UserError(f"{to} could not be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return {**metadata, "compared": compared, "unused": gist(weights.unmatched)}
 
 

@@ -20,11 +20,10 @@ from typing import IO, Self, TypeVar
 from caco_scale.errors import UserError
 from caco_scale.run.files import (
     JsonLines,
-    cannot_write,
     last_json_line,
-    not_ordinary,
     open_ordinary,
     read_json_lines,
+    remove_file,
     remove_leftovers,
     replace_file,
     to_json,
@@ -160,12 +159,7 @@ class RunDirectory:
         attempts.sync()
         attempts.close()
         for marker in (self.path / "INTERRUPTED", self.path / "DONE"):
-            if marker.is_dir():
-                raise not_ordinary(marker)
-            try:
-                marker.unlink(missing_ok=True)
-            except OSError as error:
-                raise cannot_write(marker, error) from error
+            remove_file(marker)
         self.truncate(-1 if resumed_step is None or of_another else resumed_step)
         return attempt
 
@@ -217,18 +211,18 @@ class RunDirectory:
 
     def mark_done(self, step: int) -> None:
         """The run is finished: its schedule, or run.max_steps, ended with ``step`` finished steps."""
-        self._mark("DONE", {"step": step, "time": _now()})
-        if self.is_main:  # where a shorter schedule is asked for than it was stopped in
-            (self.path / "INTERRUPTED").unlink(missing_ok=True)
+        self._mark("DONE", {"step": step, "time": _now()}, instead_of="INTERRUPTED")
 
     def mark_interrupted(self, step: int, reason: str) -> None:
         """The run stopped after the complete checkpoint of ``step``; ``reason``: a signal's name or what else asked."""
         self._mark("INTERRUPTED", {"step": step, "reason": reason, "time": _now()})
 
     @_on_disk
-    def _mark(self, name, record):
+    def _mark(self, name, record, instead_of=None):
         if self.is_main:
             self.flush()
+            if instead_of:  # where a shorter schedule is asked for than it was stopped in
+                remove_file(self.path / instead_of)
             replace_file(self.path / name, to_json(record) + "\n")
 
     def done_step(self) -> int | None:

@@ -51,7 +51,17 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left of replaced files; for who has the folder to itself, by a lock."""
     for leftover in folder.glob("*.tmp"):
         if re.fullmatch(r".+\.\d+\.tmp", leftover.name) and leftover.is_file():
-            leftover.unlink(missing_ok=True)
+            remove_file(leftover)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file where there is one. UserError where that cannot be done, or a folder has its name."""
+    if path.is_dir():
+        raise not_ordinary(path)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
