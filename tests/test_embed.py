@@ -215,6 +215,15 @@ def test_parts_are_whole_batches_of_all_images(images, batch):
     assert max(map(len, parts)) <= max(2048, batch)
 
 
+def test_parts_that_a_half_removed_folder_has_left_are_never_those_of_another_request(place, tmp_path):
+    target = tmp_path / "f.npz"
+    killed(3, words(place, target))
+    (tmp_path / "f.npz.parts/settings.json").unlink()
+    run_command(words(place, target, "--layer", "projector"))
+    run_command(words(place, tmp_path / "g.npz", "--layer", "projector"))
+    assert target.read_bytes() == (tmp_path / "g.npz").read_bytes()
+
+
 # ---- neighbours
 
 

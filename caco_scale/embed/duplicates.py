@@ -191,7 +191,7 @@ def _show(file, rows, labels, groups, outputs, flags):
 def _cosines(rows, group):
     """Of each of a group's rows with its first one."""
     on = on_grid(torch.from_numpy(np.array(rows[group])))
-    return (on @ on[0]).tolist()
+    return (on @ on[0]).clamp(max=1).tolist()  # the grid may add 1e-8
 
 
 def _table(file, rows, labels, groups, names, keys) -> Iterator[dict[str, Any]]:

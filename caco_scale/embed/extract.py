@@ -1,6 +1,5 @@
 """The command ``embed``: features of every image of a set, by any number of processes, in one file."""
 
-import contextlib
 import json
 import shutil
 import time
@@ -82,16 +81,17 @@ def run(flags: Any) -> None:
     parts = part_ranges(task.store.manifest.num_samples, task.images_at_once)
     if task.is_main:
         remove_leftovers(folder.path)
-    missing = gather_objects([p for p in parts if not part_path(folder.path, p).exists()])[0]
+    path_of = lambda part: part_path(folder.path, part, folder.settings)
+    missing = gather_objects([part for part in parts if not path_of(part).exists()])[0]
     if len(missing) < len(parts):
         task.say(f"{len(parts) - len(missing)} of {len(parts)} parts were there already")
     count, ranks = len(missing), task.world_size
     mine = missing[count * task.rank // ranks : count * (task.rank + 1) // ranks]
     if mine:
-        _extract(task, folder.path, mine)
+        _extract(task, path_of, mine)
     gather_objects(None)  # all parts are there
     if task.is_main:
-        _finish(task, flags, folder, parts, target)
+        _finish(task, flags, folder, [path_of(part) for part in parts], target)
 
 
 def _task(flags):
@@ -145,19 +145,22 @@ def _refuse_others(target, request):
 
 
 def _remove_parts(target, request):
-    """A kill between the file's appearance and the end of its parts leaves them behind."""
+    """A kill between the file's appearance and the end of its parts leaves some of them behind."""
     parts = Path(f"{target}.parts")
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads((parts / "settings.json").read_text()) == request:
-            shutil.rmtree(parts, ignore_errors=True)
+    try:
+        found = json.loads((parts / "settings.json").read_text())
+    except (OSError, ValueError):
+        found = request  # it was the first to go
+    if found == request:
+        shutil.rmtree(parts, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------------
 # A rank's parts
 
 
-def _extract(task, place, parts):
-    """Compute and write some parts, one after another."""
+def _extract(task, path_of, parts):
+    """Compute and write some parts, one after another; ``path_of``: part -> where it goes."""
     undecodable: list[Undecodable] = []
     first, last = parts[0].start, parts[-1].stop
     whole = sum(map(len, parts)) == last - first
@@ -177,12 +180,12 @@ def _extract(task, place, parts):
     stream = feature_batches(task.encode, batches, unit_norm=False, **task.extraction())
     for features, labels, numbers in stream:
         while int(numbers[0]) >= waiting[0].stop:
-            _write(task, place, waiting.pop(0), rows, undecodable)
+            _write(task, path_of, waiting.pop(0), rows, undecodable)
             rows = []
         rows.append((_finite(features, task), labels.numpy(), numbers.numpy()))
         progress.advance(len(numbers))
     for part in waiting:
-        _write(task, place, part, rows, undecodable)
+        _write(task, path_of, part, rows, undecodable)
         rows = []
 
 
@@ -203,7 +206,7 @@ def _finite(features, task):
     return cast
 
 
-def _write(task, place, part, rows, undecodable):
+def _write(task, path_of, part, rows, undecodable):
     """One part: its rows, and of ``undecodable``, what was met so far, what lies in it."""
     empty = np.empty((0, 0), task.dtype_there), *(np.empty(0, np.int64) for _ in range(2))
     features, labels, numbers = (np.concatenate(c) for c in zip(*rows, strict=True)) if rows else empty
@@ -212,7 +215,7 @@ def _write(task, place, part, rows, undecodable):
     columns = {"key": keys(numbers), "source": _sources(task.store, numbers)}
     columns |= {"label": labels, "index": numbers, "features": features}
     named = zip(keys(np.array([image.index for image in lost], np.int64)), lost, strict=True)
-    write_part(part_path(place, part), columns, [(key, image.error) for key, image in named])
+    write_part(path_of(part), columns, [(key, image.error) for key, image in named])
     undecodable[:] = [image for image in undecodable if image.index not in part]
 
 
@@ -256,9 +259,9 @@ class _Progress:
 # The file
 
 
-def _finish(task, flags, folder, parts, target):
+def _finish(task, flags, folder, paths, target):
     """Join all parts in the file; on the main rank."""
-    joined = Parts([part_path(folder.path, part) for part in parts])
+    joined = Parts(paths)
     undecodable, total = list(joined.undecodable()), task.store.manifest.num_samples
     if not joined.num_rows:
         key, error = undecodable[0]

@@ -231,7 +231,7 @@ def _table(file, queries, cosines, rows, names, keys, labels) -> Iterator[dict[s
             yield {
                 "query": query.name,
                 "place": place,
-                "cosine": cosine,
+                "cosine": min(cosine, 1.0),  # the grid may add 1e-8
                 "key": keys[row],
                 "source": "" if name == keys[row] else name,
                 "class": class_name(file, int(labels[row])),

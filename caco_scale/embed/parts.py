@@ -4,9 +4,10 @@ A part is a run of sample numbers, whole batches: which ones depends on the set 
 processes goes on where another stopped, every image is in the same batch, and the numbers are the same.
 """
 
+import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.numpy import save
 
 from caco_scale.atomic import write_atomically
 from caco_scale.errors import UserError
-from caco_scale.run.files import cannot_write
+from caco_scale.run.files import cannot_write, to_json
 
 PART_IMAGES = 2048  # at most, or one batch: the rows that are held in memory at once
 MANY = 16  # parts of a small set, so that processes have something to share
@@ -32,9 +33,10 @@ def part_ranges(num_samples: int, batch_size: int) -> list[range]:
     return [range(start, min(start + size, num_samples)) for start in range(0, num_samples, size)]
 
 
-def part_path(folder: Path, part: range) -> Path:
-    """Where a part lies."""
-    return folder / f"{part.start:012d}.safetensors"
+def part_path(folder: Path, part: range, request: Mapping[str, Any]) -> Path:
+    """Where a part lies; its name says of which request it is, whatever else is in the folder."""
+    digest = hashlib.sha256(to_json(request, sort_keys=True).encode()).hexdigest()
+    return folder / f"{part.start:012d}-{digest[:16]}.safetensors"
 
 
 def write_part(path: Path, columns: dict[str, Any], undecodable: list[tuple[str, str]]) -> None:
