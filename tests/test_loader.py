@@ -356,12 +356,12 @@ if __name__ == "__main__":
     [
         (0, 3 << 20, "all 6 came, in ndarray"),  # known at the start
         (0, 0, "all 6 came, in ndarray"),  # found out by the worker that sends: torch would drop the batch
-        (4, 3 << 20, "error: no loader worker can be started (No space left on device; /dev/shm is full"),
+        (2, 3 << 20, "error: no loader worker can be started (No space left on device; /dev/shm is full"),
     ],
 )
 def test_a_shared_memory_that_is_too_small_loses_no_batch(tmp_path, fill, batch_bytes, words):
     (tmp_path / "big_payloads.py").write_text(BIG_PAYLOADS)
-    place = f"mount -t tmpfs -o size=4m tmpfs /dev/shm && head -c {fill}M /dev/zero > /dev/shm/full"
+    place = f"mount -t tmpfs -o size=2m tmpfs /dev/shm && head -c {fill}M /dev/zero > /dev/shm/full"
     try:
         subprocess.run(["unshare", "-m", "sh", "-c", place], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:

@@ -330,7 +330,7 @@ def test_a_signal_stops_the_runs_in_good_order(tmp_path, number):
 
 def test_a_killed_sweep_goes_on_in_the_middle_of_a_run(tmp_path):
     shards = make_shard_set(tmp_path / "set", num_images=96, samples_per_shard=20)
-    small = {**SMALL, "data.workers": 0, "run.save_every": 3, "precision.compute": "fp32"}
+    small = {**SMALL, "run.save_every": 3, "precision.compute": "fp32"}
     flags = {name: value for name, value in small.items() if name != "run.max_steps"}
     path = write_study(
         tmp_path, flags=flags, runs={"a": {}, "b": {"optim.lr": 1e8, "optim.weight_decay": 1e6}}
