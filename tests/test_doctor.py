@@ -9,6 +9,7 @@ from launch import ROOT, finished
 from shard_sets import make_shard_set
 
 from caco_scale.config import load_recipe, recipe_names, replace
+from caco_scale.config.fit import fit
 from caco_scale.doctor import checks as doctor
 from caco_scale.doctor.memory import _bank_bytes, estimate_memory
 from caco_scale.errors import UserError
@@ -163,7 +164,7 @@ def test_activations_are_what_the_forward_really_saves():
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_can_be_estimated(recipe):
-    config = replace(load_recipe(recipe), precision__compute="bf16")
+    config = replace(fit(load_recipe(recipe), 50_000)[0], precision__compute="bf16")
     estimate = estimate_memory(config, "fsdp2", 4, 2)
     assert min(dataclasses.astuple(estimate)) >= 0
     assert estimate.total > estimate.activations > 0

@@ -99,7 +99,7 @@ def pretrain(
 
     with Signals() as signals:
         outcome = run(config, signals, on_metrics)
-    return Run(Path(outcome.directory), config, outcome.step, outcome.stopped_by)
+    return Run(Path(outcome.directory), outcome.config, outcome.step, outcome.stopped_by)
 
 
 def read_metrics(run: Run | str | os.PathLike[str]) -> list[dict[str, Any]]:

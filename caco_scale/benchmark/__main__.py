@@ -13,7 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from caco_scale.benchmark.measure import Measured
 from caco_scale.config import Config, parse
-from caco_scale.errors import exit_on_user_error
+from caco_scale.config.fit import auto_fields
+from caco_scale.errors import UserError, exit_on_user_error
 from caco_scale.flags.read import pick, read, shown, summary
 from caco_scale.flags.rules import PositiveFloat, PositiveInt
 
@@ -141,6 +142,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     kind, more = COMMANDS[name], []
     if getattr(kind, "takes_recipe", False):  # its flags stand beside the recipe's
         config, options = parse(rest, f"{prog} {name}", Step)
+        if fields := auto_fields(config):
+            raise UserError(
+                f"{', '.join(fields)}: auto needs a set of images, and none is read here: give numbers"
+            )
         more = [config]
     else:
         options = read(kind, rest, f"{prog} {name}")

@@ -1,6 +1,7 @@
 """Every default of a run, and how a recipe and flags become one frozen :class:`Config`.
 
     fields.py        the sections and their fields: defaults, rules, units
+    fit.py           values that follow the number of images
     values.py        a Config as flat names, as plain values, beside another Config
     yaml_file.py     YAML by words, within limits
     recipes.py       a Config from a YAML file or from a checkpoint's plain values

@@ -25,7 +25,9 @@ from caco_scale.flags.rules import (
     Amount,
     AreaRange,
     Count,
+    FloatOrAuto,
     Free,
+    IntOrAuto,
     Momentum,
     Pixels,
     Place,
@@ -75,8 +77,8 @@ class Data:
     """What to train on: a folder of images, or a shard set: a directory, s3://, gs://, az:// or https:// address."""
     val_shards: Free[str] = ""
     """Images of the kNN evaluation: a shard set or a folder of class folders, classes as in training; empty = none."""
-    global_batch_size: Size = 1024
-    """Images per optimizer step over all processes."""
+    global_batch_size: IntOrAuto[Size] = 1024
+    """Images per optimizer step over all processes; auto = by the number of images (config/fit.py)."""
     micro_batch_size: Free[Count] = 0
     """Images per forward on one process (gradient accumulation); 0 = the process's whole share."""
     workers: Free[Workers] = 4
@@ -147,8 +149,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Bank:
-    size: Size = 65536
-    """Rows of the bank (learnable positives and negatives)."""
+    size: IntOrAuto[Size] = 65536
+    """Rows of the bank (learnable positives and negatives); auto = by the number of images."""
     rule: BankRule = "caco"
     """caco (positives and negatives learned), adco (negatives learned), moco (a queue of keys), nearest (a queue,
     its nearest row is the positive), nnclr (that positive against the batch), inbatch (the batch's keys, no bank)."""
@@ -164,11 +166,11 @@ class Bank:
     """Learning rate of the bank rows, absolute."""
     momentum: Momentum = 0.9
     """Momentum of the bank rows."""
-    warmup_epochs: Count = 0
+    warmup_epochs: IntOrAuto[Count] = 0
     """Epochs of bank warm-up (MoCo steps that fill the rows with keys); at least ceil(size/batch) steps for caco and
-    nearest."""
-    warmup_ramp_steps: Count = 0
-    """Steps over which the learning rate rises in the bank warm-up; 0 = full rate at once."""
+    nearest; auto = by optim.epochs."""
+    warmup_ramp_steps: IntOrAuto[Count] = 0
+    """Steps over which the learning rate rises in the bank warm-up; 0 = full rate at once, auto = by the warm-up."""
     warmup_temperature: PositiveFloat = 0.2
     """Temperature of the bank warm-up."""
 
@@ -185,10 +187,10 @@ class Optim:
     """Optimizer of the query encoder."""
     lr: Amount = 0.3
     """Learning rate per 256 images of the global batch."""
-    epochs: PositiveInt = 200
-    """Epochs of the main schedule (the bank warm-up comes before them)."""
-    warmup_epochs: Amount = 10
-    """Epochs of linear learning-rate warm-up at the start of the main schedule."""
+    epochs: IntOrAuto[PositiveInt] = 200
+    """Epochs of the main schedule (the bank warm-up comes before them); auto = by the number of images."""
+    warmup_epochs: FloatOrAuto[Amount] = 10
+    """Epochs of linear learning-rate warm-up at the start of the main schedule; auto = by optim.epochs."""
     weight_decay: Amount = 1.5e-6
     """Weight decay of parameters with two or more dimensions."""
 

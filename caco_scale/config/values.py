@@ -11,15 +11,19 @@ from caco_scale.flags import rules
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """``{"section.field": value}`` of a Config, in its order."""
+    """``{"section.field": value}`` of a Config, in its order; "auto" for a number that is not settled."""
     flat = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
-            flat |= {f"{f.name}.{g.name}": getattr(value, g.name) for g in dataclasses.fields(value)}
+            flat |= {f"{f.name}.{g.name}": _plain(getattr(value, g.name)) for g in dataclasses.fields(value)}
         else:
             flat[f.name] = value
     return flat
+
+
+def _plain(value):
+    return rules.AUTO_WORD if value == rules.AUTO else value
 
 
 def replace(config: Config, **changes: Any) -> Config:
@@ -39,7 +43,7 @@ def check(config: Config) -> None:
     """
     rules.check(config)
     warmup_epochs, epochs = config.optim.warmup_epochs, config.optim.epochs
-    if warmup_epochs >= epochs:
+    if epochs != rules.AUTO and warmup_epochs >= epochs:
         raise UserError(f"optim.warmup_epochs {warmup_epochs:g} must be below optim.epochs {epochs}")
     resize, size = config.eval.resize, config.views.size
     if 0 < resize < size:
@@ -61,7 +65,7 @@ def differences(saved: Config, config: Config) -> list[str]:
 def to_dict(config: Config) -> dict[str, Any]:
     """The whole resolved config as nested plain values, as YAML and JSON take them."""
     return {
-        name: {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+        name: {k: list(v) if isinstance(v, tuple) else _plain(v) for k, v in value.items()}
         if isinstance(value, dict)
         else value
         for name, value in dataclasses.asdict(config).items()

@@ -304,12 +304,23 @@ def examine_start(start: "Start", offloaded: bool) -> list[Finding]:
     """The checks of a start, to the last, and what only the doctor looks at -> findings."""
     from caco_scale.checkpoint.folder import latest
     from caco_scale.training.checks import CHECKS
+    from caco_scale.training.fit import few_steps_for_lanes, fit_to_set, misfits
 
     start.newest = latest(Path(start.config.run.dir, "checkpoints"))
-    findings = [finding for check in CHECKS for finding in found(check, start)]
+    try:
+        start.config, lines = fit_to_set(start.config)
+    except UserError as error:
+        return [fail(one_line(error))]
+    findings = [ok(line) for line in lines]
+    findings += [finding for check in CHECKS for finding in found(check, start)]
     if start.micro_batch_size:
         findings += [ok(bank_rows(start.config, start.world_size)), *check_memory(start, offloaded)]
     if start.data:
+        lines = [
+            *misfits(start.config, start.data.order, start.world_size),
+            few_steps_for_lanes(start.data.order),
+        ]
+        findings += [note(line) for line in lines if line]
         findings += check_samples(start.data.store) + check_loader(start.config, start.data)
     return findings
 

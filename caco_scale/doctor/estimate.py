@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar
 
 from caco_scale.checkpoint import folder
 from caco_scale.config import Config
+from caco_scale.config.fit import fit
 from caco_scale.errors import UserError, exit_on_user_error
 from caco_scale.flags.read import shown
 from caco_scale.flags.rules import ABOVE_0, PositiveInt
@@ -25,21 +26,22 @@ IMAGENET = 1_281_167  # training images; what is counted with where no shard set
 RECENT_LINES = 20
 
 
-def total_steps(config: Config) -> tuple[int, int]:
-    """(optimizer steps in all, training images): by the schedule, and by the shard set's manifest if one is named."""
+def total_steps(config: Config) -> tuple[int, int, int]:
+    """(optimizer steps in all, training images, global batch), by the schedule, and the shard set if one is named."""
     from caco_scale.data.store import open_store
     from caco_scale.training.assemble import build_schedule
 
     images = IMAGENET
     if config.data.shards:
         images = open_store(config.data.shards, "none").manifest.num_samples
+    config, _ = fit(config, images)
     batch = config.data.global_batch_size
     if batch > images:
         raise UserError(
             f"data.global_batch_size {batch:,} is more than the {images:,} training images: lower it"
         )
     schedule = build_schedule(config, images // batch)
-    return min(schedule.total_steps, config.run.max_steps or schedule.total_steps), images
+    return min(schedule.total_steps, config.run.max_steps or schedule.total_steps), images, batch
 
 
 def measured(run_dir: str | Path) -> tuple[float, int] | None:
@@ -64,9 +66,8 @@ def estimate(
     config: Config, gpus: int, images_per_second: float | None = None, price: float | None = None
 ) -> list[str]:
     """The lines to print. ``images_per_second``: of all GPUs together; ``price``: of a GPU-hour."""
-    steps, images = total_steps(config)
+    steps, images, batch = total_steps(config)
     done = max(folder.steps(Path(config.run.dir, "checkpoints")), default=0)
-    batch = config.data.global_batch_size
     which = config.data.shards or "ImageNet, for data.shards is empty"
     lines = [f"{steps:,} steps of {batch:,} images ({images:,} in {which}), {done:,} done"]
     source = "stated"

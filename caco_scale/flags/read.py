@@ -305,8 +305,8 @@ def _refuse(words, given, hints, name_of):
     found = [(name_of(flag[2:]), hints[flag[2:]], values) for flag, *values in given]
     found += [(_metavar(n, hints), hints[n], [w]) for n, w in zip(positional, words, strict=False)]
     for called, hint, values in found:
-        hint = _bare(hint)
-        one = dataclasses.make_dataclass("One", [("value", hint)])
+        takes, hint = hint if rules.may_be_auto(hint) else _bare(hint), _bare(hint)
+        one = dataclasses.make_dataclass("One", [("value", takes)])
         try:
             with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
                 tyro.cli(one, args=["--value", *values], config=(tyro.conf.FlagConversionOff,))

@@ -3,7 +3,8 @@
     size: PositiveInt = 65536                 # Annotated[int, ABOVE_0]
     workers: Free[Count] = 4                  # ... and free at resume
 
-tyro reads the type and passes over the rules; :func:`check` holds any dataclass against them, its sections included.
+tyro reads the type and passes over the rules, but for the word ``auto``; :func:`check` holds any dataclass against
+them, its sections included.
 """
 
 import dataclasses
@@ -14,6 +15,8 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
+
+import tyro
 
 from caco_scale.errors import UserError
 
@@ -37,6 +40,8 @@ class FreeAtResume:
     """Mark of a field that changes nothing of what is computed: a resumed run may have another value."""
 
 
+AUTO_WORD = "auto"
+AUTO = -(2**40)  # a number that follows the set of images, before that is known (``config/fit.py``)
 ABOVE_0 = Rule(lambda x: 0 < x < math.inf, "give a number above 0")
 FROM_0 = Rule(lambda x: 0 <= x < math.inf, "give a number from 0 up")
 UP_TO_1 = Rule(lambda x: 0 <= x <= 1, "give a number from 0 to 1")
@@ -44,6 +49,18 @@ PROBABILITY = Rule(lambda x: 0 <= x <= 1, "a probability is at most 1, at least 
 MOMENTUM = Rule(lambda x: 0 <= x <= 1, "a momentum is at most 1, at least 0")
 SEED = Rule(lambda x: 0 <= x < 2**63, "give a number from 0 up, below 2^63")
 AREA = Rule(lambda x: 0 < x[0] <= x[1] <= 1, "give two shares of the area, 0 < least <= most <= 1")
+
+
+def _number_or_auto(kind):
+    """How tyro reads and shows an ``int`` or ``float`` that may be the word auto."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{kind.__name__.upper()}|{AUTO_WORD}",
+        instance_from_str=lambda words: AUTO if words[0] == AUTO_WORD else kind(words[0]),
+        is_instance=lambda value: isinstance(value, (int, kind)),
+        str_from_instance=lambda value: [AUTO_WORD if value == AUTO else str(value)],
+    )
+
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 NAME = Rule(
@@ -54,6 +71,7 @@ NO_ADDRESS = Rule(
     "give a path: of an object store only data.shards and data.val_shards are read",
 )
 
+INT_OR_AUTO, FLOAT_OR_AUTO = _number_or_auto(int), _number_or_auto(float)
 Count = Annotated[int, FROM_0, at_most(10**15)]
 PositiveInt = Annotated[int, ABOVE_0, at_most(10**15)]
 Size = Annotated[int, ABOVE_0, at_most(2**31 - 1)]
@@ -69,6 +87,15 @@ Probability = Annotated[float, PROBABILITY]
 Momentum = Annotated[float, MOMENTUM]
 AreaRange = Annotated[tuple[float, float], AREA]
 Free = Annotated[T, FreeAtResume]
+
+
+IntOrAuto = Annotated[T, INT_OR_AUTO]  # IntOrAuto[Size]: a Size, or AUTO
+FloatOrAuto = Annotated[T, FLOAT_OR_AUTO]
+
+
+def may_be_auto(kind: Any) -> bool:
+    """Whether a field's type takes the word auto."""
+    return any(mark is INT_OR_AUTO or mark is FLOAT_OR_AUTO for mark in getattr(kind, "__metadata__", ()))
 
 
 def _is_name(path):
@@ -114,7 +141,7 @@ def check(instance: Any, name_of: Callable[[str], str] = str) -> None:
 
 def _rules(kind: Any, value: Any) -> Iterator[tuple[Rule, Any]]:
     """(rule, the value or the part of it that the rule is about) for all rules in a type; None breaks none."""
-    if value is None:
+    if value is None or (may_be_auto(kind) and value == AUTO):
         return
     yield from ((rule, value) for rule in getattr(kind, "__metadata__", ()) if isinstance(rule, Rule))
     if typing.get_origin(kind) is Annotated:

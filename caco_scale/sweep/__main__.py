@@ -75,11 +75,13 @@ def check(plan: Sequence[Planned]) -> None:
 
     from caco_scale.training.assemble import resolve_precision
     from caco_scale.training.checks import BEFORE_DATA, OF_DATA, Start, refuse_to_start
+    from caco_scale.training.fit import fit_to_set
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for planned in plan:
-        start = Start(resolve_precision(planned.config, device), "ddp", 0, 1, device)
         try:
+            config, _ = fit_to_set(resolve_precision(planned.config, device))
+            start = Start(config, "ddp", 0, 1, device)
             refuse_to_start(start, BEFORE_DATA + OF_DATA)
         except UserError as error:
             raise UserError(f"{planned.name}: {error}") from None

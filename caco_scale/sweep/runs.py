@@ -6,6 +6,7 @@ from pathlib import Path
 
 from caco_scale import config as configuration
 from caco_scale.config import Config
+from caco_scale.config.fit import auto_fields
 from caco_scale.errors import UserError
 from caco_scale.run.directory import RunDirectory
 from caco_scale.run.files import read_json_lines
@@ -49,8 +50,14 @@ def read_result(planned: Planned) -> Result:
         best_epoch=best.get("epoch"),
         pixels=knn.get(0, {}).get("knn_top1_raw_pixels"),
         untrained=knn.get(0, {}).get("knn_top1"),
-        seconds=_seconds(records, planned.config.data.global_batch_size),
+        seconds=_seconds(records, _settled(planned).data.global_batch_size),
     )
+
+
+def _settled(planned):
+    """The run's configuration, by what it has written of it, if it has."""
+    path = planned.directory / "config.yaml"
+    return as_settled(planned.config, configuration.load_recipe(path)) if path.exists() else planned.config
 
 
 def _seconds(records: Sequence[dict], images_per_step: int) -> float | None:
@@ -87,11 +94,18 @@ def refuse_other_values(planned: Planned) -> None:
 def _changes(saved: Config, config: Config) -> list[str]:
     if config.precision.compute == "auto":  # settled by the machine when the run began
         config = configuration.replace(config, precision__compute=saved.precision.compute)
+    config = as_settled(config, saved)
     before, now = configuration.flatten(saved), configuration.flatten(config)
     measured = [
         f"{field}: {before[field]} -> {now[field]}" for field in MEASURED if before[field] != now[field]
     ]
     return configuration.differences(saved, config) + measured
+
+
+def as_settled(config: Config, saved: Config) -> Config:
+    """The config with that of ``saved`` for what followed the set of images when the run began."""
+    values, fields = configuration.flatten(saved), auto_fields(config)
+    return configuration.replace(config, **{name.replace(".", "__"): values[name] for name in fields})
 
 
 def complaint(directory: Path) -> str:

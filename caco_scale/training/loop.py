@@ -43,6 +43,7 @@ from caco_scale.training.assemble import (
 )
 from caco_scale.training.corrupt import CorruptImages
 from caco_scale.training.evaluations import Evaluations
+from caco_scale.training.fit import misfits
 from caco_scale.training.health import Health
 from caco_scale.training.records import Records, summary
 from caco_scale.training.skipped import SkippedSteps
@@ -253,10 +254,11 @@ class Loop:
     def _note_data(self):
         """What is not checked of the data, and a cache or a shared memory that will slow this run."""
         config, store = self.config, self.data.store
-        for note in {s.unchecked for s in (store, self.data.val_store) if s and s.unchecked}:
+        unchecked = {s.unchecked for s in (store, self.data.val_store) if s}
+        for note in filter(None, (*unchecked, self.data.room_note)):
             self.records.telemetry.note(note)
-        if self.data.room_note:
-            self.records.telemetry.note(self.data.room_note)
+        for line in misfits(config, self.data.order, self.strategy.world_size):
+            self.records.telemetry.warn(line)
         sizes = [view.size for view in view_specs(config.views)]
         small = small_shared_memory(batch_bytes(self.data.batch_size, sizes), config.data.workers)
         if small:

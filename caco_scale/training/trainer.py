@@ -3,12 +3,13 @@
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from caco_scale.checkpoint.folder import read_values
 from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.config import Config
+from caco_scale.config.fit import auto_fields
 from caco_scale.data.workers import start_fork_server
 from caco_scale.distributed.collectives import gather_objects
 from caco_scale.distributed.launch import launched_strategy, start_processes
@@ -18,16 +19,21 @@ from caco_scale.run.signals import Signals
 from caco_scale.training.assemble import build_schedule, build_strategy, make_data, resolve_precision
 from caco_scale.training.checks import BEFORE_DATA, OF_DATA, OF_RUN, Start, refuse_to_start
 from caco_scale.training.evaluations import owes_evaluation
+from caco_scale.training.fit import fit_to_set
 from caco_scale.training.loop import Loop
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: finished steps in all; what stopped it (SIGTERM, STOP, ...), None at its end; its directory."""
+    """How a run ended: finished steps in all; what stopped it (SIGTERM, STOP, ...), None at its end; its directory.
+
+    ``config``: with everything settled that was auto.
+    """
 
     step: int
     stopped_by: str | None
     directory: Path
+    config: Config = field(default_factory=Config, compare=False)
 
 
 def run(
@@ -58,6 +64,11 @@ def _run(config, signals, on_metrics, beginning):
             f"training sees {accelerator.num_processes} process(es), {accelerator.device}, {name}", flush=True
         )
     config = resolve_precision(config, accelerator.device)
+    if auto_fields(config):  # they follow the set
+        make_data(config, accelerator)
+    config, lines = fit_to_set(config)
+    for line in lines:
+        accelerator.print(line)
     start = Start(config, name, accelerator.process_index, accelerator.num_processes, accelerator.device)
     refuse_to_start(start, BEFORE_DATA)
     make_data(config, accelerator)
@@ -92,11 +103,11 @@ def _run(config, signals, on_metrics, beginning):
                 f"{config.run.dir} has finished its {end:,} steps: a larger --optim.epochs or --run.max_steps "
                 "continues it"
             )
-            return Outcome(step, None, directory.path)
+            return Outcome(step, None, directory.path, config)
         strategy = build_strategy(config, name, accelerator)
         with Loop(
             config, strategy, data, schedule, end, directory, checkpointer, resumed, signals, on_metrics
         ) as loop:
             beginning.close()
             stopped_by = loop.train()
-        return Outcome(loop.step, stopped_by, directory.path)
+        return Outcome(loop.step, stopped_by, directory.path, config)

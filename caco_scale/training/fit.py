@@ -1,0 +1,126 @@
+"""A configuration and its set of images: values that follow the set, and what of a recipe does not fit it."""
+
+import math
+from pathlib import Path
+
+from caco_scale import config as configuration
+from caco_scale.checkpoint.folder import checkpoint_of, latest, read_values
+from caco_scale.config import Config
+from caco_scale.config.fit import auto_fields, bank_size, batch_size, fit
+from caco_scale.data.object_store import RetryPolicy
+from caco_scale.data.order import Order
+from caco_scale.data.store import open_store
+from caco_scale.distributed.collectives import gather_objects, rank
+from caco_scale.errors import UserError
+from caco_scale.training.assemble import build_schedule
+
+FEWEST_STEPS = 10  # of an epoch, and of a learning rate's warm-up
+KEY_TIMES = 3  # averaging times of the key encoder that a training must have
+
+
+def fit_to_set(config: Config) -> tuple[Config, list[str]]:
+    """The config with every ``auto`` settled, and a line for each. Collective: rank 0 looks, all get the same.
+
+    A run that goes on keeps the values of its checkpoint, whatever the rules or the set say by now.
+
+    Raises:
+        UserError: on every rank; there is no such set.
+    """
+    fields = auto_fields(config)
+    if not fields:
+        return config, []
+    settled, lines, error = {}, [], None
+    if rank() == 0:
+        try:
+            settled, lines = _settle(config, fields)
+        except UserError as wrong:
+            error = str(wrong)
+    settled, lines, error = gather_objects((settled, lines, error))[0]
+    if error:
+        raise UserError(error)
+    return configuration.replace(config, **{n.replace(".", "__"): v for n, v in settled.items()}), lines
+
+
+def _settle(config, fields):
+    """({field: value}, lines) by the checkpoint that the run would go on from, else by the rules."""
+    resume = config.run.resume
+    path = latest(Path(config.run.dir, "checkpoints")) if resume != "never" else None
+    if path is None and resume not in ("auto", "never"):
+        path = checkpoint_of(resume)
+    if path:
+        saved = configuration.flatten(configuration.from_dict(read_values(path)["config"], f"{path} config"))
+        return {n: saved[n] for n in fields}, [f"{n} {saved[n]:,g}, as in {path}" for n in fields]
+    retry_policy = RetryPolicy(config.data.retries, config.data.stall_seconds)
+    store = open_store(config.data.shards, "none", retry_policy=retry_policy)
+    fitted, lines = fit(config, store.manifest.num_samples)
+    flat = configuration.flatten(fitted)
+    return {name: flat[name] for name in fields}, lines
+
+
+def misfits(config: Config, order: Order, world_size: int) -> list[str]:
+    """What of a recipe does not fit the number of images: a line each, with the numbers and a flag that helps."""
+    n, batch, steps = order.num_samples, order.global_batch_size, order.steps_per_epoch
+    schedule, rule = build_schedule(config, steps), config.bank.rule
+    fill, main, rows = math.ceil(config.bank.size / batch), schedule.main_steps, bank_size(n, config)[0]
+    found = []
+    if batch > n / FEWEST_STEPS:
+        less = max(1, batch_size(n, config)[0] // world_size) * world_size
+        fix = f"give --data.global_batch_size {less}" if less < batch else "it needs more images"
+        found.append(
+            f"data.global_batch_size {batch:,} is more than a tenth of the {n:,} images: an epoch has {steps} step(s) "
+            f"and leaves {n - steps * batch:,} images out; {fix}"
+        )
+    if config.bank.size > n and rule != "inbatch":
+        fix = f"give --bank.size {rows}" if rows <= n else "it needs more images"
+        found.append(
+            f"bank.size {config.bank.size:,} is more than the {n:,} images: rows outnumber what they stand for; {fix}"
+        )
+    if schedule.warmup_steps > main:
+        fix = f"--bank.warmup_epochs {max(1, config.optim.epochs // 4)}"
+        if schedule.warmup_steps == fill:
+            fix = (
+                f"--bank.size {rows}"
+                if rows < config.bank.size
+                else f"--optim.epochs {4 * fill // steps + 1}"
+            )
+        found.append(
+            f"the bank warm-up takes {schedule.warmup_steps:,} steps and the training after it {main:,}: give {fix}"
+        )
+    found += _short_schedule(config, steps, main)
+    return found
+
+
+def _short_schedule(config, steps, main):
+    """Lines on a schedule of too few steps."""
+    warmup, epochs, found = config.optim.warmup_epochs, config.optim.epochs, []
+    if warmup > epochs / 2:
+        found.append(
+            f"optim.warmup_epochs {warmup:g} is more than half of optim.epochs {epochs}: give --optim.warmup_epochs "
+            f"{epochs / 20:g}"
+        )
+    wanted = math.ceil(FEWEST_STEPS / steps)
+    if 0 < warmup * steps < FEWEST_STEPS and wanted <= epochs / 2:
+        found.append(
+            f"the learning rate rises to its peak within {warmup * steps:g} step(s) (optim.warmup_epochs {warmup:g} of "
+            f"{steps} step(s)): give --optim.warmup_epochs {wanted}"
+        )
+    slow = 1 / max(1 - config.ema.momentum, 1e-9)
+    if config.ema.momentum and main < KEY_TIMES * slow:
+        found.append(
+            f"the training has {main:,} steps and the key encoder averages over {slow:,.0f} (ema.momentum "
+            f"{config.ema.momentum:g}): give --optim.epochs {math.ceil(2 * KEY_TIMES * slow / steps)}"
+        )
+    return found
+
+
+def few_steps_for_lanes(order: Order) -> str | None:
+    """A line where an epoch has fewer steps than lanes, which matters little."""
+    steps, batch = order.steps_per_epoch, order.global_batch_size
+    if order.lanes <= steps:
+        return None
+    lanes = max(d for d in range(1, min(steps, batch) + 1) if batch % d == 0)
+    return (
+        f"data.lanes {order.lanes} are more than the {steps} steps of an epoch: a batch has hardly two neighbours of a "
+        "shard. In a set in random order, as `build` makes and a folder is read, that changes nothing; for another one "
+        f"give --data.lanes {lanes}"
+    )
