@@ -19,6 +19,7 @@ from caco_scale.config import (
     to_yaml,
 )
 from caco_scale.errors import UserError
+from caco_scale.method.encoders import read_options
 
 
 def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults():
@@ -178,6 +179,18 @@ def test_values_of_a_recipe_are_the_words_that_stand_there(tmp_path):
     assert config.recipe == "mine"
 
 
+def test_options_of_a_backbone_are_words_or_a_section(tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: {options: {depth: 4, layers: [2, 2], rate: 1e-3, act: gelu}}")
+    config = parse([str(tmp_path / "mine.yaml")])
+    assert config.model.options == ("depth=4", "layers=[2, 2]", "rate=1e-3", "act=gelu")
+    assert read_options(config.model.options) == {"depth": 4, "layers": [2, 2], "rate": 0.001, "act": "gelu"}
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert parse([str(tmp_path / "again.yaml")]).model == config.model
+    assert parse([str(tmp_path / "mine.yaml"), "--model.options", "depth=2"]).model.options == ("depth=2",)
+    with pytest.raises(UserError, match=r"model.options is depth: give NAME=VALUE"):
+        parse(["demo", "--model.options", "depth"])
+
+
 def test_a_sections_values_may_be_anothers(tmp_path):
     text = "loss: &cool {temperature: 0.5}\nbank: {<<: *cool, size: 9, temperature: 0.7}\n"
     (tmp_path / "mine.yaml").write_text(text)
@@ -187,7 +200,7 @@ def test_a_sections_values_may_be_anothers(tmp_path):
 
 def test_every_number_has_a_rule():
     for name, value in flatten(configuration.Config()).items():
-        if isinstance(value, int | float | tuple) and not isinstance(value, bool):
+        if isinstance(value, int | float | tuple) and not isinstance(value, bool) and value != ():
             bad = tuple(-1.0 for _ in value) if isinstance(value, tuple) else type(value)(-1)
             with pytest.raises(UserError, match=f"{name} is -1"):
                 check(replace(configuration.Config(), **{name.replace(".", "__"): bad}))

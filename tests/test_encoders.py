@@ -1,12 +1,22 @@
 """Backbones: features and names of every architecture, stems, and the ViT at other image sizes."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
 from torchvision import models
 
+from caco_scale.distributed.blocks import find_blocks
 from caco_scale.errors import UserError
-from caco_scale.method.encoders import ARCHITECTURES, RESNETS, build_backbone
+from caco_scale.method.encoders import (
+    ARCHITECTURES,
+    RESNETS,
+    build_backbone,
+    fillable,
+    refuse_views,
+    skeleton,
+)
 from caco_scale.method.projector import build_projector
 
 
@@ -101,7 +111,7 @@ def test_vit_initialises_as_torchvision_does(vit):
 
 
 def test_vit_interpolates_position_embeddings_for_local_crops(vit):
-    side = vit.grid_side
+    side = vit.image_size // vit.patch_size
     rows, columns = torch.meshgrid(torch.arange(side) + 0.5, torch.arange(side) + 0.5, indexing="ij")
     ramp = torch.zeros_like(vit.encoder.pos_embedding)
     ramp[0, 1:, 0], ramp[0, 1:, 1] = rows.flatten() / side, columns.flatten() / side
@@ -137,6 +147,15 @@ def test_vit_refuses_sizes_that_patches_do_not_tile(vit):
     [
         ("resnet5O", "imagenet", "did you mean resnet50?"),
         ("vit_b16", "imagenet", "did you mean vit_b_16?"),
+        ("test_vit", "imagenet", "did you mean timm/test_vit?"),
+        ("timm/resnet5O", "imagenet", "has no model 'resnet5O' .did you mean resnet50?"),
+        ("swin_t", "cifar", "'cifar' is for ResNets"),
+        ("own_nets:nett", "imagenet", "own_nets has no nett .did you mean net?"),
+        ("own_net:net", "imagenet", "there is no module own_net"),
+        ("own_nets:number", "imagenet", "returns a int: return a torch.nn.Module"),
+        ("own_nets:broken", "imagenet", "OSError: no weights here .*own_nets.py, line"),
+        ("own_nets:Tokens", "imagenet", r"gives .2, 8, 3136. torch.float32 of 2 images: return"),
+        ("os:getcwd", "imagenet", "os is Python's own"),
         ("resnet18", "cifer", "no stem 'cifer'"),
         ("vit_b_16", "cifar", "'cifar' is for ResNets"),
     ],
@@ -145,6 +164,103 @@ def test_mistakes_are_one_line(arch, stem, message):
     with pytest.raises(UserError, match=message) as error:
         build_backbone(arch, stem)
     assert "\n" not in str(error.value)
+
+
+# Of each: F, and its blocks.
+SMALL = {
+    "squeezenet1_1": (512, {"Fire": 8}),
+    "shufflenet_v2_x0_5": (1024, {"InvertedResidual": 16}),
+    "convnext_tiny": (768, {"CNBlock": 18}),
+    "resnet18": (512, {"BasicBlock": 8}),
+    "tiny": (128, {"BasicBlock": 4}),
+    "vit_b_16": (768, {"EncoderBlock": 12}),
+    "timm/test_vit": (64, {"Block": 6}),
+    "timm/test_convnext": (64, {"ConvNeXtBlock": 8}),
+    "timm/test_resnet": (96, {"BasicBlock": 3}),
+    "timm/test_efficientnet": (256, {}),
+    "own_nets:net": (8, {"Block": 2}),
+}
+
+
+@pytest.mark.parametrize("arch", SMALL)
+def test_features_are_measured_and_blocks_are_found(arch):
+    backbone, num_features = skeleton(arch)
+    found = Counter(type(block).__name__ for block in find_blocks(backbone))
+    assert (num_features, {name: found[name] for name in SMALL[arch][1]}) == SMALL[arch]
+    held = [id(p) for block in find_blocks(backbone) for p in block.parameters()]
+    assert len(held) == len(set(held))  # no parameter is in two
+
+
+def test_building_takes_no_more_random_numbers_than_the_users_function_and_moves_no_statistic():
+    import own_nets
+
+    torch.manual_seed(0)
+    wanted = own_nets.net(width=4)
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    backbone, num_features = build_backbone("own_nets:net", options=("width=4",))
+    assert torch.equal(torch.rand(1), after)
+    assert num_features == 4
+    assert all(torch.equal(t, wanted.state_dict()[name]) for name, t in backbone.state_dict().items())
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(backbone.eval()(images), wanted.eval()(images).mean(dim=(2, 3)))  # of a map: the means
+    state = torch.get_rng_state()
+    fillable("timm/test_vit", "imagenet")
+    refuse_views("timm/test_vit", skeleton("timm/test_vit")[0], [160, 64])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_layers_of_chance_are_off_unless_an_option_names_them():
+    def drawn(*options):
+        backbone, _ = build_backbone("timm/test_vit", options=options)
+        images = torch.randn(8, 3, 64, 64)
+        with torch.no_grad():
+            return not torch.equal(backbone(images), backbone(images))
+
+    assert not drawn()
+    assert drawn("drop_path_rate=0.9")
+    for arch in ("convnext_tiny", "efficientnet_b0", "swin_t"):
+        found = [getattr(m, "p", 0.0) for m in skeleton(arch)[0].modules()]
+        assert not any(p for p in found if isinstance(p, float)), arch
+
+
+def test_views_of_other_sizes():
+    vit = skeleton("timm/test_vit")[0]
+    refuse_views("timm/test_vit", vit, [160, 96])  # by timm's own interpolation of the positions
+    with pytest.raises(
+        UserError, match=r"timm/test_vit cannot be trained on views of 100 pixels .*it can on .*96"
+    ):
+        refuse_views("timm/test_vit", vit, [160, 100])
+    with pytest.raises(
+        UserError, match=r"cannot be trained on views of 32 pixels .*it can on .*64, .*views.local_size"
+    ):
+        refuse_views("alexnet", skeleton("alexnet")[0], [224, 32])
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("own_nets:Unused", "2 parameters have no part in its features .head.weight, head.bias"),
+        ("own_nets:Pair", "gives a tuple: return"),
+    ],
+)
+def test_what_would_fail_in_the_first_steps_of_training_is_refused_before(arch, message):
+    with pytest.raises(UserError, match=message):
+        refuse_views(arch, skeleton(arch)[0], [32])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("depth=1", "depth=2"), "gives depth twice"),
+        (("dpth=1",), "unexpected keyword argument 'dpth'"),
+        (("pretrained=true",), "leave pretrained out|pretrained is not"),
+    ],
+)
+def test_options_that_cannot_be(options, message):
+    arch = "timm/test_vit" if "pretrained=true" in options else "own_nets:net"
+    with pytest.raises(UserError, match=message):
+        build_backbone(arch, options=options)
 
 
 def test_projector_is_three_linear_layers_without_biases():

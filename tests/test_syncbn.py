@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from gloo import run_ranks
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from caco_scale.distributed.syncbn import (
@@ -11,6 +12,7 @@ from caco_scale.distributed.syncbn import (
     combine_statistics,
     convert_sync_batchnorm,
 )
+from caco_scale.errors import UserError
 
 # Name -> (layer, shape behind the batch dimension). Three steps each, so that running statistics accumulate.
 LAYERS = {
@@ -18,6 +20,7 @@ LAYERS = {
     "vectors": (lambda: nn.BatchNorm1d(4), (4,)),
     "cumulative average": (lambda: nn.BatchNorm1d(4, momentum=None), (4, 5)),
     "without affine": (lambda: nn.BatchNorm2d(4, affine=False, eps=1e-3), (4, 2, 2)),
+    "with an activation": (lambda: BatchNormAct2d(4), (4, 3, 2)),
     "without running statistics": (lambda: nn.BatchNorm1d(4, track_running_stats=False), (4,)),
 }
 NUM_SAMPLES, NUM_STEPS = 9, 3
@@ -142,6 +145,22 @@ def rank_convert(rank, world_size):
         assert before.keys() == tensors.keys()
         assert all(before[name] is tensors[name] for name in before)
     return sorted(tensors)
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def rank_refuse(rank, world_size):
+    with pytest.raises(UserError, match="Doubled is no BatchNorm with layers behind it"):
+        convert_sync_batchnorm(nn.Sequential(Doubled(4)), "cpu")
+    relu = convert_sync_batchnorm(BatchNormAct2d(4), "cuda").eval()  # as on a GPU
+    return relu(torch.full((1, 4, 2, 2), -1.0)).max().item()
+
+
+def test_a_batchnorm_that_computes_something_else_is_refused_and_not_replaced():
+    assert run_ranks(rank_refuse, 2) == [0.0, 0.0]
 
 
 def test_conversion_keeps_names_and_tensors():

@@ -29,6 +29,7 @@ from caco_scale.flags.rules import (
     Free,
     IntOrAuto,
     Momentum,
+    Options,
     Pixels,
     Place,
     PositiveFloat,
@@ -136,7 +137,9 @@ class Views:
 @dataclass(frozen=True)
 class Model:
     arch: str = "resnet50"
-    """Backbone: a torchvision ResNet's name, vit_b_16, or tiny."""
+    """Backbone: a torchvision classification model's name, timm/NAME, package.module:callable of yours, or tiny."""
+    options: Options = ()
+    """Keyword arguments of the backbone: NAME=VALUE ... (in a recipe also a section)."""
     stem: Stem = "imagenet"
     """First layer of a ResNet: imagenet (7x7, stride 2, max-pool) or cifar (3x3, no max-pool)."""
     projector_hidden: Size = 2048

@@ -13,6 +13,7 @@ from caco_scale.config.fields import Config
 from caco_scale.config.yaml_file import excerpt, read_yaml
 from caco_scale.errors import UserError, did_you_mean
 from caco_scale.flags import read as flags
+from caco_scale.flags.rules import Options
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -69,7 +70,11 @@ def from_dict(values: Mapping[str, Any], source: str) -> Config:
                 raise UserError(f"{source}: unknown field {name}{did_you_mean(name, known)}")
             if value is None:
                 raise UserError(f"{source}: {name} has no value: give one, or leave the line out")
+            if isinstance(value, Mapping) and known[name] == Options:
+                value = [f"{_name(k)}={_word(v)}" for k, v in value.items()]
             several = isinstance(value, list | tuple)
+            if several and not value and flags.most_values(known[name]) == float("inf"):
+                continue
             if several and len(value) > flags.most_values(known[name]):
                 raise UserError(f"{source}: {name} is {excerpt(value)}: {flags.wanted(known[name])}")
             if any(isinstance(item, list | tuple | Mapping) for item in (value if several else [value])):
@@ -77,6 +82,11 @@ def from_dict(values: Mapping[str, Any], source: str) -> Config:
             words += [f"--{name}", *map(str, value)] if several else [f"--{name}={value}"]
     config = flags.read(Config, words, source, default=Config(), name_of=lambda name: f"{source}: {name}")
     return dataclasses.replace(config, recipe=recipe)
+
+
+def _word(value):
+    """A value of a section as the word of a command line."""
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
 def _name(key):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from caco_scale.distributed.collectives import world_size
+from caco_scale.errors import UserError
 
 
 def convert_sync_batchnorm(
@@ -20,21 +21,61 @@ def convert_sync_batchnorm(
     """``module`` with every BatchNorm synchronised over the ranks of ``group``; untouched on one rank.
 
     Parameters and buffers stay the same objects under the same names. ``device_type``: "cuda" gives
-    ``nn.SyncBatchNorm``, anything else :class:`PortableSyncBatchNorm`.
+    ``nn.SyncBatchNorm``, anything else :class:`PortableSyncBatchNorm`. A subclass whose layers follow the
+    normalisation (timm's BatchNorm with its activation) keeps them.
+
+    Raises:
+        UserError: a subclass of BatchNorm that computes something else.
     """
     if world_size(group) == 1:
         return module
-    if device_type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
-    return _convert_portable(module, group)
+    return _convert(module, device_type == "cuda", group)
 
 
-def _convert_portable(module, group):
+def _convert(module, on_cuda, group):
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return PortableSyncBatchNorm.from_batchnorm(module, group)
+        plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, PortableSyncBatchNorm)
+        return _synchronised(module, on_cuda, group, follows=type(module) not in plain)
     for name, child in module.named_children():
-        setattr(module, name, _convert_portable(child, group))
+        setattr(module, name, _convert(child, on_cuda, group))
     return module
+
+
+def _synchronised(source, on_cuda, group, follows):
+    """The same layer over all ranks; with ``follows``: and then the layers that it holds, compared with it."""
+    if on_cuda:
+        layer = nn.SyncBatchNorm.convert_sync_batchnorm(source, group)
+    else:
+        layer = PortableSyncBatchNorm.from_batchnorm(source, group)
+    if not follows:
+        return layer
+    layer.__class__ = _CudaThenLayers if on_cuda else _PortableThenLayers
+    layer._modules.update(source._modules)
+    images = torch.linspace(-3, 3, 4 * source.num_features).view(2, source.num_features, 2, 1)
+    images = images.to(next(iter([*source.buffers(), *source.parameters()]), images))
+    was_training = source.training
+    try:
+        with torch.no_grad():
+            same = torch.equal(source.eval()(images.clone()), layer.eval()(images.clone()))
+    except Exception:  # of a layer that nobody here has written
+        same = False
+    source.train(was_training)
+    if not same:
+        raise UserError(
+            f"{type(source).__module__}.{type(source).__name__} is no BatchNorm with layers behind it, and cannot be "
+            "synchronised over processes: use torch.nn's own, or train with one process"
+        )
+    return layer.train(was_training)
+
+
+class _ThenLayers:
+    """Normalise, then what the layer holds: timm's dropout and activation."""
+
+    def forward(self, input):
+        output = super().forward(input)
+        for layer in self.children():
+            output = layer(output)
+        return output
 
 
 def combine_statistics(
@@ -161,3 +202,11 @@ class PortableSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         unbiased = variance * (count / (count - 1).clamp(min=1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+
+class _PortableThenLayers(_ThenLayers, PortableSyncBatchNorm):
+    pass
+
+
+class _CudaThenLayers(_ThenLayers, nn.SyncBatchNorm):
+    pass

@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from caco_scale.config import Config
+from caco_scale.distributed.blocks import find_blocks
 from caco_scale.method.bank_compute import BLOCK_BYTES_GPU, LEAST_QUERIES, TILE_BYTES_GPU
 from caco_scale.training.assemble import build_encoder
 
@@ -96,9 +97,7 @@ def _forget_values(module):
 
 def _largest_unit(encoder):
     """Elements of the largest of the parts that FSDP2 gathers at once."""
-    from caco_scale.distributed.strategies.fsdp2 import UNITS
-
-    units = [sum(p.numel() for p in m.parameters()) for m in encoder.modules() if isinstance(m, UNITS)]
+    units = [sum(p.numel() for p in block.parameters()) for block in find_blocks(encoder)]
     rest = sum(p.numel() for p in encoder.parameters()) - sum(units)
     return max([*units, rest])
 

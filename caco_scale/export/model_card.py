@@ -1,6 +1,7 @@
 """The model card beside an exported backbone: what it is, what it was trained on, its scores, how to load it."""
 
 import hashlib
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ def write_card(
     name: str,
     data: bytes,
     library: str,
+    options: Sequence[str],
     metadata: Mapping[str, str],
     values: Mapping[str, Any],
     *,
@@ -32,7 +34,7 @@ def write_card(
 
     Args:
         name, data: of the exported file.
-        library: whose model it loads into; ``compared``: how that was compared, in words.
+        library, options: whose model it loads into, how that is built; ``compared``: how that was compared, in words.
         metadata: what the exporter says of the tensors; ``values``: the checkpoint's, empty without one.
         source: what file of weights it comes from, empty for a run; ``unused``: the names in it that went nowhere;
             ``assumed``: size, mean, std of the images as far as only guessed.
@@ -46,6 +48,7 @@ def write_card(
     rows = [
         ("encoder", f"{_whose(metadata['encoder'])}, without projector and classifier"),
         ("architecture", f"{arch}, {stem} stem"),
+        *([("options", ", ".join(json.loads(metadata["options"])))] if metadata.get("options") else []),
         *([("source", source)] if source else []),
         *([("not used of it", unused)] if unused else []),
         ("recipe", metadata["recipe"] or "unknown"),
@@ -65,7 +68,7 @@ def write_card(
         ("checked", compared),
     ]
     table = "\n".join(f"| {row} | {_cell(value)} |" for row, value in rows)
-    code = loading_code(library, arch, stem, name)
+    code = loading_code(library, arch, stem, name, options)
     return (
         f"# {arch}{_title(config, source)}\n\n"
         f"| | |\n|---|---|\n{table}\n\n## Scores\n\n{_score_lines(config, logged, evaluated)}\n\n"

@@ -25,9 +25,10 @@ from caco_scale.atomic import write_atomically
 from caco_scale.checkpoint.folder import read_values
 from caco_scale.data.views import usual_resize
 from caco_scale.errors import UserError
-from caco_scale.export.library_names import check_library, library_model, to_timm
+from caco_scale.export.library_names import library_model, library_of, to_timm
 from caco_scale.export.model_card import write_card
 from caco_scale.flags.choices import EXPORT_FORMATS
+from caco_scale.method.encoders import USUAL_SIZES, takes
 from caco_scale.run.scores import evaluation_scores, logged_scores
 from caco_scale.training.assemble import build_schedule
 from caco_scale.weights.build import gist
@@ -62,18 +63,15 @@ def export(
             f"{run} does not exist: give a run directory, one of its checkpoints, or a file of weights"
         )
     weights = load_weights(run, which, step)
-    library = file_format if file_format == "timm" else "torchvision"
-    if weights.arch == "tiny" and library == "torchvision":
-        library = "caco_scale"  # torchvision has no such model; the card and the last line say so
-    check_library(library, weights.arch)
+    library = library_of(weights.arch, file_format)
     metadata = file_metadata(weights)
     state = weights.backbone.state_dict()
     temporary = to.with_name(f"{to.name}.tmp{os.getpid()}")
     try:
         stored = to_timm(state, weights.arch) if library == "timm" else state
         _write(temporary, stored, metadata, _container(to, file_format))
-        compared = _compare(temporary, weights, library)
-        text = _card(weights, to.name, temporary.read_bytes(), library, metadata, compared)
+        compared, options = _compare(temporary, weights, library)
+        text = _card(weights, to.name, temporary.read_bytes(), library, options, metadata, compared)
         write_atomically(card, text.encode())
         os.replace(temporary, to)
     except OSError as error:
@@ -103,6 +101,7 @@ def file_metadata(weights: Weights) -> dict[str, str]:
         (*weights.assumed, "resize") if "size" in weights.assumed and not weights.resize else weights.assumed
     )
     known = {name: value for name, value in metadata.items() if name not in unsaid}
+    known |= {"options": json.dumps(weights.options)} if weights.options else {}
     return {name: "" if value is None else str(value) for name, value in known.items()}
 
 
@@ -149,7 +148,7 @@ def _environment(weights):
     return value if isinstance(value, dict) else {}
 
 
-def _card(weights, name, data, library, metadata, compared):
+def _card(weights, name, data, library, options, metadata, compared):
     """The model card's text for the file ``name`` with the bytes ``data``."""
     run, values, logged, evaluated, config = _run_directory(weights), {}, (None, None), [], {}
     warmup_steps = None
@@ -167,7 +166,7 @@ def _card(weights, name, data, library, metadata, compared):
     facts |= {"environment": _environment(weights), "logged": logged, "evaluated": evaluated}
     source = "" if run else f"{weights.kind}, `{Path(weights.path).name}`"
     facts |= {"source": source, "unused": gist(weights.unmatched), "assumed": _assumed(weights)}
-    return write_card(name, data, library, metadata, values, compared=compared, **facts)
+    return write_card(name, data, library, options, metadata, values, compared=compared, **facts)
 
 
 def _warmup_steps(config, values):
@@ -195,23 +194,27 @@ def _write(path, state, metadata, container):
 
 
 def _compare(path, weights, library):
-    """Features of the file, read back into the library's model, against the trained backbone's -> how equal, in words.
+    """Features of the file, read back into the library's model, against the trained backbone's -> how equal, in words,
+    and the options with which the library builds the model.
 
     UserError where they differ by more than the tolerance.
     """
-    loaded = library_model(library, weights.arch, weights.stem)
+    loaded, options = library_model(library, weights.arch, weights.stem, weights.options, weights.size)
     loaded.load_state_dict(read_tensors(path)[0], assign=True)
-    size = 32 if weights.stem == "cifar" or weights.arch == "tiny" else 224
+    size = next((size for size in (weights.size, *USUAL_SIZES) if takes(loaded, size)), weights.size)
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted, found = weights.backbone(images), loaded.eval()(images)
+    found = found.mean(dim=(2, 3)) if not library and found.ndim == 4 else found
     distance = (wanted - found).abs().max().item()
     if not distance <= TOLERANCE * max(1.0, wanted.abs().max().item()):
-        raise UserError(f"{library}'s model does not give the trained features back (off by {distance:.3g})")
+        whose = f"{library}'s model" if library else weights.arch
+        raise UserError(f"{whose} does not give the trained features back (off by {distance:.3g})")
     equal = "equal bit for bit" if distance == 0 else f"equal to {distance:.1g}"
     # Of a file of others only what was read can be compared: its own program's model is not here.
     of_what = "" if weights.config is not None else " to those of the backbone as it was read"
-    return f"loaded back into {_version(library)}'s {weights.arch}, features {equal}{of_what}"
+    whose = f"{_version(library)}'s {weights.arch}" if library else weights.arch
+    return f"loaded back into {whose}, features {equal}{of_what}", options
 
 
 def _version(library):

@@ -70,6 +70,7 @@ NO_ADDRESS = Rule(
     lambda x: not ADDRESS.match(x),
     "give a path: of an object store only data.shards and data.val_shards are read",
 )
+PAIR = Rule(lambda x: bool(re.match(r"[^\W\d]\w*=", x)), "give NAME=VALUE, as in layers=[2,2]")
 
 INT_OR_AUTO, FLOAT_OR_AUTO = _number_or_auto(int), _number_or_auto(float)
 Count = Annotated[int, FROM_0, at_most(10**15)]
@@ -86,6 +87,7 @@ Share = Annotated[float, UP_TO_1]
 Probability = Annotated[float, PROBABILITY]
 Momentum = Annotated[float, MOMENTUM]
 AreaRange = Annotated[tuple[float, float], AREA]
+Options = tuple[Annotated[str, PAIR], ...]
 Free = Annotated[T, FreeAtResume]
 
 

@@ -1,62 +1,374 @@
-"""Backbones: torchvision's ResNets and ViT-B/16 without their classifier, and the demo's tiny ResNet.
+"""Backbones by name, without a classifier: any of torchvision's, any of timm's, or a function of the user's own.
 
-Parameter names are torchvision's own, so that an exported state dict loads there.
+Parameter names are those of the library, so that an exported state dict loads there. Nothing here knows single
+architectures but ``tiny``, the demo's own: a head is found, features are measured, sizes are tried.
 
-Shapes: B batch, F features (the width of a ViT's tokens), H and W an image's height and width.
+Shapes: B batch, F features, H and W an image's height and width.
 """
 
-import math
+import ast
+import contextlib
+import copy
+import importlib
+import itertools
+import json
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torchvision import models
-from torchvision.models import vision_transformer
 from torchvision.models.resnet import BasicBlock
 
-from caco_scale.errors import UserError, did_you_mean
+from caco_scale.errors import UserError, did_you_mean, one_line
 from caco_scale.flags.choices import STEMS
+from caco_scale.method.vision_transformer import VisionTransformer
 
-RESNETS = tuple(
-    name
-    for name in models.list_models(module=models)
-    if name.startswith(("resnet", "resnext", "wide_resnet"))
-)
-ARCHITECTURES = (*RESNETS, "vit_b_16", "tiny")
+TORCHVISION = tuple(models.list_models(module=models))
+RESNETS = tuple(name for name in TORCHVISION if name.startswith(("resnet", "resnext", "wide_resnet")))
+ARCHITECTURES = (*RESNETS, "vit_b_16", "tiny")  # what a file of weights that names nothing is tried for
+CALLABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+KINDS = "the name of a torchvision classification model, timm/NAME, or package.module:callable"
+ANY_SIZE = (
+    {"dynamic_img_size": True},
+    {"strict_img_size": False},
+    {},
+)  # how timm's models take several sizes
+USUAL_SIZES = (224, 32, 64, 96, 128, 160, 192, 256, 288, 320, 384, 448, 512)  # then multiples of 16, 14 and 8
+MOST_TRIES, MOST_SHOWN = 40, 6  # of sizes
 
 
-def build_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
+def build_backbone(arch: str, stem: str = "imagenet", options: Sequence[str] = ()) -> tuple[nn.Module, int]:
     """A randomly initialised backbone: ``(module giving (B, F) features, F)``.
 
-    ``arch``: a torchvision ResNet, ResNeXt or Wide ResNet, ``vit_b_16``, or ``tiny``. ``stem``: ``imagenet``,
-    or ``cifar`` (a 3x3 convolution of stride 1 and no max-pool, for images of about 32 pixels; ResNets only,
-    ``tiny`` always has it). The last BatchNorm of a residual block starts at one, as the authors have it.
-    Raises UserError on a name that is not known and on a ViT with the ``cifar`` stem.
+    Args:
+        arch: ``tiny``; a torchvision classification model's name; ``timm/NAME``; or ``package.module:callable``, a
+            function that returns a module which gives features (B, F), or a feature map (B, F, rows, columns), whose
+            mean over the places is then taken.
+        stem: ``imagenet``: the first layer as the architecture has it; ``cifar``: a 3x3 convolution of stride 1 and
+            no max-pool, for images of about 32 pixels (ResNets only; ``tiny`` always has it).
+        options: ``NAME=VALUE``, keyword arguments of the architecture, as :func:`read_options` reads them.
+
+    Weights are the library's own initialisation (the last BatchNorm of a ResNet's block starts at one, as the authors
+    have it). Layers of chance (dropout, stochastic depth) of torchvision and timm are off unless an option names them:
+    with them a step depends on the number of processes. F is measured.
+
+    Raises:
+        UserError: no such architecture, one that does not take the options, is no module, or gives no features.
     """
-    if arch not in ARCHITECTURES:
-        raise UserError(
-            f"model.arch: no architecture {arch!r}{did_you_mean(arch, ARCHITECTURES)}: "
-            f"give one of {', '.join(ARCHITECTURES)}"
-        )
     if stem not in STEMS:
         raise UserError(f"model.stem: no stem {stem!r}; use one of {', '.join(STEMS)}")
-    if arch == "tiny":
-        return TinyResNet(), TinyResNet.num_features
-    if arch == "vit_b_16":
-        if stem == "cifar":
+    backbone = _build(arch, read_options(options))
+    if stem == "cifar" and not isinstance(backbone, TinyResNet):
+        _use_small_stem(arch, backbone)
+    return backbone, _measure(arch, backbone)
+
+
+def skeleton(arch: str, stem: str = "imagenet", options: Sequence[str] = ()) -> tuple[nn.Module, int]:
+    """As :func:`build_backbone` without memory where that is possible, to look at. Random numbers go on as before."""
+    if not _is_callable(arch):
+        with contextlib.suppress(UserError), torch.device("meta"):
+            return build_backbone(arch, stem, options)
+    # A few need values while they are built: then with memory, or here for the true reason.
+    with torch.random.fork_rng(devices=[]):
+        return build_backbone(arch, stem, options)
+
+
+def fillable(arch: str, stem: str, options: Sequence[str] = ()) -> tuple[nn.Module, int]:
+    """As :func:`build_backbone`, for one who gives it a whole state dict: what that does not hold is there."""
+    if arch in TORCHVISION or arch == "tiny":  # a state dict holds all that these consist of
+        return skeleton(arch, stem, options)
+    with torch.random.fork_rng(devices=[]):
+        return build_backbone(arch, stem, options)
+
+
+def read_options(words: Iterable[str]) -> dict[str, Any]:
+    """``("depth=4", "layers=[2, 2]", "act=gelu")`` as keyword arguments: JSON, else Python's literals, else text."""
+    found = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        if name in found:
+            raise UserError(f"model.options gives {name} twice: keep one of them")
+        found[name] = _value(text)
+    return found
+
+
+def refuse_views(arch: str, backbone: nn.Module, sizes: Sequence[int]) -> None:
+    """UserError where a backbone cannot be trained on views of these sizes (pixels): with sizes that it takes.
+
+    Tried in train mode on a copy without memory (or with it where that cannot be), the first size backward too: a
+    parameter without a gradient is an error.
+    """
+    for size in dict.fromkeys(sizes):
+        problem = _problem(arch, backbone, size)
+        if problem is None:
+            continue
+        others = sorted({*USUAL_SIZES, *range(16, 513, 16), *range(14, 533, 14)}, key=lambda x: abs(x - size))
+        taken = (other for other in others[:MOST_TRIES] if _problem(arch, backbone, other) is None)
+        found = ", ".join(map(str, sorted(itertools.islice(taken, MOST_SHOWN))))
+        fix = (
+            f"it can on {found}: change views.size, views.local_size" if found else "nor on sizes near to it"
+        )
+        raise UserError(f"{arch} cannot be trained on views of {size} pixels ({problem}); {fix}")
+    _problem(arch, backbone, sizes[0], backward=True)
+
+
+def takes(backbone: nn.Module, size: int) -> bool:
+    """Whether it gives features of images of ``size`` pixels in eval mode; tried on a copy."""
+    for probe in _probes(backbone):
+        with contextlib.suppress(Exception), torch.no_grad():
+            _forward(probe.eval(), size)
+            return True
+    return False
+
+
+def _value(text):
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return text
+
+
+def _is_callable(arch):
+    return bool(CALLABLE.fullmatch(arch))
+
+
+def _build(arch, options):
+    try:
+        if arch == "tiny":
+            return TinyResNet(**options)
+        if arch in TORCHVISION:
+            return _from_torchvision(arch, options)
+        if arch.startswith("timm/"):
+            return _from_timm(arch.removeprefix("timm/"), options)
+        if _is_callable(arch):
+            return _from_callable(arch, options)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a library or a user's function may raise
+        given = (
+            f" with model.options {', '.join(f'{k}={v!r}' for k, v in options.items())}" if options else ""
+        )
+        raise UserError(
+            f"model.arch {arch} cannot be built{given}: {type(error).__name__}: {one_line(error)[:400]}{_where(error)}"
+        ) from error
+    raise UserError(f"model.arch: no architecture {arch!r}{_meant(arch)}: give {KINDS}")
+
+
+def _meant(arch):
+    """The name that was meant, timm's where it has just this one."""
+    try:
+        import timm
+    except ImportError:
+        pass
+    else:
+        if timm.is_model(arch.split(".")[0]):
+            return f" (did you mean timm/{arch}?)"
+    return did_you_mean(arch, (*TORCHVISION, "tiny"))
+
+
+def _where(error):
+    """The last line of code that is not a library's, for the one who wrote it."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+    frames = [f for f in frames if f.filename != __file__]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+
+
+def _from_torchvision(arch, options):
+    _refuse_options(options, "weights", "num_classes")
+    is_vit = arch.startswith("vit_")
+    with (
+        warnings.catch_warnings()
+    ):  # a classifier for no class has nothing to initialise, and takes no random number
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        backbone: Any = models.get_model(
+            arch, weights=None, **({"num_classes": 0} if is_vit else {}), **options
+        )
+    if is_vit:
+        return _without_chance(VisionTransformer.of(backbone), options)
+    path = head_of(backbone)
+    parent, _, name = path.rpartition(".")
+    setattr(backbone.get_submodule(parent), name, nn.Identity())
+    return _without_chance(backbone, options)
+
+
+def head_of(model: nn.Module) -> str:
+    """The dotted name of the layer of one of torchvision's models that gives the classes, the last with weights."""
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
+
+
+def _from_timm(name, options):
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"model.arch timm/{name} needs timm ({one_line(error)}): pip install timm") from None
+    _refuse_options(options, "pretrained", "num_classes", "checkpoint_path", "pretrained_cfg", "cache_dir")
+    if not timm.is_model(name.split(".")[0]):
+        raise UserError(
+            f"model.arch: timm {timm.__version__} has no model {name!r}{did_you_mean(name, timm.list_models())}"
+        )
+    any_size: dict[str, Any]
+    for any_size in ANY_SIZE:
+        given: Any = {**any_size, **options}
+        try:
+            backbone = timm.create_model(name, pretrained=False, num_classes=0, **given)
+        except TypeError as error:
+            if not any(word in str(error) for word in any_size.keys() - options.keys()):
+                raise
+        else:
+            return _without_chance(backbone, options)
+    raise AssertionError("the last of ANY_SIZE adds no argument")
+
+
+def _refuse_options(options, *names):
+    for name in names:
+        if name in options:
             raise UserError(
-                "model.stem: 'cifar' is for ResNets and vit_b_16 has 16x16 patches; use 'imagenet'"
+                f"model.options: {name} is not to be chosen, a backbone has no classes and starts untrained"
             )
-        return VisionTransformer(), VisionTransformer.num_features
-    backbone: Any = models.get_model(arch, weights=None)
-    num_features = backbone.fc.in_features
-    backbone.fc = nn.Identity()
-    if stem == "cifar":
-        backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
-        backbone.maxpool = nn.Identity()
-    return backbone, num_features
+
+
+def _without_chance(backbone, options):
+    """Layers that draw random numbers draw none, unless an option asks for them."""
+    if not any("drop" in name or "stochastic" in name for name in options):
+        for module in backbone.modules():
+            if "Drop" in type(module).__name__ or type(module).__name__ == "StochasticDepth":
+                for name in ("p", "drop_prob"):
+                    if hasattr(module, name):
+                        setattr(module, name, 0.0)
+    return backbone
+
+
+def _from_callable(arch, options):
+    path, _, name = arch.partition(":")
+    if path.split(".")[0] in sys.stdlib_module_names:
+        raise UserError(f"model.arch {arch}: {path} is Python's own, give a module of yours")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found: Any = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+            raise
+        raise UserError(
+            f"model.arch {arch}: there is no module {error.name} in {os.getcwd()} or on Python's path: "
+            "start in the folder that holds it, or set PYTHONPATH"
+        ) from None
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise UserError(f"model.arch {arch}: {path} has no {part}{did_you_mean(part, dir(found))}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UserError(
+            f"model.arch {arch} is a {type(found).__name__}: give a function that returns a torch.nn.Module"
+        )
+    backbone = found(**options)
+    if not isinstance(backbone, nn.Module):
+        raise UserError(f"model.arch {arch} returns a {type(backbone).__name__}: return a torch.nn.Module")
+    return backbone
+
+
+def _use_small_stem(arch, backbone):
+    first = getattr(backbone, "conv1", None)
+    if not isinstance(first, nn.Conv2d) or not hasattr(backbone, "maxpool"):
+        raise UserError(
+            f"model.stem: 'cifar' is for ResNets and {arch} has another first layer; use 'imagenet'"
+        )
+    backbone.conv1 = nn.Conv2d(
+        first.in_channels, first.out_channels, kernel_size=3, stride=1, padding=1, bias=False
+    )
+    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+    backbone.maxpool = nn.Identity()
+
+
+def _measure(arch, backbone):
+    """F, by a forward of two images in eval mode on a copy; a backbone that gives maps is made to give their means."""
+    problem, output = "", None
+    for probe in _probes(backbone):
+        probe.eval()
+        for size in USUAL_SIZES:
+            try:
+                with torch.no_grad():
+                    output = _forward(probe, size)
+                break
+            except Exception as error:  # of a module that nobody here has written
+                problem = (
+                    problem
+                    or f"on {size} pixels {type(error).__name__}: {one_line(error)[:400]}{_where(error)}"
+                )
+        if output is not None:
+            break
+    if output is None:
+        raise UserError(f"model.arch {arch} gives no features, {problem}")
+    _refuse_output(arch, output)
+    if output.ndim == 4:
+        backbone.register_forward_hook(_mean_over_places)
+    return output.shape[1]
+
+
+def _refuse_output(arch, output):
+    wanted = "return a module that gives features (B, F), or a feature map (B, F, rows, columns)"
+    if not isinstance(output, torch.Tensor):
+        raise UserError(f"model.arch {arch} gives a {type(output).__name__}: {wanted}")
+    if output.ndim not in (2, 4) or len(output) != 2 or not output.shape[1] or not output.is_floating_point():
+        raise UserError(f"model.arch {arch} gives {tuple(output.shape)} {output.dtype} of 2 images: {wanted}")
+
+
+def _mean_over_places(module, inputs, output):
+    """(B, F, rows, columns) -> (B, F); what is no map stays, and is refused."""
+    return output.mean(dim=(2, 3)) if getattr(output, "ndim", 0) == 4 else output
+
+
+def _problem(arch, backbone, size, backward=False) -> str | None:
+    """Why views of ``size`` pixels cannot be trained on; None: they can. UserError for what no size changes."""
+    problem = None
+    for probe in _probes(backbone):
+        try:
+            with torch.set_grad_enabled(backward), torch.random.fork_rng(devices=[]):
+                output = _forward(probe.train(), size)
+                if backward:
+                    output.sum().backward()
+        except Exception as error:  # of a module that nobody here has written
+            problem = one_line(error)[:300] or type(error).__name__
+            continue
+        _refuse_output(arch, output)
+        unused = [n for n, p in probe.named_parameters() if backward and p.requires_grad and p.grad is None]
+        if unused:
+            raise UserError(
+                f"model.arch {arch}: {len(unused)} parameters have no part in its features ({', '.join(unused[:5])}): "
+                "leave them out of the module, or give them requires_grad_(False)"
+            )
+        return None
+    return problem
+
+
+def _probes(backbone) -> Iterator[nn.Module]:
+    """Copies to try things with: one without memory, and one with it, where the backbone has it."""
+    tensors = [*backbone.parameters(), *backbone.buffers()]
+    empty = {}
+    for tensor in tensors:
+        like = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        empty[id(tensor)] = nn.Parameter(like, tensor.requires_grad) if is_parameter else like
+    yield copy.deepcopy(backbone, empty)
+    if not any(t.is_meta for t in tensors):
+        yield copy.deepcopy(backbone)
+
+
+def _forward(probe, size):
+    """What the module makes of two images; the global random numbers go on as before."""
+    first = next(probe.parameters(), torch.empty(0))
+    images = torch.zeros(2, 3, size, size, device=first.device, dtype=first.dtype)
+    with torch.random.fork_rng(devices=[]):
+        return probe(images)
 
 
 class TinyResNet(nn.Module):
@@ -85,62 +397,3 @@ def _residual_block(num_in, num_out, stride):
     if stride != 1 or num_in != num_out:
         shortcut = nn.Sequential(nn.Conv2d(num_in, num_out, 1, stride, bias=False), nn.BatchNorm2d(num_out))
     return BasicBlock(num_in, num_out, stride, shortcut)
-
-
-class VisionTransformer(nn.Module):
-    """torchvision's ViT-B/16 without its head, for images of any multiple of 16 pixels; F = 768.
-
-    At 224 pixels it is torchvision's forward. At other sizes (local crops of 96) the 14x14 grid of position
-    embeddings is interpolated, so that views of all sizes share one set of parameters.
-    """
-
-    num_features = 768
-    patch_size = 16
-    grid_side = 14
-
-    def __init__(self):
-        super().__init__()
-        self.conv_proj = nn.Conv2d(3, self.num_features, kernel_size=self.patch_size, stride=self.patch_size)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, self.num_features))
-        self.encoder = _TokenEncoder(
-            seq_length=1 + self.grid_side**2,
-            num_layers=12,
-            num_heads=12,
-            hidden_dim=self.num_features,
-            mlp_dim=3072,
-            dropout=0.0,
-            attention_dropout=0.0,
-        )
-        fan_in = 3 * self.patch_size**2
-        nn.init.trunc_normal_(self.conv_proj.weight, std=math.sqrt(1 / fan_in))
-        nn.init.zeros_(self.conv_proj.get_parameter("bias"))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) -> (B, F): the class token. Raises UserError unless 16 divides H and W."""
-        height, width = images.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise UserError(
-                f"vit_b_16 needs views whose size is a multiple of {self.patch_size} pixels, "
-                f"not {height}x{width}; change views.*.size"
-            )
-        patches = self.conv_proj(images)  # (B, F, rows, columns)
-        class_tokens = self.class_token.expand(len(images), -1, -1)
-        tokens = torch.cat([class_tokens, patches.flatten(2).transpose(1, 2)], dim=1)
-        return self.encoder(tokens, grid=patches.shape[-2:])[:, 0]
-
-
-class _TokenEncoder(vision_transformer.Encoder):
-    """torchvision's transformer encoder, with position embeddings for any grid of patches."""
-
-    def forward(self, tokens, grid):  # ty: ignore[incompatible-method-override]
-        """(B, 1 + rows * columns, F) tokens, the class token first, of ``grid`` = (rows, columns) patches."""
-        return self.ln(self.layers(self.dropout(tokens + self._position_embedding(grid))))
-
-    def _position_embedding(self, grid):
-        side = math.isqrt(self.pos_embedding.shape[1] - 1)
-        if tuple(grid) == (side, side):
-            return self.pos_embedding
-        class_token, patches = self.pos_embedding[:, :1], self.pos_embedding[:, 1:]
-        patches = patches.transpose(1, 2).unflatten(2, (side, side))
-        patches = F.interpolate(patches, size=tuple(grid), mode="bicubic", align_corners=False)
-        return torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from caco_scale import config as configuration
 from caco_scale.config import Config
@@ -177,7 +178,12 @@ def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
 
 def build_encoder(config: Config) -> Encoder:
     """Backbone, projector and, if any, predictor as ``config.model`` says, with random weights."""
-    backbone, num_features = build_backbone(config.model.arch, config.model.stem)
+    model = config.model
+    return encoder_around(config, *build_backbone(model.arch, model.stem, model.options))
+
+
+def encoder_around(config: Config, backbone: nn.Module, num_features: int) -> Encoder:
+    """The config's projector and predictor behind a backbone of F features."""
     dim, hidden = config.model.embedding_dim, config.model.projector_hidden
     projector, wanted = build_projector(num_features, hidden, dim), config.model.predictor
     has_predictor = wanted == "mlp" or (wanted == "auto" and config.bank.rule == "nnclr")

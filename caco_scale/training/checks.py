@@ -25,9 +25,10 @@ from caco_scale.distributed.strategies.build import check_combination
 from caco_scale.errors import UserError
 from caco_scale.flags.choices import BATCH_RULES
 from caco_scale.method.contrast import MIN_TEMPERATURE
+from caco_scale.method.encoders import refuse_views, skeleton
 from caco_scale.run.directory import check_place
 from caco_scale.run.stopping import ControlFiles, check_job_end
-from caco_scale.training.assemble import TrainingData, build_encoder, parameter_dtype
+from caco_scale.training.assemble import TrainingData, encoder_around, parameter_dtype
 
 
 @dataclass
@@ -92,9 +93,12 @@ def check_temperatures(start: Start) -> None:
 
 
 def check_model(start: Start) -> None:
-    """Whether there is such an encoder; it is built without memory."""
+    """Whether there is such an encoder and it takes the views; tried without memory where that can be."""
+    model, views = start.config.model, start.config.views
+    backbone, num_features = skeleton(model.arch, model.stem, model.options)
+    refuse_views(model.arch, backbone, [views.size, *[views.local_size] * bool(views.num_local_crops)])
     with torch.device("meta"):
-        build_encoder(start.config)
+        encoder_around(start.config, backbone, num_features)
 
 
 def check_batch(start: Start) -> str:

@@ -2,14 +2,14 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from caco_scale.errors import UserError
-from caco_scale.method.encoders import build_backbone
+from caco_scale.method.encoders import fillable, skeleton
 from caco_scale.method.projector import build_projector
 
 MOST_SHOWN = 20_000  # letters of a list of names: all names of any backbone here have room
@@ -21,10 +21,9 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @cache
-def expected_shapes(arch: str, stem: str) -> dict[str, tuple[int, ...]]:
+def expected_shapes(arch: str, stem: str, options: tuple[str, ...] = ()) -> dict[str, tuple[int, ...]]:
     """Those of a backbone."""
-    with torch.device("meta"):
-        return shapes(build_backbone(arch, stem)[0])
+    return shapes(skeleton(arch, stem, options)[0])
 
 
 def differences(
@@ -73,11 +72,15 @@ def _shown(parts):
     )
 
 
-def fill_backbone(arch: str, stem: str, state: Mapping[str, Tensor], path: str) -> tuple[nn.Module, int]:
+def fill_backbone(
+    arch: str, stem: str, options: Sequence[str], state: Mapping[str, Tensor], path: str
+) -> tuple[nn.Module, int]:
     """A backbone with all tensors of a state dict, in fp32 -> (module, F). UserError where they do not fit."""
-    with torch.device("meta"):  # nothing to initialise: every tensor comes from the state dict
-        backbone, num_features = build_backbone(arch, stem)
+    backbone, num_features = fillable(arch, stem, options)
     expected = shapes(backbone)
+    # A run's checkpoint has every buffer; those that the module makes itself are no state.
+    own = {name for name, _ in backbone.named_buffers()} - set(expected)
+    state = {name: tensor for name, tensor in state.items() if name not in own}
     missing, unexpected, wrong = differences(expected, state)
     if missing or unexpected or wrong:
         raise UserError(

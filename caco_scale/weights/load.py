@@ -13,14 +13,15 @@ from caco_scale.checkpoint.folder import checkpoint_of, read_values
 from caco_scale.checkpoint.read import load_tensors
 from caco_scale.config.yaml_file import Typed, read_yaml
 from caco_scale.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from caco_scale.errors import UserError, one_line
+from caco_scale.errors import UserError, one_line, quoted
 from caco_scale.flags.choices import ENCODERS
-from caco_scale.weights.build import digest, fill_backbone, fill_projector
+from caco_scale.weights.build import digest, expected_shapes, fill_backbone, fill_projector
 from caco_scale.weights.files import read_tensors
 from caco_scale.weights.recognise import (
     check_stated_name,
     choose_encoder,
     find_architecture,
+    of_other_names,
     split_heads,
     timm_vit_renamed,
     within,
@@ -58,6 +59,7 @@ class Weights:
     std: tuple[float, float, float] = IMAGENET_STD
     resize: int = 0
     assumed: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] | None = None
 
@@ -100,8 +102,8 @@ def _load_run(path, which):
     tensors = load_tensors(path, [name for name in values["shapes"] if name.startswith(prefixes)])
     state = {name.removeprefix(prefixes[0]).removeprefix(prefixes[1]): t for name, t in tensors.items()}
     views = config.get("views") or {}
-    arch, stem = config["model"]["arch"], config["model"]["stem"]
-    backbone, num_features = fill_backbone(arch, stem, within(state, "backbone."), str(path))
+    arch, stem, options = *(config["model"][name] for name in ("arch", "stem")), _options(config["model"])
+    backbone, num_features = fill_backbone(arch, stem, options, within(state, "backbone."), str(path))
     rest = within(state, "projector.")
     projector = fill_projector(num_features, rest, str(path)) if rest else None
     return Weights(
@@ -110,6 +112,7 @@ def _load_run(path, which):
         encoder=which,
         arch=arch,
         stem=stem,
+        options=options,
         num_features=num_features,
         backbone=backbone,
         projector=projector,
@@ -142,9 +145,14 @@ def _load_file(path, which, arch, stem):
     said = metadata.get("encoder") if metadata.get("encoder") in ENCODERS else None
     kind, which, state, others = choose_encoder(path, content, which, said)
     check_stated_name(path, content, arch)
-    state, heads = split_heads(timm_vit_renamed(state))
-    arch, stem = find_architecture(path, state, arch or metadata.get("arch"), stem or metadata.get("stem"))
-    backbone, num_features = fill_backbone(arch, stem, state, str(path))
+    named = arch or _stated_arch(path, metadata)
+    options = _stated_options(path, metadata) if named and named == metadata.get("arch") else ()
+    stem = stem or metadata.get("stem")
+    if not of_other_names(named):
+        state = timm_vit_renamed(state)
+    state, heads = split_heads(state, expected_shapes(named, stem or "imagenet", options) if named else ())
+    arch, stem = find_architecture(path, state, named, stem, options)
+    backbone, num_features = fill_backbone(arch, stem, options, state, str(path))
     projector = fill_projector(num_features, within(heads, "fc."), str(path))
     unused = [name for name in heads if projector is None or not name.startswith("fc.")]
     return Weights(
@@ -153,6 +161,7 @@ def _load_file(path, which, arch, stem):
         encoder=which,
         arch=arch,
         stem=stem,
+        options=options,
         num_features=num_features,
         backbone=backbone,
         projector=projector,
@@ -161,6 +170,31 @@ def _load_file(path, which, arch, stem):
         metadata={key: metadata[key] for key in FACTS if key in metadata},
         **_images(_views_of(path, metadata), arch, stem),
     )
+
+
+def _stated_arch(path, metadata):
+    """The architecture that an export names; of a user's own code only the user may say that it is to run."""
+    arch = metadata.get("arch")
+    if arch and ":" in arch:
+        raise UserError(
+            f"{path} is the backbone of {quoted(arch)}, code of its own: give --arch {quoted(arch)} to run it"
+        )
+    return arch
+
+
+def _stated_options(path, metadata):
+    """The backbone's keyword arguments, as an export has them."""
+    try:
+        words = json.loads(metadata.get("options") or "[]")
+        if not isinstance(words, list) or not all(isinstance(word, str) and "=" in word for word in words):
+            raise ValueError("options are a list of NAME=VALUE")
+    except ValueError as error:
+        raise UserError(f"{path}: its metadata are damaged ({one_line(error)})") from None
+    return tuple(words)
+
+
+def _options(model):
+    return tuple(map(str, model.get("options") or ()))
 
 
 def _views_of(path, metadata):
@@ -197,5 +231,16 @@ def _images(views, arch, stem):
 
 def describe(weights: Weights) -> dict[str, Any]:
     """What was loaded, for a result's JSON: plain values."""
-    facts = ("path", "kind", "encoder", "arch", "stem", "sha256", "metadata", "assumed", "unmatched")
+    facts = (
+        "path",
+        "kind",
+        "encoder",
+        "arch",
+        "stem",
+        "options",
+        "sha256",
+        "metadata",
+        "assumed",
+        "unmatched",
+    )
     return json.loads(json.dumps({name: getattr(weights, name) for name in facts}))

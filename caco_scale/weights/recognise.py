@@ -1,7 +1,7 @@
 """What a file of weights holds: whose checkpoint it is, which of its encoders is meant, which architecture that is."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def choose_encoder(
     if not tensors:
         raise UserError(f"{path} holds no tensors by name but {folded(map(str, content)) or 'nothing'}")
     tensors = {_without_wrappers(key): value for key, value in tensors.items()}
-    for query, key, family in PREFIXES:
+    for query, key, family in () if said else PREFIXES:  # an export of ours has a backbone's names alone
         if not any(name.startswith((query, key or query)) for name in tensors):
             continue
         if key is None:
@@ -146,9 +146,16 @@ def timm_vit_renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {ours.get(name, name): value for name, value in state.items()}
 
 
-def split_heads(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(what must be the backbone, the :data:`HEADS` beside it)."""
-    heads = {name: tensor for name, tensor in state.items() if name.startswith(HEADS)}
+def of_other_names(arch: str | None) -> bool:
+    """Is it an architecture of timm's or of the user's own, whose names are not torchvision's?"""
+    return arch is not None and ("/" in arch or ":" in arch)
+
+
+def split_heads(
+    state: Mapping[str, Tensor], known: Container[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(what must be the backbone, the :data:`HEADS` beside it). ``known``: names that are the backbone's."""
+    heads = {name: tensor for name, tensor in state.items() if name.startswith(HEADS) and name not in known}
     return {name: tensor for name, tensor in state.items() if name not in heads}, heads
 
 
@@ -164,7 +171,11 @@ def check_stated_name(path: Path, content: Mapping[str, Any], arch: str | None) 
 
 
 def find_architecture(
-    path: Path, state: Mapping[str, Tensor], arch: str | None, stem: str | None
+    path: Path,
+    state: Mapping[str, Tensor],
+    arch: str | None,
+    stem: str | None,
+    options: tuple[str, ...] = (),
 ) -> tuple[str, str]:
     """The (arch, stem) whose names and shapes are exactly those of the state dict.
 
@@ -174,7 +185,7 @@ def find_architecture(
     every = dict.fromkeys((*likely, *ARCHITECTURES))
     best: Any = None
     for candidate in _candidates([arch] if arch else every, [stem] if stem else [_stem(state)], arch):
-        expected = expected_shapes(*candidate)
+        expected = expected_shapes(*candidate, options)
         missing, extra, wrong = differences(expected, state)
         if not (missing or extra or wrong):
             return candidate

@@ -9,14 +9,10 @@ import contextlib
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.models.vision_transformer import EncoderBlock
 
+from caco_scale.distributed.blocks import find_blocks
 from caco_scale.distributed.partition import local_part
 from caco_scale.distributed.strategies.base import Strategy, WholeCopy
-
-# Gathered and freed one at a time; the rest of an encoder at once.
-UNITS = (BasicBlock, Bottleneck, EncoderBlock)
 
 
 class FullyShardedDataParallel(Strategy):
@@ -34,7 +30,10 @@ class FullyShardedDataParallel(Strategy):
             )
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         for encoder in (self.module.query, self.module.key):
-            for unit in [m for m in encoder.modules() if isinstance(m, UNITS)] + [encoder]:
+            for unit in [
+                *find_blocks(encoder),
+                encoder,
+            ]:  # gathered and freed one at a time, then the rest at once
                 # The key encoder has no backward: without the option it would stay whole after its first forward.
                 fully_shard(unit, mesh=mesh, reshard_after_forward=True)
         fully_shard(self.module, mesh=mesh)
