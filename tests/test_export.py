@@ -33,8 +33,9 @@ from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.errors import UserError
 from caco_scale.export import write as export
 from caco_scale.export.__main__ import main
-from caco_scale.export.library_names import to_timm
+from caco_scale.export.library_names import library_of, to_timm
 from caco_scale.method.encoders import RESNETS, build_backbone
+from caco_scale.weights.load import load_weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -193,6 +194,38 @@ def test_the_demos_own_resnet_loads_by_this_project_alone_and_the_card_says_so(t
     with torch.no_grad():
         assert torch.equal(loaded.eval()(images), model.query.backbone.eval()(images))
     assert 'model, _ = build_backbone("tiny", "cifar")' in (tmp_path / "w.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arch", "file_format"), [("timm/test_vit", "timm"), ("own_nets:net", "safetensors")]
+)
+def test_a_backbone_of_timm_or_of_the_users_own_loads_by_what_built_it(tmp_path, arch, file_format):
+    backbone = save_run(tmp_path / "run", arch).query.backbone.eval()
+    export.export(tmp_path / "run", tmp_path / "w.safetensors", file_format)
+    images = torch.randn(2, 3, 224, 224)  # what a run that says nothing has; test_vit's own is 160
+    card = re.search(r"```python\n(.*?)```", (tmp_path / "w.safetensors.md").read_text(), re.DOTALL)[1]
+    scope = {}
+    exec(card.replace("w.safetensors", str(tmp_path / "w.safetensors")), scope)
+    with torch.no_grad():
+        wanted, found = backbone(images), scope["model"].eval()(images)
+    found = found if found.ndim == 2 else found.mean(dim=(2, 3))
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1)
+
+    if file_format == "safetensors":  # code of its own: no file may say that it is to run
+        with pytest.raises(UserError, match=r"is the backbone of own_nets:net.*give --arch own_nets:net"):
+            load_weights(tmp_path / "w.safetensors")
+    again = load_weights(tmp_path / "w.safetensors", arch=arch)
+    assert (again.arch, again.num_features) == (arch, wanted.shape[1])
+    with torch.no_grad():
+        assert torch.equal(again.backbone(images), wanted)
+    with pytest.raises(UserError, match="torchvision has no model"):
+        export.export(tmp_path / "run", tmp_path / "w.pth", "torchvision")
+
+
+def test_timms_format_is_refused_for_a_model_whose_tensors_are_torchvisions_alone():
+    with pytest.raises(UserError, match="timm has no convnext_tiny with torchvision's tensors"):
+        library_of("convnext_tiny", "timm")
+    assert library_of("convnext_tiny", "torchvision") == "torchvision"
 
 
 def test_a_file_of_weights_is_exported_as_a_run_is(backbones, tmp_path):
