@@ -218,7 +218,17 @@ def _show(file, queries, found, outputs, flags):
         page = _page(file, queries, cosines, rows, names, labels, indexes, flags)
         write_page(outputs[".html"], f"Nearest images in {file.path.name}", *page)
     if not outputs:
-        shown = [{**row, "cosine": f"{row['cosine']:.6f}"} for row in table]
+        columns = (
+            "query",
+            "place",
+            "cosine",
+            "image",
+            "class",
+        )  # one name of each, so that a console has room
+        named = [
+            {**row, "cosine": f"{row['cosine']:.6f}", "image": row["source"] or row["key"]} for row in table
+        ]
+        shown = [{name: row[name] for name in columns} for row in named]
         show(f"nearest images in {file.path}", shown)
     for path in outputs.values():
         print(f"wrote {path}", flush=True)
