@@ -214,7 +214,7 @@ run_command(lambda: main(sys.argv[1:]))
 def test_a_signal_wins_over_a_disk_that_is_silent(flags, tmp_path, number):
     """With no workers, which is to read in this process: what was trained is saved."""
     run = tmp_path / "run"
-    flags = {**flags, "run.dir": run, "data.workers": 0, "run.log_every": 1}
+    flags = {**flags, "run.dir": run, "data.workers": 0, "data.in_memory": False, "run.log_every": 1}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     process = start_command([sys.executable, "-c", SILENT_DISK, "demo", *words])
     try:
