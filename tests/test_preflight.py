@@ -5,11 +5,12 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import psutil
 import pytest
-import warm
 from launch import ROOT, environment
 
 from caco_scale.doctor.meeting import against_the_others, majority
@@ -34,11 +35,20 @@ class Nodes:
 
     def start(self, rank, *flags, checkout=ROOT, **variables):
         place = ["--rank", f"{rank}", "--master-addr", "127.0.0.1", "--master-port", f"{self.port}"]
-        env = {**environment(), "SLURMD_NODENAME": self.names[rank], **variables}
-        if checkout != ROOT:
-            env["PYTHONPATH"] = str(checkout)
-        words = [*self.flags, *place, *flags]
-        self.processes[rank] = warm.popen("caco_scale.doctor.preflight", words, checkout, env)
+        self.processes[rank] = subprocess.Popen(
+            [sys.executable, "-m", "caco_scale.doctor.preflight", *self.flags, *place, *flags],
+            cwd=checkout,
+            env={
+                **environment(),
+                "PYTHONPATH": str(checkout),
+                "SLURMD_NODENAME": self.names[rank],
+                **variables,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
     def __enter__(self):
         return self
@@ -71,7 +81,7 @@ def test_each_bad_node_is_named_once(tmp_path):
     shutil.copytree(ROOT / "caco_scale", tmp_path / "caco_scale")
     with open(tmp_path / "caco_scale/training/step.py", "a") as file:
         file.write("# edited on this node only\n")
-    with Nodes(4, "--timeout", "40") as nodes:  # n3 never comes
+    with Nodes(4, "--timeout", "60") as nodes:  # n3 never comes
         nodes.start(0)
         nodes.start(1, checkout=tmp_path)
         nodes.start(2, "--shm-gb", "1e9")
@@ -84,7 +94,7 @@ def test_each_bad_node_is_named_once(tmp_path):
     assert first.count(";") == 0
     assert second.startswith("bad node n2: ")
     assert "GB free in /dev/shm, not 1000000000.00" in second
-    assert third == "bad node n3: did not arrive in 40 seconds"
+    assert third == "bad node n3: did not arrive in 60 seconds"
     assert list(json.loads(summary)["bad"]) == ["n1", "n2", "n3"]
 
 

@@ -3,7 +3,8 @@
 One server per process of the tests has imported the package and waits. It forks for each request; the child takes the
 caller's words, environment, folder and output, leaves the server's code, and runs the module to a usual end of Python.
 What differs from a fresh start: modules are loaded already, so that an environment in which they would load otherwise
-(another PYTHONPATH, other settings of torch) gets a fresh one.
+(another PYTHONPATH, other settings of torch) gets a fresh one. A program that sets such things itself before it imports
+torch, as the preflight does, is to be started afresh by its tests.
 """
 
 import contextlib
@@ -89,6 +90,7 @@ class Forked:
         self._connection = connection
         files = [os.fdopen(output, encoding="utf-8", errors="replace") for output in outputs]
         self.stdout, self.stderr = (*files, None)[:2]
+        self._texts = dict.fromkeys(files, b"")  # what communicate has read, which it may be asked again
         self.pid = int.from_bytes(_exactly(connection, 4), "big")
 
     def poll(self):
@@ -108,23 +110,23 @@ class Forked:
 
     def communicate(self, timeout=None):
         deadline = None if timeout is None else time.monotonic() + timeout
-        texts = {file: b"" for file in (self.stdout, self.stderr) if file}
         with selectors.DefaultSelector() as selector:
-            for file in texts:
-                selector.register(file, selectors.EVENT_READ)
+            for file in self._texts:
+                if not file.closed:
+                    selector.register(file, selectors.EVENT_READ)
             while selector.get_map():
                 ready = selector.select(None if deadline is None else max(0, deadline - time.monotonic()))
                 if not ready:
                     raise subprocess.TimeoutExpired(self.args, timeout)
                 for key, _ in ready:
                     chunk = os.read(key.fd, 1 << 16)
-                    texts[key.fileobj] += chunk
+                    self._texts[key.fileobj] += chunk
                     if not chunk:
                         selector.unregister(key.fileobj)
         self.wait(None if deadline is None else max(0.1, deadline - time.monotonic()))
-        for file in texts:
+        for file in self._texts:
             file.close()
-        decoded = [text.decode("utf-8", "replace").replace("\r\n", "\n") for text in texts.values()]
+        decoded = [t.decode("utf-8", "replace").replace("\r\n", "\n") for t in self._texts.values()]
         return (*decoded, None)[:2]
 
     def send_signal(self, number):
@@ -133,17 +135,6 @@ class Forked:
 
     def kill(self):
         self.send_signal(signal.SIGKILL)
-
-    def terminate(self):
-        self.send_signal(signal.SIGTERM)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for file in filter(None, (self.stdout, self.stderr)):
-            file.close()
-        self.wait()
 
 
 def _exactly(connection, count):
