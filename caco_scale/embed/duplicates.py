@@ -10,9 +10,9 @@ file without a name in the temporary directory meanwhile.
 Shapes: n rows, F features, b rows of a block.
 """
 
+import functools
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from caco_scale.data.shards import MANIFEST_NAME
 from caco_scale.embed.files import FeatureFile, open_features
+from caco_scale.embed.progress import now_and_then
 from caco_scale.embed.show import (
     MOST_PICTURES,
     MOST_ROWS,
@@ -39,7 +40,6 @@ from caco_scale.errors import UserError, quoted
 from caco_scale.evaluate.knn import on_grid
 
 BLOCK_ROWS = 2048
-SAY_SECONDS = 30
 
 
 def run(flags: Any) -> None:
@@ -135,18 +135,13 @@ def _spooled(file: FeatureFile, scratch) -> NDArray:
 
 def _say_progress(rows):
     """A function that is given numbers of pairs and says now and then how many are done."""
-    total, began = rows * rows / 2, time.monotonic()
-    state = {"done": 0, "said": began}
+    total = rows * rows / 2
 
-    def advance(pairs):
-        state["done"] += pairs
-        now = time.monotonic()
-        if now - state["said"] > SAY_SECONDS:
-            state["said"] = now
-            share = min(state["done"] / total, 1)
-            print(f"{share:.1%} of all pairs, {(now - began) * (1 / share - 1):,.0f} s left", flush=True)
+    def line(done, seconds):
+        share = min(done / total, 1)
+        return f"{share:.1%} of all pairs, {seconds * (1 / share - 1):,.0f} s left"
 
-    return advance
+    return now_and_then(functools.partial(print, flush=True), line)
 
 
 # ----------------------------------------------------------------------------------------------------

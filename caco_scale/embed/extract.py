@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,15 +20,16 @@ from caco_scale.data.store.folder import FolderStore
 from caco_scale.distributed.collectives import gather_objects
 from caco_scale.embed.files import NAMES, check_target, open_features, write_features
 from caco_scale.embed.parts import Parts, part_path, part_ranges, write_part
+from caco_scale.embed.progress import now_and_then
 from caco_scale.errors import UserError
 from caco_scale.evaluate.features import feature_batches
 from caco_scale.evaluate.listed import originals_of
-from caco_scale.evaluate.results import ResultFolder
+from caco_scale.evaluate.results import ResultFolder, not_decoding
 from caco_scale.evaluate.task import Encoding, encoding_of, introduce_encoder, processes_of, weights_of
 from caco_scale.run.files import remove_leftovers
 from caco_scale.weights.build import digest
+from caco_scale.weights.load import Weights
 
-SAY_SECONDS = 30
 MOST_NAMED = 10_000  # images that do not decode, by name in the file
 
 
@@ -56,11 +56,16 @@ class Extraction(Encoding):
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images (b, 3, s, s) -> (b, F)."""
-        features = self.weights.backbone(images)
-        if self.layer == "projector":
-            assert self.weights.projector is not None
-            return self.weights.projector(features)
-        return features
+        return encoded(self.weights, self.layer, images)
+
+
+def encoded(weights: Weights, layer: str, images: torch.Tensor) -> torch.Tensor:
+    """What a layer, backbone or projector, makes of normalised images (b, 3, s, s) -> (b, F)."""
+    features = weights.backbone(images)
+    if layer == "projector":
+        assert weights.projector is not None
+        return weights.projector(features)
+    return features
 
 
 def run(flags: Any) -> None:
@@ -176,14 +181,14 @@ def _extract(task, path_of, parts):
         resize=task.resize,
         undecodable=undecodable,
     )
-    rows, waiting, progress = [], list(parts), _Progress(task, sum(map(len, parts)))
+    rows, waiting, advance = [], list(parts), _say_progress(task, sum(map(len, parts)))
     stream = feature_batches(task.encode, batches, unit_norm=False, **task.extraction())
     for features, labels, numbers in stream:
         while int(numbers[0]) >= waiting[0].stop:
             _write(task, path_of, waiting.pop(0), rows, undecodable)
             rows = []
         rows.append((_finite(features, task), labels.numpy(), numbers.numpy()))
-        progress.advance(len(numbers))
+        advance(len(numbers))
     for part in waiting:
         _write(task, path_of, part, rows, undecodable)
         rows = []
@@ -238,21 +243,14 @@ def _sources(store, numbers):
     return found
 
 
-class _Progress:
-    """Says now and then how far this rank is, on the main one."""
+def _say_progress(task, total):
+    """A function that is given numbers of this rank's images and says now and then, on the main rank, how far it is."""
+    each = " of each process" if task.world_size > 1 else ""
 
-    def __init__(self, task, total):
-        self.task, self.total, self.done = task, total, 0
-        self.began = self.said = time.monotonic()
+    def line(done, seconds):
+        return f"{done:,} of {total:,} images{each}, {done / seconds:,.0f} images/s"
 
-    def advance(self, images):
-        self.done += images
-        now = time.monotonic()
-        if now - self.said > SAY_SECONDS:
-            self.said = now
-            rate = self.done / (now - self.began)
-            each = " of each process" if self.task.world_size > 1 else ""
-            self.task.say(f"{self.done:,} of {self.total:,} images{each}, {rate:,.0f} images/s")
+    return now_and_then(task.say, line)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -283,22 +281,12 @@ def _finish(task, flags, folder, paths, target):
     }
     write_features(target, about, joined)
     shutil.rmtree(folder.path, ignore_errors=True)
-    for line in undecodable_lines(undecodable, total):
-        task.say(line)
+    if undecodable:
+        task.say(not_decoding(undecodable, total, "images", " and have no row"))
     task.say(
         f"wrote {target}: {joined.num_rows:,} rows of {width:,} {NAMES[task.layer]}, {flags.dtype} "
         f"({target.stat().st_size / 1e6:,.1f} MB)"
     )
-
-
-def undecodable_lines(images: list[tuple[str, str]], total: int) -> list[str]:
-    """What to say of images that have no row."""
-    if not images:
-        return []
-    names = "; ".join(f"{key} ({error})" for key, error in images[:3])
-    more = f"; and {len(images) - 3:,} more" if len(images) > 3 else ""
-    verb = "does" if len(images) == 1 else "do"
-    return [f"{len(images):,} of {total:,} images {verb} not decode and have no row: {names}{more}"]
 
 
 def complete_address(url: str) -> str:

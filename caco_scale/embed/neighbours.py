@@ -8,6 +8,7 @@ Shapes: q query images, F features, b a block of rows.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from caco_scale.data.store import open_store
 from caco_scale.data.store.folder import FolderStore
 from caco_scale.data.thumbnails import data_uri
 from caco_scale.data.views import CorruptSample, centre_crop, decode_image
+from caco_scale.embed.extract import encoded
 from caco_scale.embed.files import FeatureFile, open_features
 from caco_scale.embed.show import (
     MOST_PICTURES,
@@ -135,11 +137,7 @@ def _rows(file, rows):
 def _encode(file, places, flags):
     """Query images that are not in the file, by the file's encoder -> (queries, features (n, F))."""
     task = _encoding(file, flags)
-
-    def encode(images):
-        features = task.weights.backbone(images)
-        return task.weights.projector(features) if file.about["request"]["layer"] == "projector" else features
-
+    encode = partial(encoded, task.weights, file.about["request"]["layer"])
     queries, parts = [], []
     for place in places:
         names, batches = _images(place, task, flags)

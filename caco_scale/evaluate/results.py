@@ -50,10 +50,15 @@ def undecodable_line(which: str, images: Sequence[tuple[str, str]], total: int, 
         which: ``train`` or ``val``; ``images``: (name, error) of each; ``total``: how many the set has.
     """
     kind, counted = {"val": ("validation", "counted as wrong"), "train": ("training", "left out")}[which]
+    return not_decoding(images, total, f"{kind} images", f", {counted}", shown)
+
+
+def not_decoding(images: Sequence[tuple[str, str]], total: int, what: str, means: str, shown: int = 3) -> str:
+    """How many of ``total`` images do not decode, what that ``means``, and (name, error) of the first."""
     names = "; ".join(f"{name} ({error})" for name, error in images[:shown])
     more = f"; and {len(images) - shown:,} more" if len(images) > shown else ""
     verb = "does" if len(images) == 1 else "do"
-    return f"{len(images):,} of {total:,} {kind} images {verb} not decode, {counted}: {names}{more}"
+    return f"{len(images):,} of {total:,} {what} {verb} not decode{means}: {names}{more}"
 
 
 def result_notes(result: Mapping[str, Any], right: Sequence[int]) -> list[str]:
