@@ -62,22 +62,29 @@ class Backbone(nn.Module):
 
 
 def load_backbone(
-    run_or_weights: str | os.PathLike[str], *, which: str | None = None, step: int | None = None
+    run_or_weights: str | os.PathLike[str],
+    *,
+    which: str | None = None,
+    step: int | None = None,
+    arch: str | None = None,
 ) -> Backbone:
     """The backbone of a run or of a file of weights, whole or not at all.
 
     Args:
         run_or_weights: a run directory, one of its checkpoints, an export of this program, or a checkpoint of CaCo's
-            authors, MoCo, DINO, torchvision or timm. Nothing in a file is run.
+            authors, MoCo, DINO, torchvision or timm, or a Hugging Face directory in timm's layout. Nothing in it is
+            run.
         which: ``query`` or ``key``, of a source with both; None: the query encoder, of DINO the teacher.
         step: which checkpoint of the run; None: the newest.
+        arch: the architecture in a file, None: found out; of a run whose backbone is a function of your own that
+            function (``package.module:callable``), which runs because you say so.
 
     Raises:
         UserError: no such place, damaged, no encoder that fits in every tensor (it names them), values not finite.
     """
     if which not in (None, "query", "key"):
         raise UserError(f"which is {which!r}: give query or key")
-    weights = load_weights(os.fspath(run_or_weights), which=which, step=step)
+    weights = load_weights(os.fspath(run_or_weights), which=which, step=step, arch=arch)
     found = weights.metadata.get("step")
     return Backbone(
         weights.backbone.requires_grad_(True),

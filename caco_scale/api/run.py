@@ -56,7 +56,8 @@ class Run:
         """The trained backbone, see :func:`~caco_scale.load_backbone`."""
         from caco_scale.api.backbone import load_backbone
 
-        return load_backbone(self.path, which=which, step=step)
+        arch = self.config.model.arch  # by whoever called pretrain: may run, if it is code
+        return load_backbone(self.path, which=which, step=step, arch=arch if ":" in arch else None)
 
     def __repr__(self) -> str:
         state = f"stopped by {self.stopped_by}" if self.stopped_by else "finished"

@@ -3,9 +3,21 @@
 from pathlib import Path
 
 from caco_scale import config as configuration
-from caco_scale.checkpoint.folder import checkpoint_of, read_values, step_of
+from caco_scale.checkpoint.folder import checkpoint_of, latest, read_values, step_of
+from caco_scale.checkpoint.sums import file_sha256
 from caco_scale.checkpoint.values import check_run
 from caco_scale.errors import UserError
+
+
+def goes_on_from(config: configuration.Config) -> Path | None:
+    """The checkpoint that a start would go on from, looked for before the run directory is taken; None: a fresh start.
+
+    What is refused of it: :func:`checkpoint_to_resume`.
+    """
+    newest = latest(Path(config.run.dir, "checkpoints")) if config.run.resume != "never" else None
+    if newest is None and config.run.resume not in ("auto", "never"):
+        return checkpoint_of(config.run.resume)
+    return newest
 
 
 def checkpoint_to_resume(
@@ -33,6 +45,8 @@ def checkpoint_to_resume(
     changed = configuration.differences(saved, config)
     if values["step"] >= values["end"] and config.optim.epochs > saved.optim.epochs:  # finished, now extended
         changed = [change for change in changed if not change.startswith("optim.epochs:")]
+    if _is_file_of(config.model.weights, values.get("weights_sha256")):  # moved, or by another name
+        changed = [change for change in changed if not change.startswith("model.weights:")]
     if changed:
         raise UserError(
             f"{path} was trained with other values ({'; '.join(changed)}): give these, or another run.dir"
@@ -44,6 +58,10 @@ def checkpoint_to_resume(
             f"{fingerprint[:12]}): give its shards, or another run.dir"
         )
     return path
+
+
+def _is_file_of(place, sha256):
+    return bool(sha256) and Path(place).is_file() and file_sha256(Path(place)) == sha256
 
 
 def _find(resume, run_dir, newest):

@@ -71,9 +71,14 @@ OF_A_RUN: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+OF_SOME_RUNS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "weights_sha256": (_text, "a word"),  # of model.weights
+}
+
+
 def check_values(values: Mapping[str, Any]) -> None:
     """ValueError where a known field is not what it must be; those of a run may be absent."""
-    for name, (holds, what) in {**FIELDS, **OF_A_RUN}.items():
+    for name, (holds, what) in {**FIELDS, **OF_A_RUN, **OF_SOME_RUNS}.items():
         if name not in values:
             if name in FIELDS:
                 raise ValueError(f"it has no {name}")

@@ -140,6 +140,8 @@ class Model:
     """Backbone: a torchvision classification model's name, timm/NAME, package.module:callable of yours, or tiny."""
     options: Options = ()
     """Keyword arguments of the backbone: NAME=VALUE ... (in a recipe also a section)."""
+    weights: Place = ""
+    """What both encoders' backbones start from: a run, a checkpoint, a file or directory of weights; empty = random."""
     stem: Stem = "imagenet"
     """First layer of a ResNet: imagenet (7x7, stride 2, max-pool) or cifar (3x3, no max-pool)."""
     projector_hidden: Size = 2048

@@ -56,10 +56,14 @@ def differences(saved: Config, config: Config) -> list[str]:
     """Fields that a resume must not change and that differ: ``["bank.size: 65536 -> 4096", ...]``."""
     before, now = flatten(saved), flatten(config)
     return [
-        f"{name}: {before[name]} -> {now[name]}"
+        f"{name}: {_shown(before[name])} -> {_shown(now[name])}"
         for name, kind in rules.field_types(Config).items()
         if not rules.is_free(kind) and before[name] != now[name]
     ]
+
+
+def _shown(value):
+    return "nothing" if value in ("", ()) else value
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -70,6 +70,8 @@ class Neighbours(OfFile):
     """Files to write: a table (.csv), a page of pictures (.html), or both (default: a table on the console)."""
     weights: Annotated[str | None, shown("RUN_OR_WEIGHTS")] = None
     """Where the encoder of the file is now, for image files (default: where it was)."""
+    arch: Annotated[str | None, shown("ARCH")] = None
+    """Architecture of that encoder, where it is code of your own: package.module:callable."""
     images_at_once: Annotated[int, at_most(2**20), Rule(lambda x: x > 0, "give a number above 0")] = 256
     """Query images per forward."""
     workers: Annotated[int, FROM_0, at_most(1024)] = 0

@@ -152,11 +152,15 @@ def _encode(file, places, flags):
 
 def _encoding(file, flags):
     request, source = file.about["request"], file.about["weights"]
+    named = flags.arch or (
+        None if ":" in (source["arch"] or "") else source["arch"]
+    )  # no file says what is run
+    how = source["which"], None, named, source["stem"]
     if flags.weights:
-        weights = load_weights(flags.weights, source["which"], None, source["arch"], source["stem"])
+        weights = load_weights(flags.weights, *how)
     else:
         try:
-            weights = load_weights(source["path"], source["which"], None, source["arch"], source["stem"])
+            weights = load_weights(source["path"], *how)
         except UserError as error:
             raise UserError(f"{error}; --weights says where the encoder of {file.path} is now") from None
     projector = digest(weights.projector) if "projector" in request and weights.projector else None

@@ -19,13 +19,13 @@ class EncoderFlags:
     """An encoder, and the images that it is given."""
 
     weights: Positional[Annotated[str, shown("RUN_OR_WEIGHTS")]]
-    """Run directory, checkpoint directory, or file of weights."""
+    """Run directory, checkpoint directory, file of weights, or Hugging Face directory in timm's layout."""
     which: Annotated[Encoder | None, shown("{query,key}")] = None
     """Encoder, where there are two (default: query; of DINO key, its teacher)."""
     step: Annotated[int | None, FROM_0, shown("N")] = None
     """Checkpoint of the run (default: the newest)."""
     arch: Annotated[str | None, shown("ARCH")] = None
-    """Architecture in a file of weights (default: found out)."""
+    """Architecture in a file of weights (default: found out); your own package.module:callable of a run that has it."""
     stem: Annotated[Stem | None, shown("{imagenet,cifar}")] = None
     """First layer in a file of weights (default: found out)."""
     size: Annotated[int | None, ABOVE_0, at_most(8192), shown("PIXELS")] = None

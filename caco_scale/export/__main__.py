@@ -29,6 +29,8 @@ class Export:
     """Encoder, where there are two (default: query; of DINO the teacher)."""
     step: Annotated[int | None, shown("N")] = None
     """Step of the checkpoint (default: the newest)."""
+    arch: Annotated[str | None, shown("ARCH")] = None
+    """Architecture in a file of weights (default: found out); your own package.module:callable of a run that has it."""
     force: Switch = False
     """Replace an existing file."""
 
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
 
     from caco_scale.export.write import export
 
-    metadata = export(flags.run, flags.to, flags.format, flags.which, flags.step, flags.force)
+    metadata = export(flags.run, flags.to, flags.format, flags.which, flags.step, flags.force, flags.arch)
     size = Path(flags.to).stat().st_size / 1e6
     of_step = f" of step {metadata['step']}" if metadata["step"] else ""
     what = "{encoder} backbone {arch} (stem {stem}){0}; {compared}".format(of_step, **metadata)

@@ -17,9 +17,8 @@ from torchvision import models
 
 from caco_scale.errors import UserError
 from caco_scale.method.encoders import ANY_SIZE, fillable, head_of, read_options, skeleton, takes
-from caco_scale.weights.recognise import timm_vit_names
+from caco_scale.weights.recognise import TIMM_NAMES, timm_name, timm_vit_names
 
-TIMM_NAMES = {"vit_b_16": "vit_base_patch16_224"}  # the ResNets have the same name in both
 STEM_LINES = [  # what library_model does, for people
     "model.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)  # the stem for small images",
     "model.maxpool = torch.nn.Identity()",
@@ -59,11 +58,6 @@ def to_timm(state: Mapping[str, torch.Tensor], arch: str) -> dict[str, torch.Ten
         return dict(state)
     names = timm_vit_names()
     return {names[name]: tensor for name, tensor in state.items()}
-
-
-def timm_name(arch: str) -> str:
-    """What timm calls an architecture that it has."""
-    return TIMM_NAMES.get(arch, arch).removeprefix("timm/")
 
 
 def library_model(

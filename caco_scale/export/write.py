@@ -1,7 +1,7 @@
 """Export a backbone for use without this program: of a run, of one checkpoint, or of a file of weights.
 
     python -m caco_scale.export RUN_OR_WEIGHTS --to FILE --format {safetensors,torchvision,timm}
-                                [--which query|key] [--step N] [--force]
+                                [--which query|key] [--step N] [--arch ARCH] [--force]
 
 ``torchvision`` is a ``torch.save`` of a state dict for ``torchvision.models.<arch>()``; ``safetensors`` holds the
 same names; ``timm`` is what ``timm.create_model(..., checkpoint_path=FILE)`` reads, as safetensors if FILE ends so. In
@@ -46,14 +46,16 @@ def export(
     which: str | None = None,
     step: int | None = None,
     force: bool = False,
+    arch: str | None = None,
 ) -> dict[str, str]:
     """Write the backbone of ``run`` (a run's or a checkpoint's directory, or weights) to the file ``to`` -> metadata,
     ``compared`` (how the file was checked) and ``unused`` (the names in a file of weights that went nowhere, in short).
 
     ``which``: the query or the key (momentum) encoder, None: as :func:`~caco_scale.weights.load.load_weights` has it;
-    ``step``: which checkpoint of the run, default the newest. The model card goes to ``<to>.md``. Raises UserError: no
-    run, no such checkpoint, damaged, not finite, unknown format, a library without the model, no or an existing target
-    without ``force``, and where the file read back does not give the trained backbone's features.
+    ``step``: which checkpoint of the run, default the newest; ``arch``: as ``load_weights`` has it, too. The model
+    card goes to ``<to>.md``. Raises UserError: no run, no such checkpoint, damaged, not finite, unknown format, a
+    library without the model, no or an existing target without ``force``, and where the file read back does not give
+    the trained backbone's features.
     """
     to = Path(to)
     card = to.with_name(f"{to.name}.md")
@@ -62,7 +64,7 @@ def export(
         raise UserError(
             f"{run} does not exist: give a run directory, one of its checkpoints, or a file of weights"
         )
-    weights = load_weights(run, which, step)
+    weights = load_weights(run, which, step, arch)
     library = library_of(weights.arch, file_format)
     metadata = file_metadata(weights)
     state = weights.backbone.state_dict()

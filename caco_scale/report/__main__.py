@@ -22,12 +22,16 @@ from caco_scale.flags.rules import FROM_0
 
 
 def write_report(
-    directories: Sequence[str | Path], to: str | Path | None = None, images: int | None = None
+    directories: Sequence[str | Path],
+    to: str | Path | None = None,
+    images: int | None = None,
+    arch: str | None = None,
 ) -> Path:
     """Write the page about the runs in ``directories`` to the file ``to`` -> its Path.
 
     ``images``: how many of each shard set are looked at for the pictures, 0 for no pictures, None for a number
-    that fits a moderate memory. Raises UserError: no run, no metrics, a page that cannot be written.
+    that fits a moderate memory; ``arch``: the function of the user's own that built the runs' backbones. Raises
+    UserError: no run, no metrics, a page that cannot be written.
     """
     try:
         from caco_scale.report.curves import MAX_RUNS
@@ -54,7 +58,7 @@ def write_report(
             pictures.append(Pictures(["No pictures: --images 0."]))
             continue
         print(f"{run.name}: pictures of {run.checkpoint or 'no checkpoint'}", file=sys.stderr, flush=True)
-        pictures.append(draw_pictures(run, images))
+        pictures.append(draw_pictures(run, images, arch))
     try:
         write_atomically(target, build_page(runs, pictures).encode())
     except OSError as error:
@@ -78,13 +82,15 @@ class Report:
     """File to write (default: report.html in the first RUN)."""
     images: Annotated[int | None, FROM_0, shown("N")] = None
     """Images of each shard set looked at for the pictures, 0 = no pictures (default: what fits a moderate memory)."""
+    arch: Annotated[str | None, shown("ARCH")] = None
+    """Your own package.module:callable, of runs whose backbone it has built (default: no pictures of these)."""
 
 
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     """Write the page; exit code 2 on a user's mistake."""
     flags = read(Report, sys.argv[1:] if arguments is None else arguments, prog)
-    target = write_report(flags.runs, flags.to, flags.images)
+    target = write_report(flags.runs, flags.to, flags.images, flags.arch)
     print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
 
 

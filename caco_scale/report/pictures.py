@@ -66,15 +66,16 @@ class Pictures:
     map: dict | None = None
 
 
-def draw_pictures(run: Run, limit: int | None = None) -> Pictures:
+def draw_pictures(run: Run, limit: int | None = None, arch: str | None = None) -> Pictures:
     """The :class:`Pictures` of a run's newest checkpoint; what is away or damaged is a note and no error.
 
     ``limit``: images looked at in each shard set, spread over it; None: as many as fit a moderate memory.
+    ``arch``: of :func:`read_encoders`.
     """
     if run.checkpoint is None:
         return Pictures(["No pictures: the run has no complete checkpoint yet."])
     try:
-        encoders = read_encoders(run.checkpoint)
+        encoders = read_encoders(run.checkpoint, arch if ":" in run.config.model.arch else None)
         train = read_images(run, run.config.data.shards, limit)
     except UserError as error:
         return Pictures([f"No pictures: {error}"])
@@ -191,9 +192,12 @@ class Encoders:
         return extract_features(encode, batches, mean=mean, std=std, device=self.device, module=module)[0]
 
 
-def read_encoders(path: Path) -> Encoders:
-    """The :class:`Encoders` of a checkpoint's folder. UserError where it is damaged or not finite."""
-    query, key = (load_weights(path, which) for which in ("query", "key"))
+def read_encoders(path: Path, arch: str | None = None) -> Encoders:
+    """The :class:`Encoders` of a checkpoint's folder. UserError where it is damaged or not finite.
+
+    ``arch``: a function of the user's own that builds the backbone, where one does.
+    """
+    query, key = (load_weights(path, which, arch=arch) for which in ("query", "key"))
     bank = load_tensors(path, ["bank.rows", "bank.assignments"])
     rows = F.normalize(bank["bank.rows"].float(), dim=1)
     sides = []

@@ -1,6 +1,6 @@
 """The run directory: what a run leaves on disk (how it is written: :mod:`caco_scale.run.files`).
 
-config.yaml  environment.json  attempts.jsonl  metrics.jsonl  corrupt.jsonl
+config.yaml  environment.json  attempts.jsonl  metrics.jsonl  corrupt.jsonl  weights.json (of model.weights)
 checkpoints/  tensorboard/  DONE | INTERRUPTED
 
 **One rule for all records of steps** (metrics.jsonl, corrupt.jsonl): what stands up to step s is on the disk before
@@ -126,6 +126,12 @@ class RunDirectory:
     def write_environment(self, environment: dict) -> None:
         if self.is_main:
             replace_file(self.path / "environment.json", to_json(environment, indent=2) + "\n")
+
+    @_on_disk
+    def write_weights(self, facts: dict) -> None:
+        """What the run has started from, and what became of every key of it."""
+        if self.is_main:
+            replace_file(self.path / "weights.json", to_json(facts, indent=2) + "\n")
 
     @_on_disk
     def next_attempt(self) -> int | None:

@@ -30,6 +30,7 @@ from caco_scale.method.projector import build_predictor, build_projector
 from caco_scale.optim.build import build_optimizer, init_optimizer_state
 from caco_scale.optim.schedule import Schedule
 from caco_scale.run.profiling import part
+from caco_scale.weights.start import StartingWeights
 
 
 def make_data(config: Config, accelerator: Accelerator) -> None:
@@ -190,23 +191,34 @@ def encoder_around(config: Config, backbone: nn.Module, num_features: int) -> En
     return Encoder(backbone, projector, build_predictor(dim, hidden) if has_predictor else None)
 
 
-def build_model(config: Config) -> QueryKeyModel:
-    """Query and key encoder with seeded weights, the same on every rank and at every world size."""
+def build_model(config: Config, weights: StartingWeights | None = None) -> QueryKeyModel:
+    """Query and key encoder with seeded weights, the same on every rank and at every world size.
+
+    ``weights``: what both backbones start from instead.
+    """
     torch.manual_seed(config.run.seed)
+    encoder = build_encoder(config)
+    if weights is not None:
+        weights.fill(encoder.backbone)
     model = QueryKeyModel(
-        build_encoder(config),
+        encoder,
         autocast_dtype=torch.bfloat16 if config.precision.compute == "bf16" else None,
         channels_last=config.precision.channels_last and torch.cuda.is_available(),
     )
     return model.to(parameter_dtype(config))
 
 
-def build_strategy(config: Config, name: str, accelerator: Accelerator) -> Strategy:
-    """The strategy ``name`` around the config's model, with the config's optimizer and its first state. Collective."""
+def build_strategy(
+    config: Config, name: str, accelerator: Accelerator, weights: StartingWeights | None = None
+) -> Strategy:
+    """The strategy ``name`` around the config's model, with the config's optimizer and its first state. Collective.
+
+    ``weights``: of :func:`build_model`.
+    """
     strategy = strategies.build_strategy(
         name,
         accelerator,
-        build_model(config),
+        build_model(config, weights),
         partial(build_optimizer, config.optim.name, weight_decay=config.optim.weight_decay),
         config.precision.compile,
     )

@@ -16,7 +16,7 @@ import torch
 
 from caco_scale import config as configuration
 from caco_scale.checkpoint.folder import check_files, read_values
-from caco_scale.checkpoint.resume import checkpoint_to_resume
+from caco_scale.checkpoint.resume import checkpoint_to_resume, goes_on_from
 from caco_scale.config import Config
 from caco_scale.data.labels import lacking_classes, with_classes_of
 from caco_scale.data.order import share_size
@@ -29,6 +29,8 @@ from caco_scale.method.encoders import refuse_views, skeleton
 from caco_scale.run.directory import check_place
 from caco_scale.run.stopping import ControlFiles, check_job_end
 from caco_scale.training.assemble import TrainingData, encoder_around, parameter_dtype
+from caco_scale.weights.load import Wanted
+from caco_scale.weights.start import StartingWeights, load_start
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Start:
         strategy: one of :data:`~caco_scale.flags.choices.STRATEGIES`.
         rank, world_size, device: of this process among those that will train.
         newest: the newest complete checkpoint of the run directory, which whoever starts looks for.
+        weights: of :func:`check_weights`: what a fresh start begins with; None: random weights, or a run that goes on.
         micro_batch_size: b, of :func:`check_batch`; 0 before.
         data: of :func:`check_data`; None before, or where the demo's is not built yet.
         resumed: of :func:`check_resume`: the checkpoint that the run goes on from; None: a fresh start.
@@ -51,6 +54,7 @@ class Start:
     world_size: int
     device: torch.device
     newest: Path | None = None
+    weights: StartingWeights | None = None
     micro_batch_size: int = 0
     data: TrainingData | None = None
     resumed: Path | None = None
@@ -99,6 +103,17 @@ def check_model(start: Start) -> None:
     refuse_views(model.arch, backbone, [views.size, *[views.local_size] * bool(views.num_local_crops)])
     with torch.device("meta"):
         encoder_around(start.config, backbone, num_features)
+
+
+def check_weights(start: Start) -> str | None:
+    """What the backbones of a fresh start begin with; a run that goes on has its own, and the file may be gone."""
+    config = start.config
+    if not config.model.weights or goes_on_from(config):
+        return None
+    model = config.model
+    start.weights = load_start(model.weights, Wanted(model.arch, model.stem, model.options))
+    notes = [start.weights.other_images(config.views.mean, config.views.std)]
+    return "; ".join(line.strip() for line in [*start.weights.lines(), *filter(None, notes)])
 
 
 def check_batch(start: Start) -> str:
@@ -183,7 +198,15 @@ def check_checkpoint(start: Start) -> str | None:
 
 
 BEFORE_DATA: tuple[Check, ...] = (
-    *(check_stop, check_run_dir, check_precision, check_temperatures, check_model, check_batch),
+    *(
+        check_stop,
+        check_run_dir,
+        check_precision,
+        check_temperatures,
+        check_model,
+        check_weights,
+        check_batch,
+    ),
 )
 OF_DATA: tuple[Check, ...] = (check_data, check_evaluation)
 OF_RUN: tuple[Check, ...] = (check_resume,)  # by a process that has the run directory to itself

@@ -117,7 +117,7 @@ class Evaluations:
             return []
         names = {
             "pixels": "kNN of raw pixels",
-            0: "kNN of the random encoder",
+            0: f"kNN of the {'starting' if self._config.model.weights else 'random'} encoder",
             step: "kNN of the trained encoder",
         }
         return [(name, f"{self.knn[at]:.2f}%") for at, name in names.items() if at in self.knn]

@@ -1,10 +1,10 @@
 """A configuration and its set of images: values that follow the set, and what of a recipe does not fit it."""
 
 import math
-from pathlib import Path
 
 from caco_scale import config as configuration
-from caco_scale.checkpoint.folder import checkpoint_of, latest, read_values
+from caco_scale.checkpoint.folder import read_values
+from caco_scale.checkpoint.resume import goes_on_from
 from caco_scale.config import Config
 from caco_scale.config.fit import auto_fields, bank_size, batch_size, fit
 from caco_scale.data.object_store import RetryPolicy
@@ -43,10 +43,7 @@ def fit_to_set(config: Config) -> tuple[Config, list[str]]:
 
 def _settle(config, fields):
     """({field: value}, lines) by the checkpoint that the run would go on from, else by the rules."""
-    resume = config.run.resume
-    path = latest(Path(config.run.dir, "checkpoints")) if resume != "never" else None
-    if path is None and resume not in ("auto", "never"):
-        path = checkpoint_of(resume)
+    path = goes_on_from(config)
     if path:
         saved = configuration.flatten(configuration.from_dict(read_values(path)["config"], f"{path} config"))
         return {n: saved[n] for n in fields}, [f"{n} {saved[n]:,g}, as in {path}" for n in fields]

@@ -56,6 +56,7 @@ class Loop:
     Args:
         end: the last step.
         resumed: the checkpoint to go on from, or None.
+        weights_sha256: of what a fresh run starts from, None where that is random.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Loop:
         resumed: Path | None = None,
         signals: Signals | None = None,
         on_metrics: Callable[[dict], object] | None = None,
+        weights_sha256: str | None = None,
     ):
         self.config, self.strategy, self.data, self.schedule, self.end = config, strategy, data, schedule, end
         self.directory, self.checkpointer = directory, checkpointer
@@ -79,6 +81,7 @@ class Loop:
         values = restore(resumed, strategy, self.bank) if resumed else {}
         self.step = values.get("step", 0)
         self.saved = self.step  # the last step of which there is, or will be, a checkpoint; 0: none
+        self.weights_sha256 = values.get("weights_sha256", weights_sha256)
         # The checkpoint of another run that this one began with.
         self.branched_from = values.get("branched_from")
         of_another = bool(resumed) and resumed.absolute().parent != directory.checkpoints.absolute()
@@ -295,6 +298,8 @@ class Loop:
             "fingerprint": self.data.fingerprint,
             "num_samples": self.data.order.num_samples,
         }
+        if self.weights_sha256:
+            values["weights_sha256"] = self.weights_sha256
         for saved_part in self.parts:
             values |= saved_part.state_dict()
         self.checkpointer.save(self.step, training_state(self.strategy, self.bank, values))

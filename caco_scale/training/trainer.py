@@ -11,8 +11,9 @@ from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.config import Config
 from caco_scale.config.fit import auto_fields
 from caco_scale.data.workers import start_fork_server
-from caco_scale.distributed.collectives import gather_objects
+from caco_scale.distributed.collectives import assert_equal_on_all_ranks, gather_objects
 from caco_scale.distributed.launch import launched_strategy, start_processes
+from caco_scale.errors import UserError
 from caco_scale.run.directory import RunDirectory
 from caco_scale.run.patience import Patience
 from caco_scale.run.signals import Signals
@@ -104,10 +105,37 @@ def _run(config, signals, on_metrics, beginning):
                 "continues it"
             )
             return Outcome(step, None, directory.path, config)
-        strategy = build_strategy(config, name, accelerator)
+        strategy, weights_sha256 = _build(config, name, accelerator, start, directory, resumed)
         with Loop(
-            config, strategy, data, schedule, end, directory, checkpointer, resumed, signals, on_metrics
+            config,
+            strategy,
+            data,
+            schedule,
+            end,
+            directory,
+            checkpointer,
+            resumed,
+            signals,
+            on_metrics,
+            weights_sha256,
         ) as loop:
             beginning.close()
             stopped_by = loop.train()
         return Outcome(loop.step, stopped_by, directory.path, config)
+
+
+def _build(config, name, accelerator, start, directory, resumed):
+    """The strategy around the run's model, and the sha256 of what a fresh start begins with, None where at random."""
+    weights, start.weights = start.weights, None  # as large as a backbone: not held while the run trains
+    if resumed or not config.model.weights:
+        return build_strategy(config, name, accelerator), None
+    sha256 = weights and weights.sha256
+    assert_equal_on_all_ranks({"sha256": sha256}, f"model.weights {config.model.weights}")
+    if weights is None:
+        raise UserError(
+            f"the checkpoints of {config.run.dir} have gone while this run started: start it again"
+        )
+    for line in weights.lines():
+        accelerator.print(line)
+    directory.write_weights(weights.facts())
+    return build_strategy(config, name, accelerator, weights), sha256

@@ -1,11 +1,11 @@
-"""RUN_OR_WEIGHTS to an encoder: of a run, of one of its checkpoints, or of a file."""
+"""RUN_OR_WEIGHTS to an encoder: of a run, of one of its checkpoints, of a file, or of a Hugging Face directory."""
 
 import json
 import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -17,18 +17,27 @@ from caco_scale.errors import UserError, one_line, quoted
 from caco_scale.flags.choices import ENCODERS
 from caco_scale.weights.build import digest, expected_shapes, fill_backbone, fill_projector
 from caco_scale.weights.files import read_tensors
+from caco_scale.weights.hub import HUB, hub_metadata, is_hub_directory, weights_file
 from caco_scale.weights.recognise import (
     check_stated_name,
     choose_encoder,
     find_architecture,
-    of_other_names,
+    renamed_for,
+    same_model,
     split_heads,
-    timm_vit_renamed,
     within,
 )
 
 MOST_PIXELS = 8192  # of a side, as the flag --size has it
 FACTS = ("recipe", "step", "epoch", "git_commit")  # what an export says of its run
+
+
+class Wanted(NamedTuple):
+    """A backbone as a configuration's ``model`` has it, which its user says is to be built."""
+
+    arch: str
+    stem: str
+    options: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,9 @@ class Weights:
     of the images that it was trained on; ``assumed``: those of the three that the source does not say and that are
     guesses (224 pixels, 32 for the stem ``cifar``; ImageNet's colours). ``resize``: the shorter side before the centre
     crop of its evaluations (0: :func:`~caco_scale.data.views.usual_resize`). ``unmatched``: the keys of the source that
-    went nowhere, none of the backbone's among them. ``sha256``: of the backbone's tensors. ``metadata``: recipe, step,
-    epoch, ... as far as the source says; ``config``: of a run, as nested plain values.
+    went nowhere, none of the backbone's among them; ``missing``: tensors of the backbone that it lacks (BatchNorm's
+    counts of batches). ``sha256``: of the backbone's tensors. ``file``: that was read, None of a run. ``metadata``:
+    recipe, step, epoch, ... as far as the source says; ``config``: of a run, as nested plain values.
     """
 
     path: str
@@ -60,6 +70,8 @@ class Weights:
     resize: int = 0
     assumed: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    file: Path | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] | None = None
 
@@ -70,13 +82,16 @@ def load_weights(
     step: int | None = None,
     arch: str | None = None,
     stem: str | None = None,
+    wanted: Wanted | None = None,
 ) -> Weights:
     """The encoder that a user means by RUN_OR_WEIGHTS -> :class:`Weights`.
 
     Args:
         which: ``query`` or ``key``; None: query, except for DINO, whose teacher is the one to use.
         step: of a run's checkpoints, None: the newest.
-        arch, stem: what the file holds; None: found out. For a run they are known.
+        arch, stem: what the file holds; None: found out. For a run they are known; but a function of a user's own
+            runs only where ``arch`` or ``wanted`` says so, never because a file or a run names it.
+        wanted: instead of ``arch`` and ``stem`` the backbone that is to be filled, and no other.
     Raises:
         UserError: no such place, damaged, more than tensors in it, no encoder that fits (the keys are named), values
             that are not finite.
@@ -86,24 +101,29 @@ def load_weights(
         raise UserError(
             f"{path} does not exist: give a run directory, one of its checkpoints, or a file of weights"
         )
-    if path.is_dir():
-        if arch or stem:
-            raise UserError(f"--arch and --stem are for files of weights: the run {path} knows its own")
-        return _load_run(checkpoint_of(path, step), which or "query")
+    is_hub = is_hub_directory(path)
+    if path.is_dir() and not is_hub:
+        return _load_run(checkpoint_of(path, step), which or "query", arch, stem, wanted)
     if step is not None:
-        raise UserError(f"--step chooses one of a run's checkpoints, but {path} is a file: drop it")
-    return _load_file(path, which, arch, stem)
+        raise UserError(
+            f"--step chooses one of a run's checkpoints, but {path} is {'none' if is_hub else 'a file'}: drop it"
+        )
+    if is_hub:
+        return _load_file(path, weights_file(path), hub_metadata(path), which, arch, stem, wanted)
+    return _load_file(path, path, {}, which, arch, stem, wanted)
 
 
-def _load_run(path, which):
+def _load_run(path, which, arch, stem, wanted):
     values = read_values(path)
     config = _run_config(path, values)
     prefixes = (f"{which}.", f"{which}_buffer.")
     tensors = load_tensors(path, [name for name in values["shapes"] if name.startswith(prefixes)])
     state = {name.removeprefix(prefixes[0]).removeprefix(prefixes[1]): t for name, t in tensors.items()}
     views = config.get("views") or {}
-    arch, stem, options = *(config["model"][name] for name in ("arch", "stem")), _options(config["model"])
-    backbone, num_features = fill_backbone(arch, stem, options, within(state, "backbone."), str(path))
+    said = Wanted(config["model"]["arch"], config["model"]["stem"], _options(config["model"]))
+    arch, stem, options = _of_run(path, said, arch, stem, wanted)
+    tensors = renamed_for(arch, within(state, "backbone."))
+    backbone, num_features = fill_backbone(arch, stem, options, tensors, str(path))
     rest = within(state, "projector.")
     projector = fill_projector(num_features, rest, str(path)) if rest else None
     return Weights(
@@ -124,6 +144,39 @@ def _load_run(path, which):
     )
 
 
+def _of_run(path, said, arch, stem, wanted):
+    """The backbone of a run: what it says, unless that is code of a user's own, of which only the user may say so."""
+    if wanted:
+        _refuse_another(path, said.arch, wanted.arch)
+        return wanted
+    if arch == said.arch or (arch and _is_code(said.arch)):
+        return Wanted(arch, said.stem, said.options)
+    if arch or stem:
+        raise UserError(
+            f"--arch and --stem are for files of weights: the run {path} knows its own, {said.arch} (stem {said.stem})"
+        )
+    _refuse_code(path, said.arch)
+    return said
+
+
+def _is_code(arch):
+    return ":" in str(arch)
+
+
+def _refuse_code(path, arch):
+    """UserError for a function of a user's own that a file or a run names: only its user may say that it is to run."""
+    if _is_code(arch):
+        raise UserError(
+            f"{path} is the backbone of {quoted(arch)}, code of its own: give --arch {quoted(arch)} to run it"
+        )
+
+
+def _refuse_another(path, said, wanted):
+    """UserError where a source says that it is another architecture than the one that is wanted."""
+    if said and not (_is_code(said) and _is_code(wanted)) and not same_model(said, wanted):
+        raise UserError(f"{path} is a {said}, not a {wanted}: give --arch {quoted(said)}")
+
+
 def _run_config(path, values):
     """The run's config as nested dicts: the checkpoint's own, else the run directory's config.yaml."""
     config, source = values.get("config"), path / "values.json"
@@ -140,16 +193,22 @@ def _run_config(path, values):
     return config
 
 
-def _load_file(path, which, arch, stem):
-    content, metadata = read_tensors(path)
+def _load_file(path, file, about, which, arch, stem, wanted):
+    """``about``: what stands beside the file, in the words of our exports' metadata, which win."""
+    content, metadata = read_tensors(file)
+    metadata = metadata if metadata.get("arch") else {**about, **metadata}
     said = metadata.get("encoder") if metadata.get("encoder") in ENCODERS else None
     kind, which, state, others = choose_encoder(path, content, which, said)
-    check_stated_name(path, content, arch)
-    named = arch or _stated_arch(path, metadata)
-    options = _stated_options(path, metadata) if named and named == metadata.get("arch") else ()
-    stem = stem or metadata.get("stem")
-    if not of_other_names(named):
-        state = timm_vit_renamed(state)
+    if wanted:
+        _refuse_another(path, metadata.get("arch"), wanted.arch)
+        named, stem, options = wanted
+    else:
+        check_stated_name(path, content, arch)
+        if not arch:
+            _refuse_code(path, metadata.get("arch") or "")
+        named, stem = arch or metadata.get("arch"), stem or metadata.get("stem")
+        options = _stated_options(path, metadata) if named and named == metadata.get("arch") else ()
+    state = renamed_for(named, state)
     state, heads = split_heads(state, expected_shapes(named, stem or "imagenet", options) if named else ())
     arch, stem = find_architecture(path, state, named, stem, options)
     backbone, num_features = fill_backbone(arch, stem, options, state, str(path))
@@ -157,7 +216,7 @@ def _load_file(path, which, arch, stem):
     unused = [name for name in heads if projector is None or not name.startswith("fc.")]
     return Weights(
         path=str(path),
-        kind=kind,
+        kind=HUB if about and not said else kind,
         encoder=which,
         arch=arch,
         stem=stem,
@@ -166,20 +225,12 @@ def _load_file(path, which, arch, stem):
         backbone=backbone,
         projector=projector,
         unmatched=(*unused, *others),
+        missing=tuple(name for name in backbone.state_dict() if name not in state),
+        file=file,
         sha256=digest(backbone),
         metadata={key: metadata[key] for key in FACTS if key in metadata},
         **_images(_views_of(path, metadata), arch, stem),
     )
-
-
-def _stated_arch(path, metadata):
-    """The architecture that an export names; of a user's own code only the user may say that it is to run."""
-    arch = metadata.get("arch")
-    if arch and ":" in arch:
-        raise UserError(
-            f"{path} is the backbone of {quoted(arch)}, code of its own: give --arch {quoted(arch)} to run it"
-        )
-    return arch
 
 
 def _stated_options(path, metadata):

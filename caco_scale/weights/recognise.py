@@ -10,7 +10,7 @@ from torch import Tensor
 from caco_scale.errors import UserError
 from caco_scale.flags.choices import ENCODERS
 from caco_scale.method.encoders import ARCHITECTURES
-from caco_scale.weights.build import differences, expected_shapes, folded, printable
+from caco_scale.weights.build import differences, expected_shapes, folded, gist, printable
 
 # Names of the two encoders within a state dict, with what they belong to; the first that occurs wins.
 PREFIXES = (
@@ -44,6 +44,8 @@ FOREIGN_PARTS = (
 )
 # Models of timm whose names and shapes are those of an ordinary ResNet while their layers are not (anti-aliasing).
 SAME_NAMES = re.compile(r"res\w*(blur|aa)\d", re.IGNORECASE)
+# What timm calls the models that have another name in torchvision; the ResNets have the same name in both.
+TIMM_NAMES = {"vit_b_16": "vit_base_patch16_224"}
 SINGLE = "single"  # the encoder of a file that holds one and does not say which
 
 
@@ -138,12 +140,35 @@ def timm_vit_names() -> dict[str, str]:
     return {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed", **named, **others}
 
 
+def renamed_for(arch: str | None, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ViT-B/16 under the names that ``arch`` (None: one of torchvision's) has; anything else as it is."""
+    if not of_other_names(arch):
+        return timm_vit_renamed(state)
+    if arch is not None and same_model(arch, "vit_b_16") and "conv_proj.weight" in state:
+        names = timm_vit_names()
+        return {names.get(name, name): value for name, value in state.items()}
+    return dict(state)
+
+
 def timm_vit_renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A ViT by timm's names (MoCo v3, DINO, timm itself) by torchvision's; anything else as it is."""
     if "patch_embed.proj.weight" not in state:
         return dict(state)
     ours = {theirs: ours for ours, theirs in timm_vit_names().items()}
     return {ours.get(name, name): value for name, value in state.items()}
+
+
+def timm_name(arch: str) -> str:
+    """What timm calls an architecture that it has."""
+    return TIMM_NAMES.get(arch, arch).removeprefix("timm/")
+
+
+def same_model(a: str, b: str) -> bool:
+    """Whether two architectures by name are the same layers: of torchvision and of timm, with timm's tags or without.
+
+    A name of both libraries may mean two models; their tensors differ then.
+    """
+    return timm_name(a).partition(".")[0] == timm_name(b).partition(".")[0]
 
 
 def of_other_names(arch: str | None) -> bool:
@@ -193,6 +218,8 @@ def find_architecture(
         if best is None or distance < best[0]:
             best = distance, candidate, missing, extra, wrong, expected
     _, nearest, missing, extra, wrong, expected = best
+    if arch and not any(name in expected for name in state):
+        raise UserError(f"{path} holds nothing of {arch}: it has {gist(state)}")
     parts = [
         f"missing: {folded(missing)}" if missing else "",
         f"not in it: {folded(extra)}" if extra else "",
@@ -200,9 +227,13 @@ def find_architecture(
     if wrong:
         shapes = ", ".join(f"{n} {tuple(state[n].shape)} instead of {expected[n]}" for n in wrong)
         parts.append(f"another shape: {shapes}")
+    which = f"{nearest[0]} (stem {nearest[1]})"
+    fits = (
+        f"is no {which}:" if arch and stem else f"fits no backbone of this program; nearest is {which}, but"
+    )
     raise UserError(
-        f"{path} fits no backbone of this program; nearest is {nearest[0]} (stem {nearest[1]}), but "
-        f"{'; '.join(filter(None, parts))}: {_what_loads_it(state, arch or stem, nearest[0], extra)}"
+        f"{path} {fits} "
+        f"{'; '.join(filter(None, parts))}: {_what_loads_it(state, arch, stem, nearest[0], extra)}"
     )
 
 
@@ -210,9 +241,9 @@ def _candidates(arches, stems, arch):
     return ((a, s) for a in arches for s in stems if (a, s) != ("vit_b_16", "cifar") or arch)
 
 
-def _what_loads_it(state, was_asked, nearest, extra):
+def _what_loads_it(state, asked, stem, nearest, extra):
     """The end of the error: a backbone of ours that was not asked for, or the model whose part it is."""
-    if was_asked:
+    if asked or stem:
         for a, s in _candidates(ARCHITECTURES, [_stem(state)], None):
             if not any(differences(expected_shapes(a, s), state)):
                 return f"it is a {a} (stem {s}): give --arch {a} --stem {s}, or neither"
@@ -222,7 +253,7 @@ def _what_loads_it(state, was_asked, nearest, extra):
                 f"it has {what.format(arch=nearest)}, which this program does not build: load it with the library that "
                 f"wrote it, or give weights of one of {', '.join(ARCHITECTURES)}"
             )
-    return f"give weights of one of {', '.join(ARCHITECTURES)}"
+    return f"give weights of {asked or 'one of ' + ', '.join(ARCHITECTURES)}"
 
 
 def _stem(state):
