@@ -14,10 +14,11 @@ from shard_sets import encode, index_shard, smooth_image, write_manifest
 from webdataset import TarWriter
 
 from caco_scale import config as configuration
+from caco_scale.data.listed_files import BLOCK_FILES
 from caco_scale.data.loader import evaluation_batches, train_batches
 from caco_scale.data.order import Order
 from caco_scale.data.store import open_store
-from caco_scale.data.store.folder import BLOCK_FILES, FolderStore, split_folders
+from caco_scale.data.store.folder import FolderStore, split_folders
 from caco_scale.data.views import ViewSpec
 from caco_scale.errors import UserError
 from caco_scale.run.audit import read_audit
@@ -211,7 +212,11 @@ def test_training_from_a_folder_is_resumed_exactly_and_reads_the_planned_files(c
     photographs(class_folders / "train", ["a/one_more.png"])
     try:
         error = launch({**parts, "run.max_steps": 16}, code=2)
-        assert "was trained on another data set (96 images" in error
+        assert "listed it: a/one_more.png is new; put it back as it was" in error
+        noted = launch({**parts, "run.max_steps": 16, "data.relist": True})
+        assert "data.relist: a new data set from here on, 97 images instead of 96" in " ".join(noted.split())
+        new_set = planned_keys(class_folders / "train", flags, 16)
+        assert read_audit(tmp_path / "parts.audit") == {**planned, 15: new_set[15]}
     finally:
         (class_folders / "train/a/one_more.png").unlink()
 

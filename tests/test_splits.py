@@ -3,11 +3,15 @@
 import itertools
 import tarfile
 
+import numpy as np
 import pytest
 
 from caco_scale.data.folders import File, Listing, image_folders
+from caco_scale.data.listed_files import ListedFiles
+from caco_scale.data.scan import Scan
 from caco_scale.data.splits import find_splits, held_out, split_kind
-from caco_scale.data.store.folder import FolderStore
+from caco_scale.data.store.folder import rows_of
+from caco_scale.data.store.listed import ListedStore
 from caco_scale.errors import UserError
 from data_prep.tar import TarSource
 
@@ -147,13 +151,14 @@ def test_an_empty_class_is_seen_below_folders_around_the_splits():
 
 def store(*folders, labelled=False):
     """As data.shards opens a folder, of which it lists what we say."""
-
-    class Listed(FolderStore):
-        def _scan(self, labelled):
-            self._source.scan = lambda: listing(*folders)
-            return super()._scan(labelled)
-
-    return Listed("/SRC", labelled)
+    there = listing(*folders)
+    names = sorted((file.name for file in there.files), key=lambda name: (name.partition("/")[0], name))
+    counts = dict.fromkeys(["", *sorted(there.folders)], 0)
+    for name in names:
+        counts[name.rpartition("/")[0]] += 1
+    lengths, sizes = np.array([len(name) for name in names], np.uint32), np.full(len(names), 5)
+    found = Scan("".join(names).encode(), lengths, sizes, counts, [], 0)
+    return ListedStore("/SRC", "/SRC", ListedFiles.in_memory(rows_of("/SRC", labelled, found)))
 
 
 @pytest.mark.parametrize("labelled", [False, True])

@@ -27,7 +27,8 @@ def checkpoint_to_resume(
 
     Args:
         newest: the newest complete checkpoint of the run directory, if there is one.
-        fingerprint, num_samples: of the training data's order, which the checkpoint must have, too.
+        fingerprint, num_samples: of the training data's order, which the checkpoint must have, too, unless
+            ``data.relist`` makes it a new data set.
     Raises:
         UserError: a checkpoint that this config cannot continue, with what differs.
     """
@@ -51,7 +52,7 @@ def checkpoint_to_resume(
         raise UserError(
             f"{path} was trained with other values ({'; '.join(changed)}): give these, or another run.dir"
         )
-    if values["fingerprint"] != fingerprint:
+    if values["fingerprint"] != fingerprint and not config.data.relist:
         raise UserError(
             f"{path} was trained on another data set ({values['num_samples']:,} images, order "
             f"{values['fingerprint'][:12]}; {config.data.shards} has {num_samples:,}, "

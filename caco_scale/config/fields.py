@@ -78,6 +78,8 @@ class Data:
     """What to train on: a folder of images, or a shard set: a directory, s3://, gs://, az:// or https:// address."""
     val_shards: Free[str] = ""
     """Images of the kNN evaluation: a shard set or a folder of class folders, classes as in training; empty = none."""
+    relist: Free[bool] = False
+    """List the files of a set again at a resume, and go on with what is there now, as a new data set."""
     global_batch_size: IntOrAuto[Size] = 1024
     """Images per optimizer step over all processes; auto = by the number of images (config/fit.py)."""
     micro_batch_size: Free[Count] = 0

@@ -4,10 +4,10 @@ From an image to the step: ``store`` (where it lies) -> ``order`` (who is next) 
 ``loader`` (a batch; ``workers``) -> ``to_device`` -> ``augment``; ``views`` decodes and cuts, ``in_memory`` keeps what
 is decoded.
 
-What a set is: ``addresses`` (where), ``folders`` and ``splits`` (files and folders), ``shards`` and ``shard_index``
-(the format; ``index_checks``), ``samples`` and ``tars`` (what a tar holds), ``labels``. What brings it: ``small_files``
-(manifests and indexes), ``object_store`` (over ``object_client``, ``credentials``), ``cache``, ``own_files``,
-``threads``, ``counters``.
+What a set is: ``addresses`` (where), ``scan``, ``folders`` and ``splits`` (files and folders), ``listed_files`` (which
+a run is of), ``shards`` and ``shard_index`` (the format; ``index_checks``), ``samples`` and ``tars`` (of a tar),
+``labels``. What brings it: ``small_files`` (manifests and indexes), ``object_store`` (over ``object_client``,
+``credentials``), ``cache``, ``own_files``, ``threads``, ``counters``.
 
 The room knows errors, how long processes wait for each other (distributed), how workers hear signals and what they
 leave when they are killed (run). It knows nothing of models, training, evaluation, or how shards are built (data_prep).

@@ -6,10 +6,12 @@ What is listed may be a folder on a disk or any other listing of names with "/" 
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from caco_scale.data import scan
 from caco_scale.data.splits import Splits, find_splits, some_names, split_kind, split_rank
 from caco_scale.errors import UserError, did_you_mean, quoted
 
@@ -66,7 +68,7 @@ class Listing:
 
 def hidden(name: str) -> bool:
     """Is it a file of the system beside the images, such as ``.DS_Store`` and ``__MACOSX/._cat.jpg``?"""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return any(map(scan.hidden, name.split("/")))
 
 
 def is_image(name: str) -> bool:
@@ -75,33 +77,18 @@ def is_image(name: str) -> bool:
 
 
 class FolderSource:
-    """A directory tree. Symbolic links are followed, as torchvision does: the tree is the user's own."""
+    """A directory tree. Symbolic links are followed, once (:mod:`caco_scale.data.scan`): the tree is the user's own."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = str(path)
 
     def scan(self) -> Listing:
         """Everything below the folder; hidden files are passed over without a word."""
-        listing = Listing()
-        self._scan(self.path, "", listing)
+        found = scan.scan(self.path, lambda _: True, most_skipped=sys.maxsize)
+        listing = Listing([File(name, size) for name, size in found], skipped=found.skipped)
+        for name in found.folders:
+            listing.add_folder(name)
         return listing
-
-    def _scan(self, path, prefix, listing):
-        try:
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    name = prefix + entry.name
-                    if hidden(entry.name):
-                        continue
-                    if entry.is_dir():
-                        listing.add_folder(name)
-                        self._scan(entry.path, name + "/", listing)
-                    elif entry.is_file():
-                        listing.add(File(name, entry.stat().st_size))
-                    else:
-                        listing.skipped.append((name, "broken link or not a regular file"))
-        except OSError as error:
-            raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from None
 
     def read(self, file: File) -> bytes:
         """The bytes of a file."""
@@ -265,15 +252,7 @@ def _folder(listing, where, prefix, splits, skip_empty_classes):
         elif slash:
             skipped.append((name, "its name is not an image's"))
     if not images:
-        found = (
-            f"its {loose} images lie directly in it"
-            if loose
-            else f"no images in {len(classes)} class folders"
-        )
-        hint = " (pre-training needs no classes: data.shards takes the folder itself)" if loose else ""
-        raise UserError(
-            f"{where} is not an image folder ({found}): give a folder of class folders of images{hint}"
-        )
+        raise no_image_folder(where, loose, len(classes))
     empty = sorted(classes - {image.class_name for image in images})
     if empty and not skip_empty_classes:
         raise UserError(
@@ -283,3 +262,12 @@ def _folder(listing, where, prefix, splits, skip_empty_classes):
     classes = tuple(sorted({image.class_name for image in images}))
     images.sort(key=lambda image: (image.class_name, image.name))
     return ImageFolder(classes, images, sorted(skipped))
+
+
+def no_image_folder(where: str, loose: int, num_folders: int) -> UserError:
+    """What to raise for a folder whose class folders have no images, while so many lie directly in it."""
+    found = f"its {loose} images lie directly in it" if loose else f"no images in {num_folders} class folders"
+    hint = " (pre-training needs no classes: data.shards takes the folder itself)" if loose else ""
+    return UserError(
+        f"{where} is not an image folder ({found}): give a folder of class folders of images{hint}"
+    )

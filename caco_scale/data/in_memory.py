@@ -12,7 +12,6 @@ import fcntl
 import io
 import mmap
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from multiprocessing.reduction import DupFd
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from caco_scale.data.own_files import nameless_file
 from caco_scale.data.samples import image_in
 from caco_scale.data.store.base import Store
 from caco_scale.data.views import FALLBACK_FORMATS
@@ -48,7 +48,7 @@ class DecodedImages:
 
     def __init__(self, num_samples: int, capacity: int):
         self._num_samples, self._capacity = num_samples, capacity
-        self._fd = _nameless_file()
+        self._fd = nameless_file()
         try:
             os.ftruncate(self._fd, 8 + 16 * num_samples + capacity)
             self._begin()
@@ -109,13 +109,6 @@ class DecodedImages:
             yield
         finally:
             fcntl.lockf(self._fd, fcntl.LOCK_UN)
-
-
-def _nameless_file() -> int:
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("decoded-images")
-    with tempfile.TemporaryFile() as file:  # a Python built for an old libc
-        return os.dup(file.fileno())
 
 
 def room_for(

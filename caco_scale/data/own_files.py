@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 
@@ -51,6 +52,14 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> io.FileIO:
         file.close()
         raise NotOurs(errno.EPERM, problem, str(path))
     return file
+
+
+def nameless_file() -> int:
+    """The descriptor of a new file in memory, of which only what is written takes any; it ends with its last user."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("caco-scale")
+    with tempfile.TemporaryFile() as file:  # a Python built for an old libc
+        return os.dup(file.fileno())
 
 
 def others_may_write(file: io.IOBase) -> bool:

@@ -21,7 +21,7 @@ INDEX_SUFFIXES = (".idx", ".idx2")  # of their names
 HASH_BYTES = 4 << 20  # read at once to be hashed
 
 
-def _smallest(values):
+def smallest(values):
     """An array in the narrowest little-endian integer type that holds it."""
     values = np.asarray(values, np.int64)
     for dtype in ("|i1", "<i2", "<i4"):
@@ -90,7 +90,7 @@ class ShardIndex:
             "offset": [m[1] for m in members],
             "size": [m[2] for m in members],
         }
-        arrays = {name: _smallest(values[name]) for name in cls._ARRAYS}
+        arrays = {name: smallest(values[name]) for name in cls._ARRAYS}
         index = cls("".join(s[0] for s in samples), extensions, arrays)
         return index if checksums is None else index.with_checksums(checksums)
 

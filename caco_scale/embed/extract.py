@@ -16,7 +16,7 @@ from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.pipeline import Undecodable
 from caco_scale.data.store import open_store
 from caco_scale.data.store.base import Store
-from caco_scale.data.store.folder import FolderStore
+from caco_scale.data.store.listed import ListedStore
 from caco_scale.distributed.collectives import gather_objects
 from caco_scale.embed.files import NAMES, check_target, open_features, write_features
 from caco_scale.embed.parts import Parts, part_path, part_ranges, write_part
@@ -235,7 +235,7 @@ def _sources(store, numbers):
     found = []
     for shard in np.unique(shards).tolist():
         here = positions[shards == shard].tolist()
-        if isinstance(store, FolderStore):
+        if isinstance(store, ListedStore):
             names = {position: store.index(shard).keys[position] for position in here}
         else:
             names = originals_of(store, shard, here)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from caco_scale.data.small_files import open_regular
 from caco_scale.data.store import open_store
-from caco_scale.data.store.folder import FolderStore
+from caco_scale.data.store.listed import ListedStore
 from caco_scale.data.thumbnails import data_uri
 from caco_scale.data.views import CorruptSample, centre_crop, decode_image
 from caco_scale.embed.extract import encoded
@@ -199,7 +199,7 @@ def _images(place, task, flags):
     if not len(numbers):
         raise UserError(f"--query {place}: none of its images decodes")
     names = store.names(numbers)
-    names = [name.partition("/")[2] for name in names] if isinstance(store, FolderStore) else names
+    names = [name.partition("/")[2] for name in names] if isinstance(store, ListedStore) else names
     return names, [crops for ids, crops, _ in batches if len(ids)]
 
 

@@ -6,6 +6,7 @@ Shapes: N global batch, B this rank's share of it, b a micro-batch, H pixels.
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,10 +17,12 @@ from caco_scale.config import Config
 from caco_scale.data.augment import augment
 from caco_scale.data.counters import Counters
 from caco_scale.data.in_memory import DecodedImages, room_for
+from caco_scale.data.listed_files import Listings
 from caco_scale.data.loader import Batch, train_batches
 from caco_scale.data.object_store import RetryPolicy
 from caco_scale.data.order import Order, share_size
 from caco_scale.data.store import open_store
+from caco_scale.data.store.base import Store
 from caco_scale.data.views import ViewSpec
 from caco_scale.distributed.strategies import build as strategies
 from caco_scale.distributed.strategies.base import Strategy
@@ -50,6 +53,30 @@ def resolve_precision(config: Config, device: torch.device) -> Config:
     return configuration.replace(config, precision__compute="bf16" if device.type == "cuda" else "fp32")
 
 
+def open_training(
+    config: Config, counters: Counters | None = None, listings: Listings | None = None
+) -> Store:
+    """The training images; ``counters``, ``listings``: of :func:`open_store`."""
+    return open_store(config.data.shards, *_ways(config), counters=counters, listings=listings)
+
+
+def open_validation(
+    config: Config, counters: Counters | None = None, listings: Listings | None = None
+) -> Store | None:
+    """The images of the evaluation while training, if there is one."""
+    address, evaluation = config.data.val_shards, config.eval
+    if not address or not (evaluation.knn_every or evaluation.baselines):
+        return None
+    more: dict[str, Any] = {"labelled": True, "flag": "data.val_shards", "counters": counters}
+    return open_store(address, *_ways(config), **more, listings=listings)
+
+
+def _ways(config):
+    """How the images of an object store come here."""
+    data = config.data
+    return data.cache_dir, data.cache_bytes, RetryPolicy(data.retries, data.stall_seconds)
+
+
 class TrainingData:
     """The shard set, its order, and this rank's part of it; what is refused of them: ``checks.py``.
 
@@ -57,13 +84,11 @@ class TrainingData:
         UserError: no shard set, fewer images than a batch, a batch that the processes do not divide.
     """
 
-    def __init__(self, config: Config, rank: int, world_size: int):
+    def __init__(self, config: Config, rank: int, world_size: int, listings: Listings | None = None):
         self.config, self.rank, self.world_size = config, rank, world_size
         data = config.data
-        retry_policy = RetryPolicy(data.retries, data.stall_seconds)
         self.counters = Counters()  # what both stores and their workers did
-        options = (data.cache_dir, data.cache_bytes, retry_policy)
-        self.store = open_store(data.shards, *options, counters=self.counters)
+        self.store = open_training(config, self.counters, listings)
         shards = self.store.manifest.shards
         self.order = Order(
             [shard.num_samples for shard in shards],
@@ -73,11 +98,7 @@ class TrainingData:
             window=data.window,
         )
         self.fingerprint = self.order.fingerprint([shard.sha256 for shard in shards])
-        self.val_store = None
-        if data.val_shards and (config.eval.knn_every or config.eval.baselines):
-            self.val_store = open_store(
-                data.val_shards, *options, labelled=True, flag="data.val_shards", counters=self.counters
-            )
+        self.val_store = open_validation(config, self.counters, listings)
         self.batch_size = share_size(data.global_batch_size, world_size)
         self.micro_batch_size = data.micro_batch_size or self.batch_size
         self.room, self.room_note = 0, None  # of :meth:`make_room`

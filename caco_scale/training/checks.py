@@ -19,6 +19,7 @@ from caco_scale.checkpoint.folder import check_files, read_values
 from caco_scale.checkpoint.resume import checkpoint_to_resume, goes_on_from
 from caco_scale.config import Config
 from caco_scale.data.labels import lacking_classes, with_classes_of
+from caco_scale.data.listed_files import Listings
 from caco_scale.data.order import share_size
 from caco_scale.distributed.collectives import assert_equal_on_all_ranks
 from caco_scale.distributed.strategies.build import check_combination
@@ -28,7 +29,7 @@ from caco_scale.method.contrast import MIN_TEMPERATURE
 from caco_scale.method.encoders import refuse_views, skeleton
 from caco_scale.run.directory import check_place
 from caco_scale.run.stopping import ControlFiles, check_job_end
-from caco_scale.training.assemble import TrainingData, encoder_around, parameter_dtype
+from caco_scale.training.assemble import TrainingData, build_schedule, encoder_around, parameter_dtype
 from caco_scale.weights.load import Wanted
 from caco_scale.weights.start import StartingWeights, load_start
 
@@ -45,6 +46,7 @@ class Start:
         weights: of :func:`check_weights`: what a fresh start begins with; None: random weights, or a run that goes on.
         micro_batch_size: b, of :func:`check_batch`; 0 before.
         data: of :func:`check_data`; None before, or where the demo's is not built yet.
+        listings: of the run's sets, where it keeps them; None: nowhere.
         resumed: of :func:`check_resume`: the checkpoint that the run goes on from; None: a fresh start.
     """
 
@@ -57,6 +59,7 @@ class Start:
     weights: StartingWeights | None = None
     micro_batch_size: int = 0
     data: TrainingData | None = None
+    listings: Listings | None = None
     resumed: Path | None = None
 
 
@@ -150,7 +153,7 @@ def check_data(start: Start) -> str | None:
         return None
     if configuration.makes_its_data(start.config) and not Path(shards, "manifest.json").exists():
         return f"the demo's data will be built in {Path(shards).parent}"
-    data = TrainingData(start.config, start.rank, start.world_size)
+    data = TrainingData(start.config, start.rank, start.world_size, start.listings)
     data.store.check()
     room = data.make_room()
     start.data, order = data, data.order
@@ -185,7 +188,21 @@ def check_resume(start: Start) -> str | None:
         return None
     fingerprint, num_samples = start.data.fingerprint, start.data.order.num_samples
     start.resumed = checkpoint_to_resume(start.config, start.newest, fingerprint, num_samples)
+    if start.resumed:
+        _check_new_set(start, read_values(start.resumed))
     return f"resumes from {start.resumed}" if start.resumed else "a fresh start"
+
+
+def _check_new_set(start, values):
+    """UserError where ``data.relist`` would have a run repeat the bank's switch, or leave it out."""
+    step, steps = values["step"], start.data.order.steps_per_epoch
+    before = round(step / values["epoch"]) if step else steps
+    old, new = (build_schedule(start.config, n).warmup_steps for n in (before, steps))
+    if (step >= old) != (step >= new):
+        raise UserError(
+            f"data.relist: with {steps:,} steps an epoch instead of {before:,} the bank warm-up ends at step {new:,} "
+            f"instead of {old:,}, and {start.resumed} is at {step:,}, between them: give another run.dir"
+        )
 
 
 def check_checkpoint(start: Start) -> str | None:

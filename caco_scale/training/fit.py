@@ -1,24 +1,28 @@
 """A configuration and its set of images: values that follow the set, and what of a recipe does not fit it."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 from caco_scale import config as configuration
 from caco_scale.checkpoint.folder import read_values
 from caco_scale.checkpoint.resume import goes_on_from
 from caco_scale.config import Config
 from caco_scale.config.fit import auto_fields, bank_size, batch_size, fit
+from caco_scale.data.listed_files import Listings
 from caco_scale.data.object_store import RetryPolicy
 from caco_scale.data.order import Order
-from caco_scale.data.store import open_store
+from caco_scale.data.store import is_listed, open_store
 from caco_scale.distributed.collectives import gather_objects, rank
 from caco_scale.errors import UserError
-from caco_scale.training.assemble import build_schedule
+from caco_scale.training.assemble import build_schedule, open_training, open_validation
 
+LISTINGS = "listings"  # in a run's directory
 FEWEST_STEPS = 10  # of an epoch, and of a learning rate's warm-up
 KEY_TIMES = 3  # averaging times of the key encoder that a training must have
 
 
-def fit_to_set(config: Config) -> tuple[Config, list[str]]:
+def fit_to_set(config: Config, listings: Listings | None = None) -> tuple[Config, list[str]]:
     """The config with every ``auto`` settled, and a line for each. Collective: rank 0 looks, all get the same.
 
     A run that goes on keeps the values of its checkpoint, whatever the rules or the set say by now.
@@ -32,7 +36,7 @@ def fit_to_set(config: Config) -> tuple[Config, list[str]]:
     settled, lines, error = {}, [], None
     if rank() == 0:
         try:
-            settled, lines = _settle(config, fields)
+            settled, lines = _settle(config, fields, listings)
         except UserError as wrong:
             error = str(wrong)
     settled, lines, error = gather_objects((settled, lines, error))[0]
@@ -41,17 +45,47 @@ def fit_to_set(config: Config) -> tuple[Config, list[str]]:
     return configuration.replace(config, **{n.replace(".", "__"): v for n, v in settled.items()}), lines
 
 
-def _settle(config, fields):
+def _settle(config, fields, listings):
     """({field: value}, lines) by the checkpoint that the run would go on from, else by the rules."""
     path = goes_on_from(config)
     if path:
         saved = configuration.flatten(configuration.from_dict(read_values(path)["config"], f"{path} config"))
         return {n: saved[n] for n in fields}, [f"{n} {saved[n]:,g}, as in {path}" for n in fields]
     retry_policy = RetryPolicy(config.data.retries, config.data.stall_seconds)
-    store = open_store(config.data.shards, "none", retry_policy=retry_policy)
+    store = open_store(config.data.shards, "none", retry_policy=retry_policy, listings=listings)
     fitted, lines = fit(config, store.manifest.num_samples)
     flat = configuration.flatten(fitted)
     return {name: flat[name] for name in fields}, lines
+
+
+def listings_of(config: Config, say: Callable[[str], object]) -> Listings:
+    """Where a run keeps which files its sets are of: its directory; those of the run that it goes on from hold."""
+
+    def before():
+        path = None if config.data.relist else goes_on_from(config)
+        return path.parent.parent / LISTINGS if path else None
+
+    return Listings(Path(config.run.dir, LISTINGS), rank() == 0, before, say)
+
+
+def list_sets(config: Config, listings: Listings) -> None:
+    """List the files of a run's sets that are no shard sets, or compare them with the listing. Collective.
+
+    Raises:
+        UserError: on every rank: no images there, or others than were listed.
+    """
+    error = None
+    if rank() == 0:
+        try:
+            if is_listed(config.data.shards):
+                open_training(config, listings=listings)
+            if is_listed(config.data.val_shards):
+                open_validation(config, listings=listings)
+        except UserError as wrong:
+            error = str(wrong)
+    error = gather_objects(error)[0]
+    if error:
+        raise UserError(error)
 
 
 def misfits(config: Config, order: Order, world_size: int) -> list[str]:

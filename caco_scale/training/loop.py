@@ -103,6 +103,11 @@ class Loop:
         telemetry = self.records.telemetry
         images = data.store.manifest
         telemetry.note(f"training on {in_words(images.num_samples, images.classes)} of {data.store.url}")
+        if resumed and values["fingerprint"] != data.fingerprint:
+            telemetry.warn(
+                f"data.relist: a new data set from here on, {data.order.num_samples:,} images instead of "
+                f"{values['num_samples']:,}"
+            )
         self.profiler = StepProfiler(
             directory.path / "profile",
             config.run.profile_steps,
@@ -258,7 +263,8 @@ class Loop:
         """What is not checked of the data, and a cache or a shared memory that will slow this run."""
         config, store = self.config, self.data.store
         unchecked = {s.unchecked for s in (store, self.data.val_store) if s}
-        for note in filter(None, (*unchecked, self.data.room_note)):
+        left_out = (s.left_out for s in (store, self.data.val_store) if s)
+        for note in filter(None, (*unchecked, *left_out, self.data.room_note)):
             self.records.telemetry.note(note)
         for line in misfits(config, self.data.order, self.strategy.world_size):
             self.records.telemetry.warn(line)

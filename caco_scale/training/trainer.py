@@ -20,7 +20,7 @@ from caco_scale.run.signals import Signals
 from caco_scale.training.assemble import build_schedule, build_strategy, make_data, resolve_precision
 from caco_scale.training.checks import BEFORE_DATA, OF_DATA, OF_RUN, Start, refuse_to_start
 from caco_scale.training.evaluations import owes_evaluation
-from caco_scale.training.fit import fit_to_set
+from caco_scale.training.fit import fit_to_set, list_sets, listings_of
 from caco_scale.training.loop import Loop
 
 
@@ -67,14 +67,17 @@ def _run(config, signals, on_metrics, beginning):
     config = resolve_precision(config, accelerator.device)
     if auto_fields(config):  # they follow the set
         make_data(config, accelerator)
-    config, lines = fit_to_set(config)
+    listings = listings_of(config, accelerator.print)
+    config, lines = fit_to_set(config, listings)
     for line in lines:
         accelerator.print(line)
     start = Start(config, name, accelerator.process_index, accelerator.num_processes, accelerator.device)
+    start.listings = listings
     refuse_to_start(start, BEFORE_DATA)
     make_data(config, accelerator)
     if config.data.workers:
         start_fork_server()  # its imports overlap with building the model
+    list_sets(config, listings)
     refuse_to_start(start, OF_DATA)
     data = start.data
     assert data is not None

