@@ -17,6 +17,24 @@ def pytest_configure(config):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# The files that take longest, first: a long one at the end would leave the other processes of the tests without work.
+LONG = [
+    "strategy",
+    "training",
+    "data_prep_remote",
+    "examples",
+    "evaluate_linear",
+    "api",
+    "checkpoint",
+    "export",
+]
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 S3_SERVERS = {"swift": SwiftServer, "ceph": CephServer}
 
 

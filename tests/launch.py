@@ -23,6 +23,7 @@ SMALL = {
     "data.global_batch_size": 8,
     "data.workers": 0,
     "data.window": 16,
+    "views.size": 16,
     "bank.size": 20,
     "bank.warmup_epochs": 0,
     "bank.warmup_ramp_steps": 2,
@@ -37,13 +38,18 @@ SMALL = {
     "run.max_steps": 15,
     "precision.compute": "fp64",
 }
+FORKED = ("caco_scale", "data_prep", "accelerate")
+REAL = (
+    "--num_cpu_threads_per_process",
+    "1",
+)  # an option of the launcher that changes nothing here: it starts, not forks
 SWITCH = 3  # the first CaCo step of SMALL
 
 
 def command(flags, num_processes=1, recipe="demo", launcher=()):
     """The command line of a run: ``accelerate launch`` of ``num_processes`` processes with the project's ddp.yaml.
 
-    One process without a launcher's options is started as it is: the launcher would take half the time of a small run.
+    One process without a launcher's options is started as it is.
     """
     if num_processes > 1 and "--run.world_size" not in flags:
         flags = {"run.world_size": num_processes, **flags}
@@ -75,10 +81,13 @@ def start(flags, num_processes=1, cwd=None, **options):
 
 
 def start_command(words, cwd=None, stderr=subprocess.STDOUT):
-    """A started command; ``python -m MODULE`` of the project is forked where that is the same (:mod:`warm`)."""
+    """A started command; one of Python and its launcher are forked where that is the same (:mod:`warm`).
+
+    Unless :data:`REAL` is among the launcher's options.
+    """
     words = [str(word) for word in words]
-    if words[:2] == [sys.executable, "-m"] and words[2].split(".")[0] in ("caco_scale", "data_prep"):
-        return warm.popen(words[2], words[3:], cwd, environment(), stderr)
+    if words[0] == sys.executable and REAL[0] not in words and _may_be_forked(words[1:3]):
+        return warm.popen(words[1:], cwd, environment(), stderr)
     return subprocess.Popen(
         words,
         cwd=cwd,
@@ -88,6 +97,10 @@ def start_command(words, cwd=None, stderr=subprocess.STDOUT):
         text=True,
         start_new_session=True,
     )
+
+
+def _may_be_forked(words):
+    return words[0].endswith(".py") or (words[0] == "-m" and words[1].split(".")[0] in FORKED)
 
 
 def finished(words, cwd=None, timeout=600):

@@ -1,7 +1,6 @@
 """``evaluate knn`` as a command: exact figures, the same on any number of processes, on shards and on folders."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 from evaluation_cases import run_of_rank
 from gloo import run_ranks
-from launch import ROOT, SMALL, environment, launch
+from launch import SMALL, by, finished, launch
 from shard_sets import encode, make_shard_set, smooth_image
 from test_knn import NORMALISATION, brute_force
 from weight_files import authors_checkpoint, encoder
@@ -85,23 +84,9 @@ def test_every_figure_is_brute_forces_and_the_same_on_1_2_and_3_processes(place,
 
 
 def test_the_command_by_the_launcher_prints_k_temperature_and_feature_beside_every_figure(place, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / "ds_configs/ddp.yaml"),
-    ]
-    command += [
-        "--num_processes",
-        "2",
-        "-m",
-        "caco_scale.evaluate",
-        *words(place, "--world-size", 2, "--to", tmp_path),
-    ]
-    done = subprocess.run(
-        command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
-    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", *by("ddp", 2)["launcher"]]
+    command += ["-m", "caco_scale.evaluate", *words(place, "--world-size", 2, "--to", tmp_path)]
+    done = finished(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 process(es), cpu; query encoder" in done.stdout
     assert "left out: k = 100, 200, more than the 61 training images" in done.stdout

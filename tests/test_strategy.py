@@ -5,13 +5,12 @@ is left is rounding (1e-12); in fp32 (DeepSpeed) a few 1e-6, while a wrong norm 
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, environment, relative_difference
+from launch import ROOT, finished, relative_difference
 
 from caco_scale.checkpoint.folder import latest, step_path
 from caco_scale.checkpoint.read import load_tensors
@@ -51,9 +50,7 @@ def train(folder, cases, config=None, num_processes=1):
         command = [*launcher, "--num_processes", str(num_processes), str(CASES)]
     command += [str(folder), *map(json.dumps, cases)]
     # Not the checkout: what the config file names is found whatever the working directory.
-    process = subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=500
-    )
+    process = finished(command, cwd=folder)
     assert process.returncode == 0, f"{process.stdout[-4000:]}\n{process.stderr[-8000:]}"
 
 

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from launch import (
+    REAL,
     SMALL,
     SWITCH,
     by,
@@ -88,12 +89,11 @@ def test_the_run_directory_of_a_whole_run(uninterrupted, flags):
     assert list((run / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize("num_processes", [2, 4])
-def test_more_processes_train_the_same_model(num_processes, flags, uninterrupted, tmp_path):
-    launch(
-        {**flags, "data.workers": 1, "run.dir": tmp_path / "run", "data.audit": tmp_path / "audit.jsonl"},
-        num_processes=num_processes,
-    )
+@pytest.mark.parametrize(("num_processes", "workers", "how"), [(2, 1, REAL), (4, 0, ())], ids=["2", "4"])
+def test_more_processes_train_the_same_model(num_processes, workers, how, flags, uninterrupted, tmp_path):
+    folders = {"run.dir": tmp_path / "run", "data.audit": tmp_path / "audit.jsonl"}
+    launcher = [*by("ddp", num_processes)["launcher"], *how]
+    launch({**flags, **folders, "data.workers": workers}, num_processes, launcher=launcher)
     assert json.loads((tmp_path / "run/environment.json").read_text())["world_size"] == num_processes
     assert_same_run(tmp_path, uninterrupted, flags)
 
@@ -120,14 +120,13 @@ def test_config_yaml_is_a_recipe_that_reproduces_the_run_bit_for_bit(flags, unin
 def test_kill_minus_nine_before_at_and_after_the_switch_and_resume_elsewhere(flags, uninterrupted, tmp_path):
     flags = {
         **flags,
-        "data.workers": 1,
         "run.dir": tmp_path / "run",
         "data.audit": tmp_path / "audit.jsonl",
         "run.save_every": 1,
         "run.keep_checkpoints": 2,
     }
     for attempt, (num_processes, step) in enumerate(((2, SWITCH - 1), (1, SWITCH), (4, SWITCH + 4)), start=1):
-        process = start(flags, num_processes)
+        process = start({**flags, "data.workers": int(num_processes == 2)}, num_processes)
         kill_when(process, lambda wanted=(attempt, step): progress(tmp_path / "run") >= wanted)
         saved_step(tmp_path / "run")
     launch(flags, num_processes=2)

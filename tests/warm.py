@@ -1,12 +1,14 @@
-"""``python -m MODULE WORDS`` for the tests, forked instead of started: what it imports takes five seconds of CPU.
+"""``python WORDS`` for the tests, forked instead of started: what it imports takes five seconds of CPU.
 
 One server per process of the tests has imported the package and waits. It forks for each request; the child takes the
-caller's words, environment, folder and output, leaves the server's code, and runs the module to a usual end of Python.
-What differs from a fresh start: modules are loaded already, so that an environment in which they would load otherwise
-(another PYTHONPATH, other settings of torch) gets a fresh one. A program that sets such things itself before it imports
-torch, as the preflight does, is to be started afresh by its tests.
+caller's words, environment, folder and output, leaves the server's code, and runs the program to a usual end of Python.
+``accelerate launch`` is forked as well, and forks its ranks itself: all that it does is its own but the start of a
+process. What differs from a fresh start: modules are loaded already, so that an environment in which they would load
+otherwise (another PYTHONPATH, other settings of torch) gets a fresh one. A program that sets such things itself before
+it imports torch, as the preflight does, is to be started afresh by its tests.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -17,11 +19,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED_WITH = ("PYTHON", "OMP_", "MKL_", "TORCH", "CUDA_", "LD_", "MALLOC_", "TMPDIR", "HOME")
+ROOM = " " * 16000  # in the server's command line, for those of its children
 _servers = {}  # by the process of the tests: a fork of it (xdist's, a fork server's) has its own
 
 
@@ -31,18 +35,22 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def popen(module, words, cwd, env, stderr=subprocess.STDOUT):
-    """As ``subprocess.Popen`` of that command, in a session of its own, output as text in ``stdout``.
+BASE = environment()  # before any test has changed it for itself
 
-    ``stderr``: STDOUT (into ``stdout``) or PIPE (``communicate`` returns it).
+
+def popen(words, cwd, env, stderr=subprocess.STDOUT):
+    """As ``subprocess.Popen`` of Python with these words, in a session of its own, output as text in ``stdout``.
+
+    ``words``: ``-m MODULE ...`` or ``FILE ...``. ``stderr``: STDOUT (into ``stdout``) or PIPE (``communicate`` returns
+    it).
     """
     server = _servers.get(os.getpid())
     if server is None:
-        server = _servers[os.getpid()] = Server(environment())
+        server = _servers[os.getpid()] = Server(BASE)
     if server.loads_like(env):
-        return server.fork(module, words, cwd or os.getcwd(), env, stderr == subprocess.PIPE)
+        return server.fork(words, cwd or os.getcwd(), env, stderr == subprocess.PIPE)
     return subprocess.Popen(
-        [sys.executable, "-m", module, *words],
+        [sys.executable, *words],
         cwd=cwd,
         env=env,
         stdout=subprocess.PIPE,
@@ -58,7 +66,7 @@ class Server:
     def __init__(self, env):
         self.env = env
         self.address = os.path.join(tempfile.mkdtemp(prefix="caco-warm-"), "socket")
-        words = [sys.executable, __file__, self.address]
+        words = [sys.executable, __file__, self.address, ROOM]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(words, env=env, stdin=pipe, stdout=pipe, start_new_session=True)
         assert self.process.stdout.readline() == b"ready\n", "the tests' fork server did not start"
@@ -67,19 +75,17 @@ class Server:
         kept = [{k: v for k, v in e.items() if k.startswith(IMPORTED_WITH)} for e in (self.env, env)]
         return kept[0] == kept[1]
 
-    def fork(self, module, words, cwd, env, apart):
+    def fork(self, words, cwd, env, apart):
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(self.address)
-        request = json.dumps(
-            {"module": module, "words": list(words), "cwd": str(cwd), "env": dict(env)}
-        ).encode()
+        request = json.dumps({"words": list(words), "cwd": str(cwd), "env": dict(env)}).encode()
         pipes = [os.pipe() for _ in range(1 + apart)]
         given = [write for _, write in pipes]
         socket.send_fds(connection, [len(request).to_bytes(4, "big")], [given[0], given[-1]])
         for descriptor in given:
             os.close(descriptor)
         connection.sendall(request)
-        return Forked(connection, [read for read, _ in pipes], [module, *words])
+        return Forked(connection, [read for read, _ in pipes], list(words))
 
 
 class Forked:
@@ -159,7 +165,8 @@ def _import_all():
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not module.name.endswith("__main__") and ".examples" not in module.name:
                 importlib.import_module(module.name)
-    importlib.import_module("torch.utils.tensorboard")
+    for name in ("torch.utils.tensorboard", "accelerate.commands.launch", "torch.distributed.run"):
+        importlib.import_module(name)
 
 
 def _serve(address):
@@ -221,9 +228,97 @@ def _become(request):
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
-    sys.argv = [request["module"], *request["words"]]
-    sys.path[0] = request["cwd"]
     time.tzset()
+    _show_as([sys.executable, *request["words"]])
+    if "accelerate.commands.launch" in request["words"][:2]:
+        _fork_ranks(with_deepspeed=any("zero" in word for word in request["words"]))
+
+
+def _show_as(words):
+    """Have the kernel show this command line: programs look for their launcher's, and tests for their ranks'."""
+    with open("/proc/self/stat", "rb") as stream:
+        start, end = map(
+            int, stream.read().rpartition(b")")[2].split()[45:47]
+        )  # arg_start, arg_end of proc(5)
+    shown = b"".join(word.encode() + b"\0" for word in words)[: end - start - 1]
+    with open("/proc/self/mem", "r+b", buffering=0) as memory:
+        memory.seek(start)
+        memory.write(shown.ljust(end - start, b"\0"))
+
+
+def _fork_ranks(with_deepspeed):
+    """The launcher starts its ranks by a fork, each in a session of its own, as torchrun's subprocess handler."""
+    if with_deepspeed:
+        import deepspeed  # noqa: F401 (once, for all of them)
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    subprocess_handler.Popen = _ForkedRank
+
+
+class _ForkedRank:
+    """The part of ``subprocess.Popen`` that torchrun uses."""
+
+    def __init__(self, args, env, stdout, stderr, start_new_session):
+        assert (args[0], stdout, stderr, start_new_session) == (sys.executable, None, None, True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.args, self.returncode = args, None
+        self.pid = os.fork()
+        if not self.pid:
+            os.setsid()
+            _run_to_the_end({"words": list(args[1:]), "cwd": os.getcwd(), "env": env})
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout=None):
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.02)
+        return self.returncode
+
+
+def _run_to_the_end(request):
+    """The program and the end of Python, without the frames and the objects of the launcher that has forked."""
+    for number in signal.valid_signals():
+        if callable(
+            signal.getsignal(number)
+        ):  # a handler of the launcher's, which a fresh start would not have
+            fresh = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, fresh)
+    code = 0
+    try:
+        _become(request)
+        _run(request["words"])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if not isinstance(end.code, int | None):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(words):
+    words = words[words[0] == "-u" :]
+    if words[0] == "-m":
+        sys.argv, sys.path[0] = words[1:], os.getcwd()
+        sys.modules.pop(words[1], None)  # runpy is to execute it, as a fresh start would
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = words, os.path.dirname(os.path.abspath(words[0]))
+        runpy.run_path(words[0], run_name="__main__")
 
 
 if __name__ == "__main__":
@@ -231,5 +326,4 @@ if __name__ == "__main__":
     _import_all()
     _request = _serve(sys.argv[1])
     _become(_request)
-    sys.modules.pop(_request["module"], None)  # runpy is to execute it, as a fresh start would
-    runpy.run_module(_request["module"], run_name="__main__", alter_sys=True)
+    _run(_request["words"])
