@@ -1,6 +1,6 @@
 """Shard sets from images: build, verify, repair, index, demo (``python -m data_prep``, also ``caco-shards``).
 
-``sources`` (over ``tar``, ``imagenet``, ``parquet``, ``parquet_columns``) says where images come from, ``build`` what
+``sources`` (over ``tar``, ``imagenet``, ``parquet``) says where images come from, ``build`` what
 is made of them, ``jobs``, ``shard`` and ``images`` make it, ``destination`` keeps what is finished, ``progress`` shows
 it. ``verify``, ``repair``, ``index``, ``demo`` are the other commands; ``checksums`` gives older sets those of samples.
 

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from caco_scale.data.folders import image_folders
+from caco_scale.data.parquet_files import split_of
 from caco_scale.data.store import open_store
 from caco_scale.errors import UserError
 from data_prep.build import build
-from data_prep.parquet import ParquetSource, split_of
+from data_prep.parquet import ParquetSource
 
 pyarrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet", reason="parquet needs pyarrow")
@@ -284,7 +285,7 @@ def test_a_small_file_of_large_images_is_refused_in_little_memory(tmp_path):
     assert small.stat().st_size < 100_000
     script = (
         "import sys; from data_prep.parquet import ParquetSource; from caco_scale.errors import UserError\n"
-        "import data_prep.parquet_columns, pyarrow.parquet, data_prep.parquet as p\n"
+        "import caco_scale.data.parquet_columns, pyarrow.parquet, data_prep.parquet as p\n"
         "p.SMALL_BYTES = 400 << 20\n"
         "try: ParquetSource(sys.argv[1], None).scan()\n"
         "except UserError as error: print(error)\n"
@@ -305,6 +306,7 @@ def test_a_small_file_of_large_images_is_refused_in_little_memory(tmp_path):
 
 def test_a_page_that_claims_much_is_not_unpacked(tmp_path, monkeypatch):
     monkeypatch.setattr("data_prep.parquet.SMALL_BYTES", 1 << 20)
+    monkeypatch.setattr("caco_scale.data.parquet_files.SMALL_BYTES", 1 << 20)
     table = pyarrow.table({"image": [bytes(1 << 20)] * 4})
     parquet.write_table(table, tmp_path / "x.parquet", compression="zstd", use_dictionary=False)
     line = refused("claim to unpack to 4,19", tmp_path)

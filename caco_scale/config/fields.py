@@ -75,9 +75,9 @@ class Run:
 @dataclass(frozen=True)
 class Data:
     shards: Free[str] = ""
-    """What to train on: a folder of images, or a shard set: a directory, s3://, gs://, az:// or https:// address."""
+    """What to train on: images in a folder, a list (.csv, .tsv, .parquet), parquet files, or a shard set's address."""
     val_shards: Free[str] = ""
-    """Images of the kNN evaluation: a shard set or a folder of class folders, classes as in training; empty = none."""
+    """Images of the kNN evaluation, as data.shards, with classes as in training; empty = none."""
     relist: Free[bool] = False
     """List the files of a set again at a resume, and go on with what is there now, as a new data set."""
     global_batch_size: IntOrAuto[Size] = 1024

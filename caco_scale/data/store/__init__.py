@@ -1,4 +1,4 @@
-"""The stores of images: a shard set in a directory or an object store, a folder of images, or some of either.
+"""The stores of images: shard sets in a directory or an object store, folders of images, lists of them, parquet files.
 
 :func:`open_store` takes the address of any of them. All are a :class:`~caco_scale.data.store.base.Store`: who
 reads images knows nothing of where they are. Below are the object store's client, the cache and the format of
@@ -12,10 +12,14 @@ from caco_scale.data.addresses import is_remote, local_path
 from caco_scale.data.counters import Counters
 from caco_scale.data.listed_files import Listings
 from caco_scale.data.object_store import RetryPolicy
+from caco_scale.data.parquet_columns import holds_images
+from caco_scale.data.parquet_files import split_named
 from caco_scale.data.shards import MANIFEST_NAME, expand_braces
 from caco_scale.data.store.base import Store
 from caco_scale.data.store.folder import FolderStore, is_shard_set
+from caco_scale.data.store.list import ENDINGS, ListStore
 from caco_scale.data.store.local import LocalStore
+from caco_scale.data.store.parquet import ParquetStore, parquet_splits
 from caco_scale.data.store.remote import RemoteStore
 from caco_scale.errors import UserError, quoted
 
@@ -33,7 +37,8 @@ def open_store(
     counters: Counters | None = None,
     listings: Listings | None = None,
 ) -> Store:
-    """The store at ``url``: a shard set in a directory or an object store, an indexed brace pattern, or a folder.
+    """The store at ``url``: a shard set in a directory or an object store, an indexed brace pattern, a folder, a list
+    (.csv, .tsv, .parquet), a parquet file of images, a folder of such files or one split of it (``folder/train``).
 
     Args:
         cache_dir: where whole shards of an object store are kept on this node; ``auto`` is a folder of this user's
@@ -64,10 +69,18 @@ def open_store(
     if is_remote(url):
         return RemoteStore(url, **remote)
     path = local_path(url)
+    if os.path.isfile(path) and path.endswith(ENDINGS):
+        if path.endswith(".parquet") and holds_images(path):
+            return ParquetStore(url, path, None, counters, listings)
+        return ListStore(url, labelled, counters, listings)
+    if (split := _split_of_parquet(path)) is not None:
+        return ParquetStore(url, os.path.dirname(path), split, counters, listings)
     if not os.path.isdir(path):
         raise UserError(f"{flag} {url} {_no_directory(url, path)}")
     if not is_shard_set(path):
         _refuse_other_sets(url, path)
+        if parquet_splits(path) is not None:
+            return ParquetStore(url, path, None, counters, listings)
         return FolderStore(url, labelled, counters, listings)
     store = LocalStore(url, counters)
     return RemoteStore(url, index=store, **remote) if is_remote(store.shards_at) else store
@@ -77,7 +90,21 @@ def is_listed(url: str) -> bool:
     """Is it a set of single files, of which :func:`open_store` makes a listing?"""
     if not url or is_remote(url) or "{" in url or "}" in url:
         return False
-    return os.path.exists(local_path(url)) and not is_shard_set(local_path(url))
+    path = local_path(url)
+    return (os.path.exists(path) or _split_of_parquet(path) is not None) and not is_shard_set(path)
+
+
+def _split_of_parquet(path):
+    """The split that a path names which is not there, in a folder of parquet files which is; None: it does not."""
+    folder, name = os.path.split(path)
+    if (
+        os.path.exists(path)
+        or not os.path.isdir(folder)
+        or is_shard_set(folder)
+        or parquet_splits(folder) is None
+    ):
+        return None
+    return split_named(folder, name)
 
 
 def _no_directory(url, path):
@@ -94,7 +121,9 @@ def _no_directory(url, path):
             f"is a file, not a directory: `python -m data_prep index {quoted(folder)}` makes its folder readable, "
             f"then give {quoted(folder)}"
         )
-    return "is a file, not a directory: give a folder of images or a shard set"
+    return (
+        "is a file, not a directory: give a folder of images or a shard set, or a list (.csv, .tsv, .parquet)"
+    )
 
 
 def _refuse_other_sets(url, path):

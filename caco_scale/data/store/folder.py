@@ -9,10 +9,12 @@ from caco_scale.data.addresses import local_path
 from caco_scale.data.counters import Counters
 from caco_scale.data.folders import IMAGE_EXTENSIONS, MOST_DEPTH, is_image, no_image_folder
 from caco_scale.data.listed_files import Listings, Rows, listed
+from caco_scale.data.parquet_columns import holds_images
 from caco_scale.data.scan import Scan, scan
 from caco_scale.data.shards import MANIFEST_NAME
 from caco_scale.data.splits import find_splits, held_out
 from caco_scale.data.store.listed import ListedStore
+from caco_scale.data.store.parquet import parquet_splits
 from caco_scale.errors import UserError, quoted
 
 
@@ -25,7 +27,10 @@ def split_folders(url: str) -> tuple[str, str] | None:
     """``(url/train, url/val)`` where a local folder holds both, by their usual names (``Training``, ``test``, ...)."""
     if not os.path.isdir(url) or is_shard_set(url):
         return None
-    both = held_out(sorted(entry.name for entry in os.scandir(url) if entry.is_dir()))
+    names = parquet_splits(url)
+    both = held_out(
+        sorted(entry.name for entry in os.scandir(url) if entry.is_dir()) if names is None else names
+    )
     return (os.path.join(url, both[0]), os.path.join(url, both[1])) if both else None
 
 
@@ -63,6 +68,7 @@ def _rows(url, labelled, say, sizes):
             f"its {found.num_skipped:,} files ends in {', '.join('.' + e for e in IMAGE_EXTENSIONS[:4])}, ...): "
             "give the folder that holds the images or the shards"
         )
+    _refuse_parquet(url, found)
     return rows_of(url, labelled, found)
 
 
@@ -92,6 +98,18 @@ def rows_of(url: str, labelled: bool, found: Scan) -> Rows:
         labels.astype(np.int32),
         {"classes": classes, "skipped": found.skipped},
     )
+
+
+def _refuse_parquet(url, found):
+    """UserError for images beside parquet files that hold images, too: nobody can tell which are meant."""
+    files = [name for name, _ in found.skipped if name.endswith(".parquet")]
+    if files and holds_images(os.path.join(local_path(url), files[0])):
+        folder = os.path.dirname(files[0])
+        alone = quoted(os.path.join(url, folder or files[0]))
+        raise UserError(
+            f"{url} holds {len(found.sizes):,} image files and parquet files with images ({files[0]}): give the folder "
+            f"or the file of one of them, such as {alone}"
+        )
 
 
 def _refuse_splits(url, found):

@@ -15,6 +15,20 @@ from caco_scale.errors import UserError, did_you_mean, one_line
 
 IMAGE_NAMES = ("image", "img", "jpg", "png", "picture", "photo", "image_bytes", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "cls", "class_name", "class_label")
+PATH_NAMES = (
+    *(
+        "path",
+        "file_name",
+        "filename",
+        "file",
+        "filepath",
+        "file_path",
+        "image_path",
+        "img_path",
+        "image_file",
+    ),
+    *("image", "img", "name"),
+)
 NO_LABELS = "none"
 
 
@@ -86,7 +100,7 @@ def find_columns(files: Sequence[str], image_column: str | None, label_column: s
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
-        raise UserError("--format parquet needs pyarrow: pip install pyarrow") from None
+        raise UserError("parquet files need pyarrow: pip install pyarrow") from None
     unreadable = (
         pyarrow.ArrowException,
         OSError,
@@ -128,6 +142,25 @@ def find_columns(files: Sequence[str], image_column: str | None, label_column: s
         found = here if here.names else found
     assert found is not None
     return found
+
+
+def paths_and_labels(names: Sequence[str]) -> tuple[str | None, str | None]:
+    """Of a list's columns those of the files' paths and of their labels, by their usual names; None: there is none."""
+    path = _one_of([name for name in names if name.lower() in PATH_NAMES], PATH_NAMES)
+    return path, _one_of([n for n in names if n.lower() in LABEL_NAMES and n != path], LABEL_NAMES)
+
+
+def holds_images(path: str) -> bool:
+    """Has a parquet file a column that may be one of images, their bytes?"""
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError(f"{path} needs pyarrow: pip install pyarrow") from None
+    try:
+        return any(_holds_bytes(field.type) for field in parquet.read_schema(path))
+    except (pyarrow.ArrowException, OSError):
+        return False
 
 
 def _what(columns, kind):
