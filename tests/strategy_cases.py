@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from caco_scale.checkpoint.contents import restore, training_state
 from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.distributed.launch import launched_strategy, start_processes
+from caco_scale.distributed.recompute import recompute_blocks
 from caco_scale.distributed.strategies.build import build_strategy
 from caco_scale.method.bank import ShardedBank
 from caco_scale.method.encoders import TinyResNet
@@ -49,6 +50,7 @@ DEFAULTS = {
     "evaluate": False,
     "zero": {},  # DeepSpeed settings that differ from the launch's
     "plain_lars": False,  # LARS as it would be if nobody told it what its flat tensors are made of
+    "recompute": False,  # the blocks' activations in the backward
     "gain": False,  # parameters of one element, of which most ranks hold nothing; "alone": nothing else trains
 }
 
@@ -85,6 +87,8 @@ def build(case, strategy_name, accelerator):
     if case["gain"] == "alone":
         for name, parameter in model.query.named_parameters():
             parameter.requires_grad_(name in ("backbone.gain", "backbone.offset"))
+    if case["recompute"]:
+        assert recompute_blocks(model.query) == 4
     dtype = getattr(torch, case["dtype"])
     optimizer = functools.partial(build_optimizer, case["optimizer"], weight_decay=case["weight_decay"])
     strategy = build_strategy(strategy_name, accelerator, model.to(dtype), optimizer)

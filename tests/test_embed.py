@@ -13,6 +13,7 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 from feature_files import exact_cosines, write_file
 from gloo import run_ranks, set_environment
@@ -29,6 +30,7 @@ from caco_scale.embed.duplicates import groups_above
 from caco_scale.embed.files import open_features
 from caco_scale.embed.neighbours import find_nearest
 from caco_scale.embed.parts import part_ranges
+from caco_scale.errors import UserError
 from caco_scale.evaluate.features import extract_features
 from caco_scale.flags.read import read_command
 from data_prep.__main__ import main as data_prep
@@ -463,3 +465,35 @@ def test_a_page_without_its_images_says_why(tmp_path, capsys):
     page = (tmp_path / "n.html").read_text()
     assert "No pictures: --data nowhere does not exist" in page
     assert "data:image" not in page
+
+
+def test_patch_tokens_of_a_vit_are_rows_of_the_file(place, tmp_path):
+    torch.manual_seed(0)
+    vit = timm.create_model("test_vit")
+    torch.save(vit.state_dict(), place / "vit.pth")
+    flags = words(
+        place,
+        tmp_path / "p.npz",
+        "--layer",
+        "patches",
+        "--arch",
+        "timm/test_vit",
+        weights="vit.pth",
+        data="photos",
+    )
+    flags[flags.index("--size") + 1] = "32"
+    run_command(flags)
+    with open_features(tmp_path / "p.npz") as file:
+        assert file.about["patches"] == [4, 64]
+        found = np.concatenate(list(file.features())).reshape(-1, 4, 64)
+    batches = evaluation_batches(
+        open_store(place / "photos"), 32, rank=0, world_size=1, batch_size=4, workers=0
+    )
+    with torch.no_grad():
+        vit = timm.create_model("test_vit", dynamic_img_size=True)
+        vit.load_state_dict(torch.load(place / "vit.pth", weights_only=True))
+        encode = lambda images: vit.eval().forward_features(images)[:, 1:].flatten(1)
+        wanted = extract_features(encode, batches, **NORMALISATION, device="cpu", unit_norm=False)[0]
+    assert np.allclose(found.reshape(len(found), -1), wanted.numpy(), atol=1e-5)
+    with pytest.raises(UserError, match=r"plain.pth is a resnet18, which has no tokens of patches"):
+        run_command(words(place, tmp_path / "q.npz", "--layer", "patches", weights="plain.pth"))

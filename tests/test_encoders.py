@@ -17,6 +17,7 @@ from caco_scale.method.encoders import (
     refuse_views,
     skeleton,
 )
+from caco_scale.method.patches import has_patch_tokens, patch_tokens
 from caco_scale.method.projector import build_projector
 
 
@@ -242,11 +243,28 @@ def test_views_of_other_sizes():
     [
         ("own_nets:Unused", "2 parameters have no part in its features .head.weight, head.bias"),
         ("own_nets:Pair", "gives a tuple: return"),
+        ("torch.nn:Identity", "torch.nn:Identity has no parameters to train"),
+        ("googlenet", "gives a GoogLeNetOutputs: give --model.options aux_logits=false"),
     ],
 )
 def test_what_would_fail_in_the_first_steps_of_training_is_refused_before(arch, message):
     with pytest.raises(UserError, match=message):
         refuse_views(arch, skeleton(arch)[0], [32])
+
+
+def test_patch_tokens_are_the_last_layers_row_by_row(vit):
+    images = torch.randn(1, 3, 32, 64)
+    with torch.no_grad():
+        tokens = patch_tokens(vit.eval(), images)
+        assert tokens.shape == (1, 8, 768)
+        seen = []
+        hook = vit.encoder.ln.register_forward_hook(lambda *call: seen.append(call[-1]))
+        features = vit(images)
+        hook.remove()
+        assert torch.equal(torch.cat([features[:, None], tokens], dim=1), seen[0])
+        timms = build_backbone("timm/test_vit")[0].eval()
+        assert torch.equal(patch_tokens(timms, images), timms.forward_features(images)[:, 1:])
+    assert not has_patch_tokens(skeleton("tiny")[0])
 
 
 @pytest.mark.parametrize(

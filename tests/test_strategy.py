@@ -216,11 +216,11 @@ def test_parameters_offloaded_to_the_host_by_the_projects_own_file(reference, tm
 
 
 def test_a_chain_of_resumes_through_every_strategy(reference, tmp_path):
-    """DDP(2) -> ZeRO-2(3) -> FSDP2(2) -> ZeRO-3(3) -> ZeRO-1(2) -> DDP(1), two steps each."""
+    """DDP(2) -> ZeRO-2(3) -> FSDP2(2) -> ZeRO-3(3) -> ZeRO-1(2) -> DDP(1), two steps each, activations recomputed."""
     chain = [("ddp", 2), ("zero2", 3), ("fsdp2", 2), ("zero3", 3), ("zero1", 2), ("ddp", 1)]
     start = None
     for link, (config, num_processes) in enumerate(chain):
-        case = {"name": f"link{link}", "start": start, "steps": 2 * link + 2}
+        case = {"name": f"link{link}", "start": start, "steps": 2 * link + 2, "recompute": True}
         train(tmp_path, [case], ROOT / "ds_configs" / f"{config}.yaml", num_processes)
         assert report(tmp_path, case["name"])["world_size"] == num_processes
         start = str(latest(tmp_path / case["name"]))

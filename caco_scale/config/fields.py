@@ -144,6 +144,8 @@ class Model:
     """Keyword arguments of the backbone: NAME=VALUE ... (in a recipe also a section)."""
     weights: Place = ""
     """What both encoders' backbones start from: a run, a checkpoint, a file or directory of weights; empty = random."""
+    checkpoint_activations: Free[bool] = False
+    """Compute the blocks of the query encoder twice instead of keeping their activations: less memory, more time."""
     stem: Stem = "imagenet"
     """First layer of a ResNet: imagenet (7x7, stride 2, max-pool) or cifar (3x3, no max-pool)."""
     projector_hidden: Size = 2048

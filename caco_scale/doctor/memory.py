@@ -115,14 +115,31 @@ def _bank_bytes(config, world_size, size):
 def _saved_bytes(config, encoder, micro_batch_size):
     """Bytes that the forwards of all views keep for the backward, counted on tensors without memory."""
     own = {p.untyped_storage()._cdata for p in (*encoder.parameters(), *encoder.buffers())}
-    seen = {}
+    seen, block, largest = (
+        {},
+        None,
+        0,
+    )  # block: what lies within the one that computes, if it is computed again later
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            seen[storage._cdata] = storage  # held, so that no other storage takes its place
+        if storage._cdata not in own:  # held, so that no other storage takes its place
+            (seen if block is None else block)[storage._cdata] = storage
         return tensor
 
+    def enter(_, inputs):
+        nonlocal block
+        for x in inputs:
+            keep(x) if isinstance(x, torch.Tensor) else None
+        block = {}
+
+    def leave(*_):
+        nonlocal block, largest
+        largest, block = max(largest, _bytes_of(block)), None
+
+    for part in find_blocks(encoder) if config.model.checkpoint_activations else ():
+        part.register_forward_pre_hook(enter)
+        part.register_forward_hook(leave)
     bf16 = config.precision.compute == "bf16"
     sizes = [config.views.size] * 2 + [config.views.local_size] * config.views.num_local_crops
     outputs = []  # held: the backward comes after all forwards
@@ -132,4 +149,8 @@ def _saved_bytes(config, encoder, micro_batch_size):
                 images = torch.empty(micro_batch_size, 3, size, size)
                 keep(images)
                 outputs.append(encoder(images))
-    return sum(storage.nbytes() for storage in seen.values())
+    return _bytes_of(seen) + largest
+
+
+def _bytes_of(storages):
+    return sum(storage.nbytes() for storage in storages.values())

@@ -38,8 +38,9 @@ class Extract(EncoderFlags):
     """Shard set or folder of images, with or without classes (default: the training images of the run)."""
     to: Annotated[str, shown("FILE")]
     """File to write: .parquet, .npz or .safetensors. Beside it FILE.parts keeps what a killed start has computed."""
-    layer: Literal["backbone", "projector"] = "backbone"
-    """What is written: the backbone's features, or the projector's embeddings (of a run or of CaCo's authors)."""
+    layer: Literal["backbone", "projector", "patches"] = "backbone"
+    """What is written: the backbone's features, the projector's embeddings (of a run or of CaCo's authors), or the
+    tokens of a ViT's patches."""
     dtype: Literal["fp32", "fp16"] = "fp32"
     """Number format in the file."""
 

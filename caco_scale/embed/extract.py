@@ -26,6 +26,7 @@ from caco_scale.evaluate.features import feature_batches
 from caco_scale.evaluate.listed import originals_of
 from caco_scale.evaluate.results import ResultFolder, not_decoding
 from caco_scale.evaluate.task import Encoding, encoding_of, introduce_encoder, processes_of, weights_of
+from caco_scale.method.patches import has_patch_tokens, patch_tokens
 from caco_scale.run.files import remove_leftovers
 from caco_scale.weights.build import digest
 from caco_scale.weights.load import Weights
@@ -60,7 +61,9 @@ class Extraction(Encoding):
 
 
 def encoded(weights: Weights, layer: str, images: torch.Tensor) -> torch.Tensor:
-    """What a layer, backbone or projector, makes of normalised images (b, 3, s, s) -> (b, F)."""
+    """What a layer, backbone, projector or patches, makes of normalised images (b, 3, s, s) -> (b, F)."""
+    if layer == "patches":
+        return patch_tokens(weights.backbone, images).flatten(1)
     features = weights.backbone(images)
     if layer == "projector":
         assert weights.projector is not None
@@ -107,6 +110,10 @@ def _task(flags):
         raise UserError(f"{flags.weights} does not say what it was trained on: give --data IMAGES")
     if flags.layer == "projector" and weights.projector is None:
         raise UserError(f"{flags.weights} has no projector of ours: drop --layer projector")
+    if flags.layer == "patches" and not has_patch_tokens(weights.backbone):
+        raise UserError(
+            f"{flags.weights} is a {weights.arch}, which has no tokens of patches, as ViTs have: drop --layer patches"
+        )
     store = open_store(address, flags.cache_dir, flag="--data")
     store.check()
     _check_names(store)
@@ -270,6 +277,7 @@ def _finish(task, flags, folder, paths, target):
         "rows": joined.num_rows,
         "width": width,
         "name": NAMES[task.layer],
+        **({"patches": _patches(task, width)} if task.layer == "patches" else {}),
         "request": folder.settings,
         "data": complete_address(task.store.url),
         "classes": list(task.store.manifest.classes),
@@ -287,6 +295,11 @@ def _finish(task, flags, folder, paths, target):
         f"wrote {target}: {joined.num_rows:,} rows of {width:,} {NAMES[task.layer]}, {flags.dtype} "
         f"({target.stat().st_size / 1e6:,.1f} MB)"
     )
+
+
+def _patches(task, width):
+    """[P, F] of rows of P * F numbers."""
+    return [width // task.weights.num_features, task.weights.num_features]
 
 
 def complete_address(url: str) -> str:

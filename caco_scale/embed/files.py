@@ -4,7 +4,8 @@
     source     what the image was called by who made the set: its path in a folder, its original name in a built set
     label      its class by number, -1 for none
     index      its number in the set
-    features   (n, F) of the backbone, raw; of the projector they are called ``embeddings``
+    features   (n, F) of the backbone, raw; of the projector they are called ``embeddings``; ``patches`` are (n, P * F):
+           the tokens of a ViT's P patches one after another (P and F stand in the facts)
 
 In npz the texts are arrays of str; in safetensors, which has no text, UTF-8 in one piece and ``key_ends``, where each
 ends. Facts about the whole are JSON: parquet's and safetensors' metadata ``caco_scale``, npz's array ``about``. Equal
@@ -30,7 +31,7 @@ from caco_scale.embed.parts import STRINGS, Parts, split
 from caco_scale.errors import UserError, one_line, quoted
 from caco_scale.run.files import cannot_write, to_json
 
-NAMES = {"backbone": "features", "projector": "embeddings"}  # by layer
+NAMES = {"backbone": "features", "projector": "embeddings", "patches": "patches"}  # by layer
 KINDS = (".parquet", ".npz", ".safetensors")
 BLOCK_ROWS = 2048
 KEY = "caco_scale"  # of the metadata

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
+from caco_scale.distributed.recompute import NotRepeatable
 from caco_scale.errors import UserError, did_you_mean, one_line
 from caco_scale.flags.choices import STEMS
 from caco_scale.method.vision_transformer import VisionTransformer
@@ -103,8 +104,10 @@ def refuse_views(arch: str, backbone: nn.Module, sizes: Sequence[int]) -> None:
     """UserError where a backbone cannot be trained on views of these sizes (pixels): with sizes that it takes.
 
     Tried in train mode on a copy without memory (or with it where that cannot be), the first size backward too: a
-    parameter without a gradient is an error.
+    parameter without a gradient is an error, and so is a module that has none to train.
     """
+    if not any(p.requires_grad for p in backbone.parameters()):
+        raise UserError(f"model.arch {arch} has no parameters to train: give one that has")
     for size in dict.fromkeys(sizes):
         problem = _problem(arch, backbone, size)
         if problem is None:
@@ -314,8 +317,11 @@ def _measure(arch, backbone):
     return output.shape[1]
 
 
-def _refuse_output(arch, output):
+def _refuse_output(arch, output, has_aux=False):
     wanted = "return a module that gives features (B, F), or a feature map (B, F, rows, columns)"
+    wanted = (
+        "give --model.options aux_logits=false" if has_aux else wanted
+    )  # torchvision's GoogLeNet and Inception
     if not isinstance(output, torch.Tensor):
         raise UserError(f"model.arch {arch} gives a {type(output).__name__}: {wanted}")
     if output.ndim not in (2, 4) or len(output) != 2 or not output.shape[1] or not output.is_floating_point():
@@ -336,10 +342,12 @@ def _problem(arch, backbone, size, backward=False) -> str | None:
                 output = _forward(probe.train(), size)
                 if backward:
                     output.sum().backward()
+        except NotRepeatable:
+            raise
         except Exception as error:  # of a module that nobody here has written
             problem = one_line(error)[:300] or type(error).__name__
             continue
-        _refuse_output(arch, output)
+        _refuse_output(arch, output, getattr(backbone, "aux_logits", False))
         unused = [n for n, p in probe.named_parameters() if backward and p.requires_grad and p.grad is None]
         if unused:
             raise UserError(

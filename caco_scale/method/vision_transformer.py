@@ -29,6 +29,10 @@ class VisionTransformer(vision_transformer.VisionTransformer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) -> (B, F): the class token. Raises UserError unless the patch divides H and W."""
+        return self.tokens(x)[:, 0]
+
+    def tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) -> (B, 1 + P, F): the class token, and those of the patches, row by row."""
         height, width = x.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise UserError(
@@ -38,7 +42,7 @@ class VisionTransformer(vision_transformer.VisionTransformer):
         patches = self.conv_proj(x)  # (B, F, rows, columns)
         class_tokens = self.class_token.expand(len(x), -1, -1)
         tokens = torch.cat([class_tokens, patches.flatten(2).transpose(1, 2)], dim=1)
-        return self.encoder(tokens, grid=patches.shape[-2:])[:, 0]
+        return self.encoder(tokens, grid=patches.shape[-2:])
 
 
 class _TokenEncoder(vision_transformer.Encoder):

@@ -24,6 +24,7 @@ from caco_scale.data.order import Order, share_size
 from caco_scale.data.store import open_store
 from caco_scale.data.store.base import Store
 from caco_scale.data.views import ViewSpec
+from caco_scale.distributed.recompute import recompute_blocks
 from caco_scale.distributed.strategies import build as strategies
 from caco_scale.distributed.strategies.base import Strategy
 from caco_scale.method.bank import ShardedBank
@@ -236,10 +237,13 @@ def build_strategy(
 
     ``weights``: of :func:`build_model`.
     """
+    model = build_model(config, weights)
+    if config.model.checkpoint_activations:
+        recompute_blocks(model.query)  # the key encoder has no backward
     strategy = strategies.build_strategy(
         name,
         accelerator,
-        build_model(config, weights),
+        model,
         partial(build_optimizer, config.optim.name, weight_decay=config.optim.weight_decay),
         config.precision.compile,
     )

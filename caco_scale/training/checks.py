@@ -22,6 +22,7 @@ from caco_scale.data.labels import lacking_classes, with_classes_of
 from caco_scale.data.listed_files import Listings
 from caco_scale.data.order import share_size
 from caco_scale.distributed.collectives import assert_equal_on_all_ranks
+from caco_scale.distributed.recompute import recompute_blocks
 from caco_scale.distributed.strategies.build import check_combination
 from caco_scale.errors import UserError
 from caco_scale.flags.choices import BATCH_RULES
@@ -82,6 +83,11 @@ def check_precision(start: Start) -> None:
     """Number formats that the strategy or the GPU cannot do."""
     config = start.config
     check_combination(start.strategy, parameter_dtype(config), config.precision.compile)
+    if config.precision.compile and config.model.checkpoint_activations:
+        raise UserError(
+            "precision.compile chooses by itself what is computed twice: give --model.checkpoint_activations false, or "
+            "--precision.compile false"
+        )
     if (
         start.device.type == "cuda"
         and config.precision.compute == "bf16"
@@ -103,6 +109,11 @@ def check_model(start: Start) -> None:
     """Whether there is such an encoder and it takes the views; tried without memory where that can be."""
     model, views = start.config.model, start.config.views
     backbone, num_features = skeleton(model.arch, model.stem, model.options)
+    if model.checkpoint_activations and not recompute_blocks(backbone):
+        raise UserError(
+            f"model.checkpoint_activations: {model.arch} has no blocks that repeat: give "
+            "--model.checkpoint_activations false"
+        )
     refuse_views(model.arch, backbone, [views.size, *[views.local_size] * bool(views.num_local_crops)])
     with torch.device("meta"):
         encoder_around(start.config, backbone, num_features)

@@ -55,6 +55,9 @@ def hub_metadata(path: Path) -> dict[str, str]:
     if not isinstance(arguments, dict):
         raise UserError(f"{path / CONFIG} is damaged: its model_args are no names with values")
     # Of a backbone without classes; all else that builds the model counts.
+    fixed = images.get("fixed_input_size") and not {"dynamic_img_size", "strict_img_size"} & set(arguments)
+    if fixed and _side(images):  # another size than the architecture's own changes a parameter's shape
+        arguments = {"img_size": _side(images), **arguments}
     words = [f"{k}={json.dumps(v)}" for k, v in arguments.items() if k != "num_classes"]
     found = {"arch": f"timm/{arch}", "stem": "imagenet", "options": json.dumps(words), **_images(images)}
     return {name: value for name, value in found.items() if value}
@@ -73,12 +76,19 @@ def _read(path) -> dict[str, Any]:
 
 def _images(facts):
     """Size, resize, mean and std, as far as they are there; the reader of the words checks their range."""
-    shape, share = facts.get("input_size"), facts.get("crop_pct")
+    side, share = _side(facts), facts.get("crop_pct")
     words = {
         name: " ".join(map(str, facts[name])) for name in ("mean", "std") if isinstance(facts.get(name), list)
     }
-    if isinstance(shape, list) and len(shape) == 3 and shape[1] == shape[2] and isinstance(shape[1], int):
-        words["size"] = str(shape[1])
+    if side:
+        words["size"] = str(side)
         if isinstance(share, int | float) and 0 < share <= 1:
-            words["resize"] = str(int(shape[1] / share))
+            words["resize"] = str(int(side / share))
     return words
+
+
+def _side(facts):
+    """Pixels on a side of square images, 0 where nothing says it."""
+    shape = facts.get("input_size")
+    is_square = isinstance(shape, list) and len(shape) == 3 and shape[1] == shape[2]
+    return shape[1] if is_square and isinstance(shape[1], int) else 0
