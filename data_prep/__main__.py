@@ -8,13 +8,15 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
+from caco_scale.data.pixels import BITS, MOST_CHANNELS
 from caco_scale.errors import UserError, exit_on_user_error
 from caco_scale.flags.read import Switch, read_command, shown
-from caco_scale.flags.rules import Rule
+from caco_scale.flags.rules import FROM_0, Rule, at_most
 from caco_scale.run.signals import interrupting
 
 PROG = "python -m data_prep"
 ONE_PER_CLASS = Rule(lambda x: x >= 10, "give at least 10, one image per class")
+EIGHT_OR_SIXTEEN = Rule(lambda x: x in (0, *BITS), "give 8 or 16")
 
 PARQUET_OPTIONS = ("image_column", "label_column", "missing_files")
 
@@ -78,6 +80,13 @@ class Build(FromSource):
     """Seed of the order in which images fill the shards."""
     short_side: int = 0
     """Shrink larger images to this many pixels; 0 = keep all bytes."""
+    channels: Annotated[int, FROM_0, at_most(MOST_CHANNELS)] = 0
+    """Channels that all images have and keep, to the last bit (TIFF pages count as such); 0 = found (photographs
+    become 8-bit RGB JPEGs; deep, one- and many-channel images stay as they are)."""
+    bits: Annotated[int, EIGHT_OR_SIXTEEN] = 0
+    """Bits of each channel, 8 or 16; 0 = found, or 8 with --channels."""
+    rgb: Switch = False
+    """Make 8-bit RGB JPEGs of all images, whatever they are."""
     part: Annotated[str | None, shown("I/N")] = None
     """Build every N-th shard only, from the I-th: N processes with I = 1 to N share a build, on any nodes."""
     dry_run: Switch = False
@@ -102,6 +111,9 @@ class Build(FromSource):
             part=parse_part(self.part),
             split_folders=self.split_folders,
             without=self.without,
+            channels=self.channels,
+            bits=self.bits,
+            rgb=self.rgb,
             tell=say,
         )
         if self.dry_run:
@@ -140,6 +152,7 @@ class Verify:
             if self.full:
                 say(*histogram(manifest))
             samples = f"{manifest.num_samples:,} samples in {len(manifest.shards):,} shards"
+            samples += f", {manifest.pixels}" * ("channels" in manifest.build)
             say(f"{path}: fine, {samples} ({checked})")
 
 

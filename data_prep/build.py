@@ -56,6 +56,9 @@ def build(
     part: tuple[int, int] | None = None,
     split_folders: bool | None = None,
     without: str | None = None,
+    channels: int = 0,
+    bits: int = 0,
+    rgb: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[tuple]:
     """Build the shard sets of a source of images; returns [(directory or address, manifest, was there)].
@@ -66,15 +69,17 @@ def build(
     [(directory or address, number of images, of shards, bytes)]. part: (I, N), of N processes that share a build, on
     any nodes, this is the I-th, from 1; who finds all shards finished writes the manifest, for the others it is None.
     split_folders: see :func:`~caco_scale.data.folders.image_folders`. without: the path of a list of images that are
-    left out, see :func:`~data_prep.without.image_folders_without`. tell: is given a line for every set, with its
-    classes, before work starts. Raises UserError, and keeps finished shards.
+    left out, see :func:`~data_prep.without.image_folders_without`. channels, bits: of images that keep them, 0: as
+    :func:`~data_prep.kinds.kind_of` finds them; rgb: make 8-bit RGB of all images instead. tell: is given a line for
+    every set, with its classes, before work starts. Raises UserError, and keeps finished shards.
     """
     src, dst = os.fspath(src), os.fspath(dst)
     if samples_per_shard < 1 or (workers is not None and workers < 0):
         raise UserError(
             f"--samples-per-shard {samples_per_shard} must be at least 1, --workers {workers} at least 0"
         )
-    settings = Settings(samples_per_shard, seed, short_side, workers)
+    if rgb and (channels or bits):
+        raise UserError("--rgb makes images of 3 channels of 8 bits: leave out --channels and --bits")
     if without:
         read_list(without)  # before a source is hashed or unpacked
     if is_remote(dst):
@@ -89,6 +94,12 @@ def build(
                 tell(f"{_join(dst, name)}: left out, for they are in no split: {some_names(folder.left_out)}")
         return found
 
+    def settings(source, found):
+        from data_prep.kinds import kind_of  # it imports torch, and a user's mistakes are told before that
+
+        kind = None if rgb else kind_of(source, found.values(), channels, bits, tell)
+        return Settings(samples_per_shard, seed, short_side, workers, kind, converts=rgb)
+
     source_options = source_options or {}
     if is_remote(dst) or dry_run:
         source = open_source(src, None, **source_options)
@@ -96,9 +107,10 @@ def build(
             return [
                 _plan(_join(dst, name), folder, samples_per_shard) for name, folder in folders(source).items()
             ]
-        results = []
-        for name, folder in folders(source).items():
-            job = source, folder, _join(dst, name), settings
+        results, found = [], folders(source)
+        how = settings(source, found)
+        for name, folder in found.items():
+            job = source, folder, _join(dst, name), how
             made = build_remote_part(*job, part) if part else build_remote_set(*job)
             results.append((_join(dst, name), *made))
         return results
@@ -123,6 +135,7 @@ def _build_here(src, dst, settings, source_options, folders, part):
             stack.enter_context(locked(dst))
         source = open_source(src, os.path.join(dst, STATE_DIR), **source_options)
         found = folders(source)
+        settings = settings(source, found)
         if None not in found and os.path.exists(os.path.join(dst, MANIFEST_NAME)):
             raise UserError(
                 f"{dst} holds a shard set itself, splits cannot be built in it: choose another directory"
@@ -176,7 +189,7 @@ def build_set(
             shutil.rmtree(os.path.join(dst, STATE_DIR), ignore_errors=True)
             return manifest, True
         prepare_destination(dst, what)
-        jobs = plan_shards(source, folder, dst, what)
+        jobs = plan_shards(source, folder, dst, what, converts=settings.converts)
         records = run_jobs(jobs, dst, settings.workers, quiet)
         manifest = manifest_of(records, folder, what)
         write_atomically(os.path.join(dst, MANIFEST_NAME), manifest.to_json().encode())
@@ -206,7 +219,7 @@ def build_part(
                 return manifest, True
             if not os.path.exists(os.path.join(state, "build.json")):
                 write_atomically(os.path.join(state, "build.json"), json.dumps(what).encode())
-            jobs = plan_shards(source, folder, dst, what)
+            jobs = plan_shards(source, folder, dst, what, converts=settings.converts)
             run_jobs(jobs[part[0] - 1 :: part[1]], dst, settings.workers, quiet=False)
         if not all(os.path.exists(record_path(state, job.number)) for job in jobs):
             return finished_manifest(dst, what), False
@@ -229,7 +242,7 @@ def build_remote_set(
     records = _remote_records(remote, what)
     sizes = remote.listing()
     with scratch_folder("build") as staging, destination_errors(staging):
-        jobs = plan_shards(source, folder, staging, what, remote)
+        jobs = plan_shards(source, folder, staging, what, remote, settings.converts)
         jobs = [replace(job, kept=_if_there(records.get(job.number), sizes)) for job in jobs]
         manifest = manifest_of(run_jobs(jobs, dst, settings.workers, quiet=False), folder, what)
     try:
@@ -254,7 +267,7 @@ def build_remote_part(
         return manifest, True
     records, sizes = _remote_records(remote, what), remote.listing()
     with scratch_folder("build") as staging, destination_errors(staging):
-        jobs = plan_shards(source, folder, staging, what, remote)
+        jobs = plan_shards(source, folder, staging, what, remote, settings.converts)
         own = jobs[part[0] - 1 :: part[1]]
         run_jobs(
             [replace(job, kept=_if_there(records.get(job.number), sizes)) for job in own],

@@ -185,9 +185,9 @@ def same_build(dst: str, there: dict, here: dict) -> None:
     names = {"num_images": "images in the source", "listing": "source listing"}
     differ = [
         names.get(key, key.replace("_", " "))
-        + ("" if key == "listing" else f" {there.get(key)} there, {here[key]} now")
-        for key in here
-        if there.get(key) != here[key]
+        + ("" if key == "listing" else f" {there.get(key)} there, {here.get(key)} now")
+        for key in {**here, **there}
+        if there.get(key) != here.get(key)
     ]
     raise UserError(f"{dst} holds another build ({'; '.join(differ)}): choose another directory or remove it")
 

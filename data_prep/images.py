@@ -1,4 +1,8 @@
-"""What happens to the bytes of one image: kept, made an RGB JPEG, or refused; judged by their content."""
+"""What happens to the bytes of one image: kept, made an RGB JPEG, or refused; judged by their content.
+
+Photographs become JPEGs of three channels of 8 bits; other images (:class:`~caco_scale.data.pixels.Pixels`) stay as
+they are, to the last bit.
+"""
 
 import io
 
@@ -7,7 +11,10 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from caco_scale.data.views import FALLBACK_FORMATS, CorruptSample, decode_image, without_padding
+from caco_scale.data.decode import Look, decode, encode, look
+from caco_scale.data.pixels import CorruptSample, Pixels
+from caco_scale.data.views import without_padding
+from caco_scale.errors import UserError
 
 JPEG_MAGIC = b"\xff\xd8"
 JPEG_QUALITY = 95
@@ -22,19 +29,72 @@ def prepare_image(data: bytes, short_side: int = 0) -> tuple[bytes, str | None]:
     """
     if not data:
         raise CorruptSample("empty file")
-    pixels = decode_image(data)
-    height, width = pixels.shape[:2]
-    if short_side and min(height, width) > short_side:
-        scale = short_side / min(height, width)
-        size = max(short_side, round(width * scale)), max(short_side, round(height * scale))
+    pixels = decode(data)
+    if size := _smaller(pixels, short_side):
         small = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
-        return encode_jpeg(np.asarray(small)), f"{width} x {height} made {size[0]} x {size[1]}"
+        return encode_jpeg(np.asarray(small)), _resized(pixels, size)
     if not data.startswith(JPEG_MAGIC):
-        with Image.open(io.BytesIO(data), formats=FALLBACK_FORMATS) as image:
-            return encode_jpeg(pixels), f"{image.format} re-encoded as JPEG"
+        return encode_jpeg(pixels), f"{look(data).format} re-encoded as JPEG"
     if simplejpeg.decode_jpeg_header(without_padding(data))[2] in ("CMYK", "YCCK"):
         return encode_jpeg(pixels), "CMYK JPEG re-encoded as RGB"
     return data, None
+
+
+def prepare_exact(data: bytes, pixels: Pixels, short_side: int = 0) -> tuple[str, bytes, str | None]:
+    """(extension, bytes to store, None or what was changed) of an image that keeps its pixels to the last bit.
+
+    PNG and JPEG of one or three channels pass byte for byte; others become PNG of one or three channels, else ``.npy``.
+    ``short_side``: as in :func:`prepare_image`, with bits and channels as they are. Raises CorruptSample.
+    """
+    if not data:
+        raise CorruptSample("empty file")
+    image, found = decode(data, pixels), look(data)
+    if size := _smaller(image, short_side):
+        return *encode(_resize(image, size)), _resized(image, size)
+    kept = {"PNG": "png", "JPEG": "jpg"}.get(found.format)
+    if kept and pixels.channels in (1, 3):
+        return kept, data, None
+    extension, stored = encode(image)
+    changed = None if stored == data else f"{found.format} re-encoded as {extension}, to the last bit"
+    return extension, stored, changed
+
+
+def refuse_mixture(data: bytes, name: str, pixels: Pixels | None) -> None:
+    """UserError for an image of another kind than the source's: ``pixels``, or photographs (None)."""
+    try:
+        found = look(data)
+    except CorruptSample:
+        return
+    if not (found.photograph if pixels is None else found.fits(pixels)):
+        raise UserError(mixture(pixels or "photographs", "others", found, name))
+
+
+def mixture(one: object, where: str, other: Look, name: str) -> str:
+    """What is wrong with a source of images of several kinds, and what to do."""
+    return (
+        f"the source mixes {one} ({where}) and {other.pixels} ({name}): build each kind alone, or give --rgb to make "
+        "8-bit RGB of all"
+    )
+
+
+def _smaller(image, short_side):
+    """The (width, height) that an image is made small to; None: it stays."""
+    height, width = image.shape[:2]
+    if not short_side or min(height, width) <= short_side:
+        return None
+    scale = short_side / min(height, width)
+    return max(short_side, round(width * scale)), max(short_side, round(height * scale))
+
+
+def _resized(image, size):
+    return f"{image.shape[1]} x {image.shape[0]} made {size[0]} x {size[1]}"
+
+
+def _resize(image, size):
+    """Antialiased by Lanczos, channel by channel: (H, W, C) -> (height, width, C) of the same type."""
+    channels = [Image.fromarray(image[:, :, c].astype(np.float32)) for c in range(image.shape[2])]
+    small = np.stack([np.asarray(c.resize(size, Image.Resampling.LANCZOS)) for c in channels], axis=2)
+    return small.round().clip(0, np.iinfo(image.dtype).max).astype(image.dtype)
 
 
 def encode_jpeg(pixels: NDArray[np.uint8]) -> bytes:

@@ -14,6 +14,7 @@ import numpy as np
 from caco_scale.data.folders import ImageFolder
 from caco_scale.data.object_store import Remote
 from caco_scale.data.order import permutation
+from caco_scale.data.pixels import Pixels
 from caco_scale.data.shards import Manifest, ShardInfo
 from caco_scale.errors import UserError
 from data_prep.destination import FULL_DISK, free_space
@@ -32,13 +33,16 @@ class Settings:
     """What a build is told besides its images.
 
     samples_per_shard: images; seed: of the order in which they fill the shards; short_side: pixels that larger images
-    are made small to (0: none); workers: processes (None: one per CPU; 0 or 1: in this process).
+    are made small to (0: none); workers: processes (None: one per CPU; 0 or 1: in this process); pixels: what images
+    have, and keep (None: photographs, which become JPEGs); converts: 8-bit RGB is made of what is no photograph.
     """
 
     samples_per_shard: int = 1000
     seed: int = 0
     short_side: int = 0
     workers: int | None = None
+    pixels: Pixels | None = None
+    converts: bool = True
 
     def describe(self, folder: ImageFolder) -> dict:
         """What makes a build the one it is, as its manifest records it."""
@@ -48,27 +52,34 @@ class Settings:
             "num_images": len(folder.images),
             "listing": folder.fingerprint(),
         }
-        return what | ({"short_side": self.short_side} if self.short_side else {})
+        what |= {"short_side": self.short_side} if self.short_side else {}
+        return what | (self.pixels._asdict() if self.pixels else {})
 
 
 DEFAULTS = Settings()
 
 
 def plan_shards(
-    source: Source, folder: ImageFolder, dst: str, what: dict, remote: Remote | None = None
+    source: Source,
+    folder: ImageFolder,
+    dst: str,
+    what: dict,
+    remote: Remote | None = None,
+    converts: bool = True,
 ) -> list["Job"]:
-    """The jobs of a build, one per shard, as ``what`` describes it."""
+    """The jobs of a build, one per shard, as ``what`` describes it. ``converts``: as in ``Job``."""
     # Imported here and not above: it imports torch, and a user's mistakes are told before that.
     from data_prep.shard import Job
 
     labels = {name: label for label, name in enumerate(folder.classes)}
     samples_per_shard, short_side = what["samples_per_shard"], what.get("short_side", 0)
+    pixels = Pixels(what["channels"], what["bits"]) if "channels" in what else None
     order = permutation(len(folder.images), what["seed"], PERMUTATION)
     jobs = []
     for number, first in enumerate(range(0, len(order), samples_per_shard)):
         images = [folder.images[i] for i in order[first : first + samples_per_shard]]
         images = [(labels.get(image.class_name, -1), image) for image in images]
-        jobs.append(Job(number, first, images, source, dst, short_side, remote))
+        jobs.append(Job(number, first, images, source, dst, short_side, pixels, converts, remote))
     return jobs
 
 

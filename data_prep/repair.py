@@ -55,7 +55,9 @@ def _repaired(bad, src, dst, store, source_options, without, how):
         folders = image_folders_without(source.scan(), src, without, *how)
         what = manifest.build
         folder = folders[None] if None in folders else _folder_of(folders, what, dst)
-        here = Settings(what["samples_per_shard"], what["seed"], what.get("short_side", 0)).describe(folder)
+        pixels = manifest.pixels if "channels" in what else None
+        settings = Settings(what["samples_per_shard"], what["seed"], what.get("short_side", 0), pixels=pixels)
+        here = settings.describe(folder)
         same_build(dst, what, here)
         staging = os.path.join(scratch, "shards")
         os.makedirs(os.path.join(staging, ".build"))

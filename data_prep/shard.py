@@ -16,9 +16,9 @@ import xxhash
 from caco_scale.atomic import atomic_file, write_atomically
 from caco_scale.data.folders import Image
 from caco_scale.data.object_store import Remote
+from caco_scale.data.pixels import CorruptSample, Pixels
 from caco_scale.data.shard_index import INDEX_SUFFIXES, ShardIndex
 from caco_scale.data.shards import BLOCK, ShardInfo
-from caco_scale.data.views import CorruptSample
 from data_prep.destination import (
     STATE_DIR,
     file_sha256,
@@ -27,7 +27,7 @@ from data_prep.destination import (
     shard_name,
     write_record,
 )
-from data_prep.images import prepare_image
+from data_prep.images import prepare_exact, prepare_image, refuse_mixture
 from data_prep.tar import Source
 
 # Tar headers, padding, label and notes of a sample, for the estimate of the space that is needed.
@@ -36,7 +36,11 @@ SAMPLE_OVERHEAD_BYTES = 2560
 
 @dataclass(frozen=True)
 class Job:
-    """One shard: its number, the slot of its first image, its images in order with their labels (-1: it has none)."""
+    """One shard: its number, the slot of its first image, its images in order with their labels (-1: it has none).
+
+    ``pixels``: what images have, and keep; None: they are photographs. ``converts``: images of other kinds become
+    photographs, instead of ending the build.
+    """
 
     number: int
     first: int
@@ -44,6 +48,8 @@ class Job:
     source: Source
     dst: str
     short_side: int = 0
+    pixels: Pixels | None = None
+    converts: bool = True
     remote: Remote | None = None  # the shard goes there, and ``dst`` is only where it is made
     kept: dict | None = None  # the record of the shard, if it is in the object store already
 
@@ -110,14 +116,14 @@ def _write_samples(job, shard, output):
     for slot, (label, image) in enumerate(job.images, job.first):
         key, note = f"{slot:08d}", {"source": image.name}
         try:
-            data, reason = prepare_image(job.source.read(image.file), job.short_side)
+            extension, data, reason = _prepare(job, image)
         except CorruptSample as error:
             rejected.append({"key": f"{shard}/{key}", "source": image.name, "reason": str(error)})
             continue
         if reason:
             fixed.append({"key": f"{shard}/{key}", "source": image.name, "reason": reason})
             note["fixed"] = reason
-        members = {"jpg": data, "json": json.dumps(note).encode()}
+        members = {extension: data, "json": json.dumps(note).encode()}
         members |= {"cls": str(label).encode()} if label >= 0 else {}
         output.span.reset()
         places, size = _write_members(key, members, output)
@@ -128,6 +134,16 @@ def _write_samples(job, shard, output):
     end = start + 2 * BLOCK
     output.write(bytes(2 * BLOCK + -end % tarfile.RECORDSIZE))
     return samples, checksums, fixed, rejected
+
+
+def _prepare(job, image):
+    """(extension, bytes to store, None or what was changed) of an image; CorruptSample, and UserError for a mixture."""
+    data = job.source.read(image.file)
+    if not job.converts:
+        refuse_mixture(data, image.name, job.pixels)
+    if job.pixels:
+        return prepare_exact(data, job.pixels, job.short_side)
+    return "jpg", *prepare_image(data, job.short_side)
 
 
 def _write_members(key, members, output):

@@ -4,7 +4,7 @@ import io
 import os
 from typing import Protocol
 
-from caco_scale.data.folders import File, Listing, hidden, is_image
+from caco_scale.data.folders import File, Listing, hidden, is_image, without_arrays
 from caco_scale.data.splits import split_kind
 from caco_scale.data.tars import whole_tar_members
 from caco_scale.errors import UserError
@@ -58,7 +58,7 @@ class TarSource:
             )
         for file in files.values():
             listing.add(file)
-        return without_wrapper(listing)
+        return without_wrapper(without_arrays(listing))
 
     @staticmethod
     def _refused(member):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from caco_scale.data.addresses import is_remote, local_path
 from caco_scale.data.object_store import Remote, Unreachable
+from caco_scale.data.pixels import CorruptSample
 from caco_scale.data.samples import NoImage, image_in, problem_of
 from caco_scale.data.shard_index import read_sample
 from caco_scale.data.shards import MANIFEST_NAME, Manifest
@@ -153,20 +154,17 @@ def _wrong_bytes(store, number, index):
             return "its index is not that of the tar"
         for position in range(len(index)):
             start, size = index.span(position)
-            _decode(read_sample(index, position, os.pread(file.fileno(), size, start)))
+            _decode(read_sample(index, position, os.pread(file.fileno(), size, start)), store.pixels)
     if index.checksums is not None and (index.checksums != found.checksums).any():
         return "the checksums of its index are not those of the tar"
     return None
 
 
-def _decode(sample):
-    from data_prep.images import (  # not above: it needs torch, the fast check does not
-        CorruptSample,
-        prepare_image,
-    )
+def _decode(sample, pixels):
+    from caco_scale.data.decode import decode  # not above: it needs torch, the fast check does not
 
     try:
-        prepare_image(image_in(sample))
+        decode(image_in(sample), pixels)
     except (NoImage, CorruptSample) as error:
         raise CorruptSample(f"sample {sample['__key__']}: {error}") from None
 

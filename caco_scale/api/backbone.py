@@ -13,21 +13,23 @@ from PIL import Image
 from torch import nn
 
 from caco_scale.data.augment import normalise
-from caco_scale.data.views import CorruptSample, centre_crop, decode_image, rgb_pixels
+from caco_scale.data.decode import decode
+from caco_scale.data.pixels import RGB8, CorruptSample, Pixels
+from caco_scale.data.views import centre_crop, rgb_pixels
 from caco_scale.errors import UserError
 from caco_scale.weights.load import load_weights
 
 
 class Backbone(nn.Module):
-    """Images (B, 3, H, H) -> features (B, F): a backbone without projector or classifier, on the CPU in fp32.
+    """Images (B, C, H, H) -> features (B, F): a backbone without projector or classifier, on the CPU in fp32.
 
     In eval mode at first; all parameters can be trained. ``module`` is the bare model, whose parameters have
     torchvision's names: ``torchvision.models.resnet50().load_state_dict(backbone.module.state_dict(), strict=False)``.
 
     ``num_features``: F. ``arch``, ``stem``: as in the configuration's ``model``. ``size``: H of the images that it was
-    trained on; ``mean``, ``std``: what they were normalised with (:meth:`prepare` does so); ``assumed``: which of the
-    three the source does not say, so that they are guesses. ``resize``: the shorter side before the centre is cut out,
-    0: as usual. ``step``: of the run, None where the source does not say.
+    trained on; ``channels`` (C), ``bits``: theirs; ``mean``, ``std``: what they were normalised with (:meth:`prepare`
+    does so); ``assumed``: which of size, mean and std the source does not say, so that they are guesses. ``resize``:
+    the shorter side before the centre is cut out, 0: as usual. ``step``: of the run, None where nothing says it.
     """
 
     module: nn.Module
@@ -35,8 +37,10 @@ class Backbone(nn.Module):
     arch: str
     stem: str
     size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    channels: int
+    bits: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     assumed: tuple[str, ...]
     resize: int
     step: int | None
@@ -48,16 +52,17 @@ class Backbone(nn.Module):
             setattr(self, name, value)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised float images (B, 3, H, W) -> features (B, F)."""
+        """Normalised float images (B, C, H, W) -> features (B, F)."""
         return self.module(images)
 
     def prepare(self, image: Any) -> torch.Tensor:
-        """One image as the evaluation sees it: resized, its centre cropped, normalised -> (3, H, H) float32.
+        """One image as the evaluation sees it: resized, its centre cropped, normalised -> (C, H, H) float32.
 
-        ``image``: the path of an image file, an image of PIL, or an array (height, width, 3) of uint8. UserError for
-        what is none of them or does not decode.
+        ``image``: the path of an image file, an image of PIL (of 8-bit RGB), or an array (height, width, C) of uint8
+        or, of 16 bits, uint16. UserError for what is none of them or does not decode.
         """
-        crop = torch.from_numpy(centre_crop(_pixels(image), self.size, self.resize))
+        pixels = _pixels(image, Pixels(self.channels, self.bits))
+        crop = torch.from_numpy(centre_crop(pixels, self.size, self.resize))
         return normalise(crop[None], self.mean, self.std)[0]
 
 
@@ -92,6 +97,8 @@ def load_backbone(
         arch=weights.arch,
         stem=weights.stem,
         size=weights.size,
+        channels=weights.pixels.channels,
+        bits=weights.pixels.bits,
         mean=weights.mean,
         std=weights.std,
         assumed=weights.assumed,
@@ -100,22 +107,25 @@ def load_backbone(
     ).eval()
 
 
-def _pixels(image: Any) -> np.ndarray:
+def _pixels(image: Any, wanted: Pixels = RGB8) -> np.ndarray:
     if isinstance(image, str | os.PathLike):
         try:
-            return decode_image(Path(image).read_bytes())
+            return decode(Path(image).read_bytes(), wanted)
         except OSError as error:
             raise UserError(f"cannot read {os.fspath(image)}: {error.strerror}") from None
         except CorruptSample as error:
             raise UserError(f"{os.fspath(image)} does not decode: {error}") from None
-    if isinstance(image, Image.Image):
+    if isinstance(image, Image.Image) and wanted == RGB8:
         try:
             return rgb_pixels(image)
         except CorruptSample as error:
             raise UserError(f"an image of mode {image.mode}: {error}") from None
     pixels = np.array(image)  # of its own: what PIL gives cannot be written to
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    if pixels.dtype != wanted.dtype or pixels.ndim != 3 or pixels.shape[2] != wanted.channels:
         raise UserError(
-            f"an image of {pixels.dtype} {pixels.shape}: give a path, an image of PIL, or uint8 (height, width, 3)"
+            f"an image of {pixels.dtype} {pixels.shape}: give a path, an image of PIL, or {wanted.dtype} "
+            f"(height, width, {wanted.channels})"
         )
     return pixels

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from caco_scale.config import Views
+from caco_scale import config as configuration
+from caco_scale.config import Config, Views
+from caco_scale.config.fields import Data
 from caco_scale.data.augment import augment
 from caco_scale.data.loader import train_batches
 from caco_scale.data.order import Order, share_size
+from caco_scale.data.pixels import Pixels
 from caco_scale.data.store import Store, open_store
 from caco_scale.data.to_device import on_device
 from caco_scale.distributed import collectives
@@ -26,7 +29,7 @@ class ViewBatch:
     """This rank's share of one global batch.
 
     ``step``: its place in the order, from 0. ``epoch``: ``step // steps_per_epoch``. ``keys``: the B samples as
-    ``shard/key``. ``views``: V tensors (B, 3, H, H), augmented and normalised, on the device; row i of each is of
+    ``shard/key``. ``views``: V tensors (B, C, H, H), augmented and normalised, on the device; row i of each is of
     sample i.
     """
 
@@ -76,7 +79,7 @@ class Batches:
         crops = train_batches(
             self._store,
             self._order,
-            view_specs(self._views),
+            view_specs(self._views, self._store.pixels.channels),
             start_step=self._steps.start,
             num_steps=self._steps.stop,
             rank=self._rank,
@@ -106,6 +109,8 @@ def batches(
     window: int = 4096,
     cache_dir: str = "auto",
     cache_bytes: int = 0,
+    channels: int = 3,
+    bits: int = 8,
 ) -> Batches:
     """Augmented views of a set of images for a training loop of one's own, the very ones that ``pretrain`` trains on.
 
@@ -123,15 +128,19 @@ def batches(
         rank, world_size: this process among those that share the batch; None: torch.distributed's.
         device: where the crops are augmented and the views end.
         workers: processes that decode; 0: this one does.
-        lanes, window, cache_dir, cache_bytes: as ``data.*`` of the configuration.
+        lanes, window, cache_dir, cache_bytes, channels, bits: as ``data.*`` of the configuration; of other than three
+            channels the mean and standard deviation that ``views`` leaves out are 0.5.
 
     Raises:
         UserError: no such set, a batch that does not divide; while iterating: damaged data, a worker that died.
     """
     rank, world_size = _place(rank, world_size)
-    views = views or Views()
-    view_specs(views)  # refuses now what it would refuse at the first batch
-    store = open_store(data, cache_dir, cache_bytes, flag="data")
+    config = Config(data=Data(channels=channels, bits=bits), views=views or Views())
+    config = configuration.settle_channels(config, Config())
+    views = config.views
+    view_specs(views, channels)  # refuses now what it would refuse at the first batch
+    configuration.check(config)
+    store = open_store(data, cache_dir, cache_bytes, flag="data", pixels=Pixels(channels, bits))
     store.check()
     if store.unchecked:
         warnings.warn(store.unchecked, stacklevel=2)

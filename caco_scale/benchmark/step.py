@@ -86,8 +86,10 @@ def draw_batch(config: Config) -> Batch:
 
     rng, ids = np.random.default_rng(0), np.arange(config.data.global_batch_size)
     crops, params = [], []
-    for view, spec in enumerate(view_specs(config.views)):
-        pixels = rng.integers(0, 256, (len(ids), spec.size, spec.size, 3), dtype=np.uint8)
+    for view, spec in enumerate(view_specs(config.views, config.data.channels)):
+        shape = (len(ids), spec.size, spec.size, config.data.channels)
+        deep = config.data.bits == 16
+        pixels = rng.integers(0, 65536 if deep else 256, shape, dtype=np.uint16 if deep else np.uint8)
         drawn = draw_colour(spec, sample_keys(config.run.seed, 0, ids, view))
         crops.append(torch.from_numpy(pixels))
         params.append({name: torch.from_numpy(value) for name, value in drawn.items()})

@@ -14,9 +14,19 @@ builds the parts of a run, by commands and reports; the mathematics takes plain 
 from caco_scale.config.command_line import parse
 from caco_scale.config.fields import Config, Views
 from caco_scale.config.recipes import RECIPES, from_dict, load_recipe, makes_its_data, recipe_names
-from caco_scale.config.values import check, differences, flatten, replace, to_dict, to_yaml
+from caco_scale.config.values import (
+    NEUTRAL,
+    check,
+    differences,
+    flatten,
+    replace,
+    settle_channels,
+    to_dict,
+    to_yaml,
+)
 
 __all__ = [
+    "NEUTRAL",
     "RECIPES",
     "Config",
     "Views",
@@ -29,6 +39,7 @@ __all__ = [
     "parse",
     "recipe_names",
     "replace",
+    "settle_channels",
     "to_dict",
     "to_yaml",
 ]

@@ -5,7 +5,7 @@ from typing import Any, TypeVar, overload
 
 from caco_scale.config.fields import Config
 from caco_scale.config.recipes import load_recipe, recipe_names
-from caco_scale.config.values import check, replace
+from caco_scale.config.values import check, replace, settle_channels
 from caco_scale.errors import UserError
 from caco_scale.flags import read as flags
 
@@ -35,18 +35,18 @@ def parse(arguments: Iterable[str], prog: str = "python -m caco_scale.pretrain",
         f"The values below are those of {config.recipe}."
     )
     if own is None:
-        config = flags.read(Config, arguments, prog, default=config, about=about, usage="[RECIPE]")
-        _check(config)
-        return config
+        given = flags.read(Config, arguments, prog, default=config, about=about, usage="[RECIPE]")
+        return _checked(given, config)
     about = f"{own.__doc__} {about}"
-    config, options = flags.read_both(
+    given, options = flags.read_both(
         Config, own, arguments, prog, default=config, about=about, usage="[RECIPE]"
     )
-    _check(config)
-    return config, options
+    return _checked(given, config), options
 
 
-def _check(config):
+def _checked(config, recipe):
+    config = settle_channels(config, recipe)
     if not config.run.dir.strip():
         raise UserError(f"run.dir is empty: give a directory, or leave it out for runs/{config.recipe}")
     check(config)
+    return config

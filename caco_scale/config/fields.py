@@ -24,6 +24,8 @@ from caco_scale.flags.choices import (
 from caco_scale.flags.rules import (
     Amount,
     AreaRange,
+    Bits,
+    Channels,
     Count,
     FloatOrAuto,
     Free,
@@ -80,6 +82,10 @@ class Data:
     """Images of the kNN evaluation, as data.shards, with classes as in training; empty = none."""
     relist: Free[bool] = False
     """List the files of a set again at a resume, and go on with what is there now, as a new data set."""
+    channels: Channels = 3
+    """Channels of every image; of other than 3, hue, saturation, greyscale and solarization are off."""
+    bits: Bits = 8
+    """Bits of every channel: 8 or 16."""
     global_batch_size: IntOrAuto[Size] = 1024
     """Images per optimizer step over all processes; auto = by the number of images (config/fit.py)."""
     micro_batch_size: Free[Count] = 0
@@ -130,10 +136,10 @@ class Views:
     """Share of the image's area that a local crop takes: least, most."""
     local_blur_p: Probability = 0.5
     """Probability of Gaussian blur in a local crop."""
-    mean: tuple[Amount, Amount, Amount] = (0.485, 0.456, 0.406)
-    """Mean of red, green and blue on a scale of 0 to 1."""
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
-    """Standard deviation of red, green and blue on a scale of 0 to 1."""
+    mean: tuple[Amount, ...] = (0.485, 0.456, 0.406)
+    """Mean of every channel on a scale of 0 to 1; the default stands for 0.5 each where channels are not 3."""
+    std: tuple[PositiveFloat, ...] = (0.229, 0.224, 0.225)
+    """Standard deviation of every channel on a scale of 0 to 1; as views.mean."""
 
 
 @dataclass(frozen=True)

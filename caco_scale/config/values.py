@@ -5,9 +5,11 @@ from typing import Any
 
 import yaml
 
-from caco_scale.config.fields import Config
+from caco_scale.config.fields import Config, Views
 from caco_scale.errors import UserError
 from caco_scale.flags import rules
+
+NEUTRAL = 0.5  # mean and standard deviation of a channel of which nothing is known
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -35,6 +37,20 @@ def replace(config: Config, **changes: Any) -> Config:
     return config
 
 
+def settle_channels(config: Config, recipe: Config) -> Config:
+    """The config with 0.5 for each channel where ``views.mean`` or ``views.std`` are for another number of channels.
+
+    Where they are the defaults, or those of a ``recipe`` for so many: what a user has given stays, and :func:`check`
+    refuses it.
+    """
+    for name in ("mean", "std"):
+        value, default = getattr(config.views, name), Views.__dataclass_fields__[name].default
+        of_recipe = value == getattr(recipe.views, name) and len(value) == recipe.data.channels
+        if len(value) != config.data.channels and (value == default or of_recipe):
+            config = replace(config, **{f"views__{name}": (NEUTRAL,) * config.data.channels})
+    return config
+
+
 def check(config: Config) -> None:
     """Refuse values that no run can have; what depends on data or world size is checked where those are known.
 
@@ -45,6 +61,14 @@ def check(config: Config) -> None:
     warmup_epochs, epochs = config.optim.warmup_epochs, config.optim.epochs
     if epochs != rules.AUTO and warmup_epochs >= epochs:
         raise UserError(f"optim.warmup_epochs {warmup_epochs:g} must be below optim.epochs {epochs}")
+    channels = config.data.channels
+    for name in ("mean", "std"):
+        given = len(getattr(config.views, name))
+        if given != channels:
+            raise UserError(
+                f"views.{name} has {given} number{'s' * (given != 1)} and data.channels is {channels}: give {channels} "
+                f"numbers, --views.{name} {' '.join([str(NEUTRAL)] * min(channels, 3))}{' ...' * (channels > 3)}"
+            )
     resize, size = config.eval.resize, config.views.size
     if 0 < resize < size:
         raise UserError(

@@ -5,7 +5,8 @@ for each sample. On a CPU only the samples that use an operation go through it. 
 ``torch.compile``) every operation covers the whole batch and leaves the samples that do not use it unchanged:
 static shapes, no look at a value, no wait of the host.
 
-Shapes: B this rank's batch, H = W the crop's side, k blur kernel size. Images are (B, 3, H, W) in [0, 1].
+Shapes: B this rank's batch, H = W the crop's side, k blur kernel size. Images are (B, C, H, W) in [0, 1]. Hue,
+saturation and greyscale are of three channels alone; of others contrast is towards the mean of all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,14 +27,17 @@ def augment(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
 ) -> torch.Tensor:
-    """Jitter, grey, blur, solarize, flip, normalise: (B, H, W, 3) uint8 -> (B, 3, H, W) of ``dtype``.
+    """Jitter, grey, blur, solarize, flip, normalise: (B, H, W, C) uint8 or uint16 -> (B, C, H, W) of ``dtype``.
 
     params: what ``views.draw_colour`` drew, as tensors with first axis B on the crops' device. Per sample equal to
     ``torchvision.transforms.v2.functional`` (reflect-padded blur of the given kernel) to 1e-5 in float32.
     """
     images = _to_float(crops, dtype)
-    images = _jitter(images, params)
-    images = _where(params["grayscale"], _grey, images)
+    if images.shape[1] == 3:
+        images = _jitter(images, params)
+        images = _where(params["grayscale"], _grey, images)
+    else:
+        images = _jitter_light(images, params)
     images = _where(params["blur"], _blur, images, params["blur_kernel"])
     images = _where(params["solarize"], _solarize, images, params["solarize_threshold"])
     images = _where(params["flip"], _flip, images)
@@ -47,18 +51,19 @@ def normalise(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
 ) -> torch.Tensor:
-    """Only to float and normalise, for evaluation: (B, H, W, 3) uint8 -> (B, 3, H, W) of ``dtype``."""
+    """Only to float and normalise, for evaluation: (B, H, W, C) uint8 or uint16 -> (B, C, H, W) of ``dtype``."""
     return _normalised(_to_float(crops, dtype), mean, std, channels_last)
 
 
 def _to_float(crops, dtype):
-    return crops.permute(0, 3, 1, 2).to(dtype, memory_format=torch.contiguous_format).div_(255)
+    images = crops.permute(0, 3, 1, 2).to(dtype, memory_format=torch.contiguous_format)
+    return images.div_(255 if crops.dtype == torch.uint8 else 65535)
 
 
 def _normalised(images, mean, std, channels_last):
     # Channel by channel with plain numbers: a tensor of them would have to travel to the device and make it
     # wait.
-    images = torch.stack([(images[:, c] - mean[c]).div_(std[c]) for c in range(3)], dim=1)
+    images = torch.stack([(images[:, c] - mean[c]).div_(std[c]) for c in range(images.shape[1])], dim=1)
     return images.contiguous(memory_format=torch.channels_last) if channels_last else images
 
 
@@ -95,6 +100,16 @@ def _jitter(images, params):
     return images
 
 
+def _jitter_light(images, params):
+    """ColorJitter of other than three channels: brightness and contrast alone, in each sample's order."""
+    factors = torch.stack([params["brightness"], params["contrast"]], dim=1)
+    for operation in params["order"].unbind(1):
+        images = _blend_at(
+            images, operation.clamp(max=CONTRAST), factors, params["jitter"] & (operation <= CONTRAST)
+        )
+    return images
+
+
 def _blend_at(images, operation, factors, use):
     factor = factors.gather(1, operation.clamp(max=SATURATION)[:, None])[:, 0]
     to_mean, to_luma = (((1 - factor) * (operation == number)) for number in (CONTRAST, SATURATION))
@@ -114,6 +129,8 @@ def _blend(images, factor, to_mean, to_luma):
 
 
 def _luma(images):
+    if images.shape[1] != 3:
+        return images.mean(dim=1, keepdim=True)
     red, green, blue = images.unbind(1)
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).unsqueeze(1)
 

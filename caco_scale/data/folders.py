@@ -19,6 +19,7 @@ from caco_scale.errors import UserError, did_you_mean, quoted
 IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "ppm", "jp2"),
     *("pgm", "jpe", "jfif", "pbm", "pnm"),
+    "npy",
 )
 MOST_DEPTH = 6  # folders that lie deeper decide nothing
 
@@ -76,6 +77,20 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower().removeprefix(".") in IMAGE_EXTENSIONS
 
 
+def is_picture(name: str) -> bool:
+    """Does the name end as an image's, and not as an array's (``.npy``)?"""
+    return is_image(name) and not name.lower().endswith(".npy")
+
+
+def without_arrays(listing: Listing) -> Listing:
+    """Among pictures a ``.npy`` is something else (a mask, features): it is passed over, and an image where all are."""
+    arrays = {file.name for file in listing.files if is_image(file.name) and not is_picture(file.name)}
+    if arrays and any(is_picture(file.name) for file in listing.files):
+        listing.files = [file for file in listing.files if file.name not in arrays]
+        listing.skipped += [(name, "an array among pictures") for name in sorted(arrays)]
+    return listing
+
+
 class FolderSource:
     """A directory tree. Symbolic links are followed, once (:mod:`caco_scale.data.scan`): the tree is the user's own."""
 
@@ -88,7 +103,7 @@ class FolderSource:
         listing = Listing([File(name, size) for name, size in found], skipped=found.skipped)
         for name in found.folders:
             listing.add_folder(name)
-        return listing
+        return without_arrays(listing)
 
     def read(self, file: File) -> bytes:
         """The bytes of a file."""

@@ -22,7 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from caco_scale.data.decode import look
 from caco_scale.data.own_files import nameless_file
+from caco_scale.data.pixels import RGB8, Pixels
 from caco_scale.data.samples import image_in
 from caco_scale.data.store.base import Store
 from caco_scale.data.views import FALLBACK_FORMATS
@@ -41,13 +43,13 @@ class DecodedImages:
     """Room for the decoded images of a set, shared by this process and the workers that it is handed to.
 
     Args:
-        num_samples: of the set. capacity: bytes of pixels at most; what does not fit is not kept.
+        num_samples: of the set. capacity: bytes of pixels at most; what does not fit is not kept. pixels: of an image.
     Raises:
         UserError: the machine gives no such room.
     """
 
-    def __init__(self, num_samples: int, capacity: int):
-        self._num_samples, self._capacity = num_samples, capacity
+    def __init__(self, num_samples: int, capacity: int, pixels: Pixels = RGB8):
+        self._num_samples, self._capacity, self._kind = num_samples, capacity, pixels
         self._fd = nameless_file()
         try:
             os.ftruncate(self._fd, 8 + 16 * num_samples + capacity)
@@ -66,10 +68,13 @@ class DecodedImages:
         self._pixels = np.frombuffer(shared, np.uint8, offset=8 + 16 * n)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"num_samples": self._num_samples, "capacity": self._capacity, "fd": DupFd(self._fd)}
+        sizes = {"num_samples": self._num_samples, "capacity": self._capacity, "kind": self._kind}
+        return {**sizes, "fd": DupFd(self._fd)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._num_samples, self._capacity = state["num_samples"], state["capacity"]
+        self._num_samples, self._capacity, self._kind = (
+            state[n] for n in ("num_samples", "capacity", "kind")
+        )
         self._fd = state["fd"].detach()
         self._begin()
 
@@ -81,22 +86,23 @@ class DecodedImages:
         """Which of these samples are there: numbers in the set (n,) -> (n,)."""
         return self._ends[ids] > 0
 
-    def get(self, sample_id: int) -> NDArray[np.uint8] | None:
-        """The image of a sample, (H, W, 3), not copied; None: it is not there."""
+    def get(self, sample_id: int) -> NDArray | None:
+        """The image of a sample, (H, W, C), not copied; None: it is not there."""
         end = int(self._ends[sample_id])
         if not end:
             return None
         height, width = self._sizes[sample_id].tolist()
-        return self._pixels[end - height * width * 3 : end].reshape(height, width, 3)
+        image = self._pixels[end - height * width * self._kind.num_bytes : end].view(self._kind.dtype)
+        return image.reshape(height, width, self._kind.channels)
 
-    def put(self, sample_id: int, image: NDArray[np.uint8]) -> None:
-        """Keep an image, (H, W, 3), if there is room for it."""
+    def put(self, sample_id: int, image: NDArray) -> None:
+        """Keep an image, (H, W, C), if there is room for it."""
         with self._alone():
             end = int(self._used[0]) + image.nbytes
             if end > self._capacity:
                 return
             self._used[0] = end
-        self._pixels[end - image.nbytes : end] = image.reshape(-1)
+        self._pixels[end - image.nbytes : end] = image.reshape(-1).view(np.uint8)
         self._sizes[sample_id] = image.shape[:2]
         with self._alone():  # who sees the entry sees what was written before it, on any processor
             self._ends[sample_id] = end
@@ -157,6 +163,9 @@ def _decoded_size(store, shard, position):
     with contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         data = image_in(store.read_sample(shard, position))
+        if store.pixels != RGB8:
+            found = look(data)
+            return store.pixels.num_bytes * found.height * found.width
         with Image.open(io.BytesIO(data), formats=("JPEG", *FALLBACK_FORMATS)) as image:
             return 3 * image.height * image.width
     return 0

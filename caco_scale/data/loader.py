@@ -29,6 +29,7 @@ from caco_scale.data.pipeline import (
     planned_samples,
     training_batches,
 )
+from caco_scale.data.pixels import Pixels
 from caco_scale.data.store.base import Store
 from caco_scale.data.views import ViewSpec
 from caco_scale.data.workers import stream
@@ -38,7 +39,7 @@ from caco_scale.data.workers import stream
 class Batch:
     """This rank's share of one global batch.
 
-    keys: planned samples as "shard/key", in batch order. crops: one (B, h, w, 3) uint8 per view. params: one
+    keys: planned samples as "shard/key", in batch order. crops: one (B, h, w, C) uint8 or uint16 per view. params: one
     dict per view of tensors with first axis B, for ``augment``. Both come on the CPU; ``to_device.on_device`` moves
     them. corrupt: samples that did not decode, as {"key", "error", "substitute"}; their rows hold the substitute's
     pixels under the planned sample's random numbers.
@@ -83,13 +84,14 @@ def train_batches(
     prefetch = cache_is_large_enough(store, order, start_step)
     job = TrainingJob(store, order, tuple(views), rank, world_size, steps, seed, prefetch, images)
     stages = [functools.partial(stage, job) for stage in (planned_samples, decoded_samples, training_batches)]
-    num_bytes = batch_bytes(order.global_batch_size // world_size, [view.size for view in views])
+    sizes = [view.size for view in views]
+    num_bytes = batch_bytes(order.global_batch_size // world_size, sizes, store.pixels)
     return _training_stream(stream([*stages, errors_as_data], workers, num_bytes, stop), start_step, store)
 
 
-def batch_bytes(batch_size: int, sizes: Sequence[int]) -> int:
+def batch_bytes(batch_size: int, sizes: Sequence[int], pixels: Pixels) -> int:
     """Bytes of the crops of so many images; ``sizes``: of a side, in pixels, of every view."""
-    return batch_size * sum(3 * size * size for size in sizes)
+    return batch_size * sum(pixels.num_bytes * size * size for size in sizes)
 
 
 def cache_is_large_enough(store: Store, order: Order, step: int) -> bool:
@@ -120,7 +122,7 @@ def evaluation_batches(
 
     ids: ascending numbers of the samples to read, (n,); None: all of the set. size, resize: of :func:`centre_crop`.
 
-    Returns an iterator of (indices (b,) int64 in the set, crops (b, size, size, 3) uint8, labels (b,) int64,
+    Returns an iterator of (indices (b,) int64 in the set, crops (b, size, size, C), labels (b,) int64,
     -1 where there is none), in index order; ranks take contiguous parts that differ by at most one sample. A
     sample that does not decode is left out and added to ``undecodable`` before its batch comes; where that is None, a
     warning names it. Raises as :func:`train_batches`.
@@ -129,7 +131,7 @@ def evaluation_batches(
     start, stop = (len(numbers) * r // world_size for r in (rank, rank + 1))
     batches = tuple(numbers[b : min(b + batch_size, stop)] for b in range(start, stop, batch_size))
     reader = functools.partial(evaluation_reader, EvaluationJob(store, size, resize, batches))
-    num_bytes = batch_bytes(batch_size, [size])
+    num_bytes = batch_bytes(batch_size, [size], store.pixels)
     return _evaluation_stream(stream([reader, errors_as_data], workers, num_bytes), store, undecodable)
 
 

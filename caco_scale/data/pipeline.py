@@ -17,16 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
+from caco_scale.data.decode import decode
 from caco_scale.data.in_memory import DecodedImages
 from caco_scale.data.order import Order, key64, rank_share, sample_keys
+from caco_scale.data.pixels import CorruptSample, Pixels
 from caco_scale.data.samples import NoImage, image_in
 from caco_scale.data.store.base import Store
 from caco_scale.data.views import (
-    CorruptSample,
     ViewSpec,
     centre_crop,
     crop_resize_into,
-    decode_image,
     draw_colour,
     draw_crop,
 )
@@ -142,7 +142,7 @@ def training_batches(job: TrainingJob, samples: Iterable[dict]) -> Iterator[dict
     samples, size = iter(samples), job.order.global_batch_size // job.world_size
     for step in _mine(job.steps):
         epoch, group = step // job.order.steps_per_epoch, itertools.islice(samples, size)
-        crops = [torch.empty(size, spec.size, spec.size, 3, dtype=torch.uint8) for spec in job.views]
+        crops = [_no_crops(size, spec.size, job.store.pixels) for spec in job.views]
         ids, keys, corrupt = [], [], []
         for chunk in _chunks(group):
             rows = range(len(ids), len(ids) + len(chunk))
@@ -168,6 +168,12 @@ def training_batches(job: TrainingJob, samples: Iterable[dict]) -> Iterator[dict
         }
 
 
+def _no_crops(count: int, size: int, pixels: Pixels) -> torch.Tensor:
+    """Room for crops (count, size, size, C)."""
+    dtype = torch.uint8 if pixels.bits == 8 else torch.uint16
+    return torch.empty(count, size, size, pixels.channels, dtype=dtype)
+
+
 def evaluation_reader(job: EvaluationJob) -> Iterator[dict]:
     """Centre crops, labels and numbers of the job's batches."""
     for batch in _mine(job.batches):
@@ -185,8 +191,8 @@ def evaluation_reader(job: EvaluationJob) -> Iterator[dict]:
                 continue
             indices.append(index)
             labels.append(sample["__label__"])
-        crops = np.stack(images) if images else np.empty((0, job.size, job.size, 3), np.uint8)
-        tensors = {"indices": torch.tensor(indices, dtype=torch.int64), "crops": torch.from_numpy(crops)}
+        crops = torch.from_numpy(np.stack(images)) if images else _no_crops(0, job.size, job.store.pixels)
+        tensors = {"indices": torch.tensor(indices, dtype=torch.int64), "crops": crops}
         more = {"corrupt": corrupt, "counters": job.store.counters.take()}
         yield {**tensors, "labels": torch.tensor(labels, dtype=torch.int64), **more}
 
@@ -211,21 +217,23 @@ def _name(sample):
 def _decode(store, sample):
     """The sample's image. CorruptSample only if the shard's bytes are the recorded ones, else UserError."""
     try:
-        return _decode_bytes(sample)
+        return _decode_bytes(store, sample)
     except CorruptSample:
         store.learn_checksums(sample["__place__"][0])
         again = _read(store, sample["__place__"])
         if all(again.get(name) == value for name, value in sample.items() if isinstance(value, bytes)):
             raise
-    return _decode_bytes(again)  # there was no checksum, and a cached copy was damaged, or a byte on its way
+    return _decode_bytes(
+        store, again
+    )  # there was no checksum, and a cached copy was damaged, or a byte on its way
 
 
-def _decode_bytes(sample):
+def _decode_bytes(store, sample):
     try:
         data = image_in(sample)
     except NoImage as error:
         raise CorruptSample(str(error)) from None
-    return decode_image(data)
+    return decode(data, store.pixels)
 
 
 def _substitute(job, epoch, sample_id, error):

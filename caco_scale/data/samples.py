@@ -39,12 +39,12 @@ def image_of(extensions: Collection[str]) -> str:
     """Which of a sample's files is its image, by their extensions.
 
     That which is called plainly so (``jpg``; of several the first in the order of ``IMAGE_EXTENSIONS``), else the only
-    one that ends so (``image.jpg``). :class:`NoImage` else.
+    one that ends so (``image.jpg``). :class:`NoImage` else. An array (``npy``) counts where nothing else does.
     """
-    plain = next((kind for kind in IMAGE_EXTENSIONS if kind in extensions), None)
+    dotted = images_of(extensions)
+    plain = next((kind for kind in IMAGE_EXTENSIONS if kind in dotted), None)
     if plain:
         return plain
-    dotted = images_of(extensions)
     if len(dotted) == 1:
         return dotted[0]
     if dotted:
@@ -60,8 +60,9 @@ def image_in(sample: Mapping[str, Any]) -> bytes:
 
 
 def images_of(extensions: Collection[str]) -> list[str]:
-    """All extensions that are an image's, sorted."""
-    return sorted(extension for extension in extensions if is_image(f"x.{extension}"))
+    """All extensions that are an image's, sorted; arrays (``.npy``) only where there is no other."""
+    images = sorted(extension for extension in extensions if is_image(f"x.{extension}"))
+    return [extension for extension in images if not extension.endswith("npy")] or images
 
 
 def label_of(extensions: Collection[str]) -> str | None:

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 
+from caco_scale.data.pixels import BITS, MOST_CHANNELS, RGB8, Pixels
 from caco_scale.data.shard_index import INDEX_SUFFIXES
 from caco_scale.data.small_files import what_instead
 from caco_scale.errors import UserError, one_line
@@ -71,6 +72,14 @@ def expand_braces(pattern: str) -> tuple[str, list[str]]:
     return folder or ".", names
 
 
+def _check_pixels(build):
+    """TypeError for channels and bits that no image has."""
+    if "channels" in build or "bits" in build:
+        channels, bits = build.get("channels"), build.get("bits")
+        if type(channels) is not int or not 1 <= channels <= MOST_CHANNELS or bits not in BITS:
+            raise TypeError(f"channels {channels!r} of bits {bits!r}")
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """One shard: its tar and its index, with sizes in bytes and sha256 in hex."""
@@ -105,6 +114,13 @@ class Manifest:
     fixed: list[dict]
     rejected: list[dict]
     build: dict
+
+    @property
+    def pixels(self) -> Pixels | None:
+        """What pixels its images have; None of a set that ``build`` has not made, which does not say it."""
+        if "channels" in self.build:
+            return Pixels(self.build["channels"], self.build["bits"])
+        return RGB8 if "samples_per_shard" in self.build else None
 
     def to_json(self) -> str:
         """The text of ``manifest.json``; equal manifests give equal text."""
@@ -143,6 +159,7 @@ class Manifest:
             for name in BUILD_WORDS & values["build"].keys():
                 if not isinstance(values["build"][name], str) or not values["build"][name].isprintable():
                     raise TypeError(f"{values['build'][name]!r} is no {name}")
+            _check_pixels(values["build"])
             values["shards"] = tuple(ShardInfo(**shard) for shard in values["shards"])
             values["classes"], values["class_counts"] = (
                 tuple(values["classes"]),

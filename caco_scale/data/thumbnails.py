@@ -3,16 +3,20 @@
 import base64
 import io
 
-import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from caco_scale.data.pixels import as_picture
 
 THUMBNAIL = 96  # pixels on a side of a picture in a page
 
 
-def data_uri(pixels: NDArray[np.uint8]) -> str:
-    """Pixels (s, s, 3) uint8 as a data URI: small images as they are, others as a JPEG of THUMBNAIL pixels."""
-    image, file = Image.fromarray(pixels), io.BytesIO()
+def data_uri(pixels: NDArray) -> str:
+    """Pixels (s, s, C) as a data URI: small images as they are, others as a JPEG of THUMBNAIL pixels.
+
+    Other than 8-bit RGB as :func:`~caco_scale.data.pixels.as_picture` shows them.
+    """
+    image, file = Image.fromarray(as_picture(pixels)), io.BytesIO()
     if max(image.size) <= 64:
         image.save(file, "PNG", optimize=True)
         kind = "png"

@@ -11,11 +11,12 @@ batched.
 Shapes: n samples, H and W of an image, k blur kernel size.
 """
 
+import contextlib
 import io
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
 from caco_scale.data.order import mix64, uniform
+from caco_scale.data.pixels import CorruptSample
 from caco_scale.errors import UserError, one_line
 
 _bilinear = torch._C._nn._upsample_bilinear2d_aa  # of F.interpolate(mode="bilinear", antialias=True)
@@ -49,10 +51,6 @@ WHOLE_UP_TO = (
 THIN = 16  # long side by short side; of thinner images only what the crop shows is resized
 # Two streams of one key: the crop and the colours of a view must not share random numbers.
 CROP_STREAM, COLOUR_STREAM = np.uint64(0xC209), np.uint64(0xC0102)
-
-
-class CorruptSample(ValueError):
-    """An image that cannot be decoded, or not without guessing. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -178,10 +176,17 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
     more than 8 bits a channel through :func:`rgb_pixels`. Raises CorruptSample for everything that does not decode, and
     for more than ``max_pixels`` pixels before decoding them.
     """
-    try:
+    with decoding_errors(data):
         if data[:2] == b"\xff\xd8":
             return _decode_jpeg(data, max_pixels)
         return _decode_other(data, max_pixels)
+
+
+@contextlib.contextmanager
+def decoding_errors(data: bytes) -> Iterator[None]:
+    """Whatever decoding raises becomes a CorruptSample."""
+    try:
+        yield
     except CorruptSample:
         raise
     except MemoryError:
@@ -211,7 +216,7 @@ def _decode_jpeg(data, max_pixels):
 
 def _decode_strictly(data, max_pixels):
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    _check_size(height, width, max_pixels)
+    check_size(height, width, max_pixels)
     if colorspace not in ("CMYK", "YCCK"):
         return simplejpeg.decode_jpeg(data)
     # libjpeg-turbo has no RGB for these. Its strict reading only judges the bytes; PIL knows Adobe's inverted
@@ -247,7 +252,7 @@ def _decode_other(data, max_pixels):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's notes on odd metadata and on sizes, which are judged here
         with Image.open(io.BytesIO(data), formats=FALLBACK_FORMATS) as image:
-            _check_size(image.height, image.width, max_pixels)
+            check_size(image.height, image.width, max_pixels)
             if image.format == "PNG":
                 image.verify()  # the checksums, which plain decoding skips; it uses the file up
         with Image.open(io.BytesIO(data), formats=FALLBACK_FORMATS) as image:
@@ -277,25 +282,29 @@ def rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
     return np.repeat(grey[:, :, None], 3, axis=2)
 
 
-def _check_size(height, width, max_pixels):
+def check_size(height, width, max_pixels):
     if height * width > max_pixels:
         raise CorruptSample(f"{width} x {height} pixels, more than the limit of {max_pixels:,}")
 
 
 def _resize(image, height, width):
-    """Antialiased bilinear resize, (H, W, 3) uint8 -> (height, width, 3) uint8, contiguous."""
+    """Antialiased bilinear resize, (H, W, C) uint8 or uint16 -> (height, width, C) of the same, contiguous."""
     image = np.ascontiguousarray(image)
     if image.shape[:2] == (height, width):
         return image
     # A batch axis made by torch, and before the permutation, has the strides by which torch knows channels-last
     # images: half the time.
     pixels = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
-    resized = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+    is_deep = pixels.dtype != torch.uint8  # torch's kernel is of bytes and of fractions
+    resized = F.interpolate(
+        pixels.float() if is_deep else pixels, (height, width), mode="bilinear", antialias=True
+    )
+    resized = resized.round().to(torch.uint16) if is_deep else resized
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 
-def crop_resize(image: NDArray[np.uint8], box: ArrayLike, size: int) -> NDArray[np.uint8]:
-    """Cut ``box`` (top, left, height, width) out of (H, W, 3) uint8, resize to (size, size, 3), antialiased.
+def crop_resize(image: NDArray, box: ArrayLike, size: int) -> NDArray:
+    """Cut ``box`` (top, left, height, width) out of (H, W, C), resize to (size, size, C), antialiased.
 
     Equal to torchvision's ``resized_crop(antialias=True)`` on uint8: it is the same torch kernel, in the
     channels-last layout that images are decoded to, where it is quickest. Measured on 240 ImageNet JPEGs of
@@ -315,10 +324,8 @@ def crop_resize(image: NDArray[np.uint8], box: ArrayLike, size: int) -> NDArray[
     return _resize(image[top : top + height, left : left + width], size, size)
 
 
-def crop_resize_into(
-    out: torch.Tensor, images: Sequence[NDArray[np.uint8]], boxes: NDArray[np.int64]
-) -> None:
-    """:func:`crop_resize` of n images (H, W, 3) by boxes (n, 4) into ``out`` (n, size, size, 3) uint8, in place.
+def crop_resize_into(out: torch.Tensor, images: Sequence[NDArray], boxes: NDArray[np.int64]) -> None:
+    """:func:`crop_resize` of n images (H, W, C) by boxes (n, 4) into ``out`` (n, size, size, C), in place.
 
     The same bytes by the same kernel, called as F.interpolate calls it: small images spend more time in that function,
     and in copies of its result, than in the kernel (two crops of 32 pixels: 83 us by crop_resize, 43 us here).
@@ -332,6 +339,8 @@ def crop_resize_into(
         )
         if height == width == size:
             place.copy_(crop)
+        elif out.dtype != torch.uint8:
+            place.copy_(_bilinear(crop.float(), (size, size), False, None).round_())
         else:
             _bilinear(crop, (size, size), False, None, out=place)  # ty: ignore[unknown-argument]
 
@@ -350,8 +359,8 @@ def describe_crop(size: int, resize: int = 0) -> str:
     return f"shorter side to {resize or usual_resize(size)} pixels, of which the central {size} x {size}"
 
 
-def centre_crop(image: NDArray[np.uint8], size: int, resize: int = 0) -> NDArray[np.uint8]:
-    """The view for evaluation: torchvision's Resize(resize) and CenterCrop(size) -> (size, size, 3) uint8.
+def centre_crop(image: NDArray, size: int, resize: int = 0) -> NDArray:
+    """The view for evaluation: torchvision's Resize(resize) and CenterCrop(size) -> (size, size, C) of its type.
 
     ``resize``: pixels of the shorter side, at least ``size``; 0: :func:`usual_resize`. It depends on nothing of the
     image. Equal to torchvision's antialiased resize of uint8 tensors (the same kernel; its resize of PIL images
@@ -374,7 +383,7 @@ def _resize_part(image, shape, corner, size):
     )
     part = image[first_row:, first_column:][: rows.shape[1], : columns.shape[1]].astype(np.float64)
     square = np.einsum("iy,yxc,jx->ijc", rows, part, columns, optimize=True)
-    return np.floor(square + 0.5).clip(0, 255).astype(np.uint8)
+    return np.floor(square + 0.5).clip(0, np.iinfo(image.dtype).max).astype(image.dtype)
 
 
 def _bilinear_weights(old, new, start, count):

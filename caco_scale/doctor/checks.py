@@ -196,7 +196,7 @@ def check_shared_memory(config: Config, data: "TrainingData") -> list[Finding]:
     if config.data.workers and (failure := found(check_semaphores)):
         return failure
     sizes = [view.size for view in view_specs(config.views)]
-    small = small_shared_memory(batch_bytes(data.batch_size, sizes), config.data.workers)
+    small = small_shared_memory(batch_bytes(data.batch_size, sizes, data.store.pixels), config.data.workers)
     return [note(small)] if small else []
 
 
@@ -222,17 +222,19 @@ def worker_rate(config: Config, manifest: Any, corrupt: dict[str, str] | None = 
     from caco_scale.data.loader import train_batches
     from caco_scale.data.object_store import RetryPolicy
     from caco_scale.data.order import Order
+    from caco_scale.data.pixels import Pixels
     from caco_scale.data.store import open_store
     from caco_scale.training.assemble import view_specs
 
     sizes = [shard.num_samples for shard in manifest.shards]
     batch = min(MEASURED_IMAGES, sum(sizes))
     order = Order(sizes, seed=config.run.seed, global_batch_size=batch)
-    store = open_store(
-        config.data.shards, "none", 0, RetryPolicy(config.data.retries, config.data.stall_seconds)
-    )
+    pixels = Pixels(config.data.channels, config.data.bits)
+    patience = RetryPolicy(config.data.retries, config.data.stall_seconds)
+    store = open_store(config.data.shards, "none", 0, patience, pixels=pixels)
+    specs = view_specs(config.views, config.data.channels)
     topology: dict[str, Any] = {"rank": 0, "world_size": 1, "workers": 0, "seed": config.run.seed}
-    batches = train_batches(store, order, view_specs(config.views), start_step=0, num_steps=2, **topology)
+    batches = train_batches(store, order, specs, start_step=0, num_steps=2, **topology)
     first = next(batches)  # what is only done once: imports, indices
     start = time.process_time()
     second = next(batches)

@@ -146,7 +146,7 @@ def _saved_bytes(config, encoder, micro_batch_size):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             for size in sizes:
-                images = torch.empty(micro_batch_size, 3, size, size)
+                images = torch.empty(micro_batch_size, config.data.channels, size, size)
                 keep(images)
                 outputs.append(encoder(images))
     return _bytes_of(seen) + largest

@@ -114,7 +114,7 @@ def _task(flags):
         raise UserError(
             f"{flags.weights} is a {weights.arch}, which has no tokens of patches, as ViTs have: drop --layer patches"
         )
-    store = open_store(address, flags.cache_dir, flag="--data")
+    store = open_store(address, flags.cache_dir, flag="--data", pixels=weights.pixels)
     store.check()
     _check_names(store)
     task = Extraction(

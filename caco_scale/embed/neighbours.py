@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from caco_scale.data.decode import decode
+from caco_scale.data.pixels import CorruptSample
 from caco_scale.data.small_files import open_regular
 from caco_scale.data.store import open_store
 from caco_scale.data.store.listed import ListedStore
 from caco_scale.data.thumbnails import data_uri
-from caco_scale.data.views import CorruptSample, centre_crop, decode_image
+from caco_scale.data.views import centre_crop
 from caco_scale.embed.extract import encoded
 from caco_scale.embed.files import FeatureFile, open_features
 from caco_scale.embed.show import (
@@ -181,15 +183,15 @@ def _encoding(file, flags):
 
 
 def _images(place, task, flags):
-    """(names, batches of crops (b, s, s, 3) uint8) of an image file, a folder of images or a shard set."""
+    """(names, batches of crops (b, s, s, C)) of an image file, a folder of images or a shard set."""
     if Path(place).is_file():
         try:
             with open_regular(place) as stream:
-                image = decode_image(stream.read())
+                image = decode(stream.read(), task.weights.pixels)
         except (OSError, CorruptSample) as error:
             raise UserError(f"--query {place} is no image that can be read: {error}") from None
         return [place], [centre_crop(image, task.size, task.resize)[None]]
-    store = open_store(place, flags.cache_dir, flag="--query")
+    store = open_store(place, flags.cache_dir, flag="--query", pixels=task.weights.pixels)
     store.check()
     lost = []
     batches = list(task.evaluation_batches(store, lost))

@@ -13,6 +13,7 @@ import numpy as np
 
 from caco_scale.atomic import write_atomically
 from caco_scale.data.loader import evaluation_batches
+from caco_scale.data.pixels import Pixels, picture_note
 from caco_scale.data.store import open_store
 from caco_scale.data.thumbnails import data_uri
 from caco_scale.embed.files import FeatureFile, check_place
@@ -131,13 +132,14 @@ def write_page(path: str, title: str, lines: Sequence[str], rows: Sequence[Row])
 def pictures_of(
     file: FeatureFile, indexes: Iterable[int], data: str | None, cache_dir: str
 ) -> tuple[dict[int, str], str]:
-    """Images of a file's set by their numbers there -> ({number: data URI}, what is wrong in words or "").
+    """Images of a file's set by their numbers there -> ({number: data URI}, a note on them or what is wrong, or "").
 
     ``data``: where the set is now, None: where it was. UserError where ``data`` is given and is not that set.
     """
     address, request = data or file.about["data"], file.about["request"]
     try:
-        store = open_store(address, cache_dir, flag="--data")
+        pixels = Pixels(request.get("channels", 3), request.get("bits", 8))
+        store = open_store(address, cache_dir, flag="--data", pixels=pixels)
         if store.fingerprint() != request["images"]:
             raise UserError(f"{address} has changed since {file.path} was written, or is another set")
     except UserError as error:
@@ -159,7 +161,7 @@ def pictures_of(
     found = {}
     for ids, crops, _ in batches:
         found |= {int(i): data_uri(np.asarray(crop)) for i, crop in zip(ids, crops, strict=True)}
-    return found, ""
+    return found, picture_note(pixels)
 
 
 def class_name(file: FeatureFile, label: int) -> str:

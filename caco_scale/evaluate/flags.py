@@ -10,8 +10,8 @@ from caco_scale.flags.choices import Encoder, Stem
 from caco_scale.flags.read import shown
 from caco_scale.flags.rules import ABOVE_0, FROM_0, Count, PositiveFloat, at_most
 
-Colours = tuple[Annotated[float, FROM_0], Annotated[float, FROM_0], Annotated[float, FROM_0]]
-Deviations = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+Colours = tuple[Annotated[float, FROM_0], ...]
+Deviations = tuple[PositiveFloat, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +33,9 @@ class EncoderFlags:
     resize: Annotated[int | None, ABOVE_0, at_most(16384), shown("PIXELS")] = None
     """Shorter side before the central --size is cut out (default: the run's, else 256 for 224 in proportion, and --size
     itself, whole images, up to 96)."""
-    mean: Annotated[Colours | None, shown("R G B")] = None
+    mean: Annotated[Colours | None, shown("R G B ...")] = None
     """Mean of the colours (default: the run's, which its exports say; else ImageNet's)."""
-    std: Annotated[Deviations | None, shown("R G B")] = None
+    std: Annotated[Deviations | None, shown("R G B ...")] = None
     """Standard deviation of the colours (default: the run's, which its exports say; else ImageNet's)."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """Number format of the encoder."""

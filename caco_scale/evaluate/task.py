@@ -15,6 +15,7 @@ import torch
 from caco_scale.data.labels import lacking_classes, with_classes_of
 from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.pipeline import Undecodable
+from caco_scale.data.pixels import RGB8
 from caco_scale.data.store import open_store
 from caco_scale.data.store.base import Store
 from caco_scale.data.store.folder import split_folders
@@ -98,6 +99,7 @@ class Encoding:
 
     def describe(self) -> dict[str, Any]:
         """What decides features, besides the images: plain values."""
+        pixels = self.weights.pixels
         return {
             "weights": self.weights.sha256,
             "encoder": self.weights.encoder,
@@ -105,6 +107,7 @@ class Encoding:
             "resize": self.resize,
             "mean": list(self.mean),
             "std": list(self.std),
+            **({"channels": pixels.channels, "bits": pixels.bits} if pixels != RGB8 else {}),
             "compute": str(self.autocast_dtype or self.dtype).removeprefix("torch."),
         }
 
@@ -180,7 +183,7 @@ def build_task(flags: Any) -> Task:
     accelerator = processes_of(flags)
     train_url, val_url, weights = _sources(flags)
     train, val = (
-        open_store(url, flags.cache_dir, labelled=True, flag=flag)
+        open_store(url, flags.cache_dir, labelled=True, flag=flag, pixels=weights.pixels)
         for url, flag in ((train_url, "--data"), (val_url, "--val"))
     )
     train.check()
@@ -194,6 +197,12 @@ def build_task(flags: Any) -> Task:
 def encoding_of(flags: Any, accelerator: "Accelerator", weights: Weights) -> dict[str, Any]:
     """The fields of an :class:`Encoding` by the flags of a command; the weights' modules move to the device."""
     size = flags.size or weights.size
+    for name in ("mean", "std"):
+        given = len(getattr(flags, name) or getattr(weights, name))
+        if given != weights.pixels.channels:
+            raise UserError(
+                f"--{name} has {given} numbers: give {weights.pixels.channels} numbers, one a channel"
+            )
     compute = {"fp64": torch.float64}.get(flags.precision, torch.float32)
     for module in filter(None, (weights.backbone, weights.projector)):
         module.to(accelerator.device, compute)

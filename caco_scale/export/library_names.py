@@ -16,11 +16,12 @@ from torch import nn
 from torchvision import models
 
 from caco_scale.errors import UserError
+from caco_scale.method.channels import take_channels
 from caco_scale.method.encoders import ANY_SIZE, fillable, head_of, read_options, skeleton, takes
 from caco_scale.weights.recognise import TIMM_NAMES, timm_name, timm_vit_names
 
 STEM_LINES = [  # what library_model does, for people
-    "model.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)  # the stem for small images",
+    "model.conv1 = torch.nn.Conv2d({}, 64, kernel_size=3, padding=1, bias=False)  # the stem for small images",
     "model.maxpool = torch.nn.Identity()",
 ]
 
@@ -61,36 +62,40 @@ def to_timm(state: Mapping[str, torch.Tensor], arch: str) -> dict[str, torch.Ten
 
 
 def library_model(
-    library: str, arch: str, stem: str, options: Sequence[str], size: int
+    library: str, arch: str, stem: str, options: Sequence[str], size: int, channels: int = 3
 ) -> tuple[nn.Module, list[str]]:
     """The library's own model without its classifier, to be filled: images -> features (B, F); with its options.
 
-    ``library``: of :func:`library_of`; ``size``: of the images (pixels), for which timm's ViTs may need an option more.
+    ``library``: of :func:`library_of`; ``size``: of the images (pixels), for which timm's ViTs may need an option more,
+    as all of timm for other than three ``channels``.
     """
     if library in ("", "caco_scale"):
-        return fillable(arch, stem, options)[0], list(options)
+        return fillable(arch, stem, options, channels)[0], list(options)
     if library == "torchvision":
         model, head = _of_torchvision(arch, options)
         parent, _, name = head.rpartition(".")
         setattr(model.get_submodule(parent), name, nn.Identity())
-        return _with_stem(model, stem), list(options)
+        model = _with_stem(model, stem)
+        take_channels(arch, model, channels)
+        return model, list(options)
     import timm
 
+    options = [*options, *([f"in_chans={channels}"] if channels != 3 else [])]
     choices = [[*options, *(f"{name}={value}" for name, value in more.items())] for more in ({}, *ANY_SIZE)]
     for words in choices:
         with contextlib.suppress(TypeError), torch.random.fork_rng(devices=[]):
             model = timm.create_model(timm_name(arch), num_classes=0, **read_options(words))
-            if takes(model, size):
-                return _with_stem(model, stem), words
+            if takes(model, size, channels):
+                return _with_stem(model, stem, channels), words
     with torch.random.fork_rng(devices=[]):
         model = timm.create_model(timm_name(arch), num_classes=0, **read_options(options))
-    return _with_stem(model, stem), list(options)
+    return _with_stem(model, stem, channels), list(options)
 
 
-def _with_stem(model: Any, stem):
+def _with_stem(model: Any, stem, channels=3):
     """With the first layers of the ``cifar`` stem, where that is asked for; they are not initialised for it."""
     if stem == "cifar":
-        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, kernel_size=3, padding=1, bias=False)
+        model.conv1 = nn.Conv2d(channels, model.conv1.out_channels, kernel_size=3, padding=1, bias=False)
         model.maxpool = nn.Identity()
     return model
 
@@ -113,10 +118,14 @@ def _check_timm_has(arch):
         )
 
 
-def loading_code(library: str, arch: str, stem: str, file_name: str, options: Sequence[str] = ()) -> str:
+def loading_code(
+    library: str, arch: str, stem: str, file_name: str, options: Sequence[str] = (), channels: int = 3
+) -> str:
     """Python lines with which a user builds the model from the file: ``model`` gives features afterwards."""
     is_safetensors = file_name.endswith(".safetensors")
-    stem_lines = STEM_LINES if stem == "cifar" and arch != "tiny" else []
+    stem_lines = [line.format(channels) for line in STEM_LINES] if stem == "cifar" and arch != "tiny" else []
+    if channels != 3 and not stem_lines and library in ("torchvision", ""):
+        stem_lines = _first_layer(library, arch, stem, options, channels)
     arguments = ", ".join(f"{name}={value!r}" for name, value in read_options(options).items())
     given = f", {arguments}" if arguments else ""
     if library == "timm":
@@ -135,7 +144,8 @@ def loading_code(library: str, arch: str, stem: str, file_name: str, options: Se
     read = f"load_file({file_name!r})" if is_safetensors else f"torch.load({file_name!r}, weights_only=True)"
     if library == "caco_scale":
         imports.append("from caco_scale.method.encoders import build_backbone")
-        build = [f'model, _ = build_backbone("{arch}", "{stem}")']
+        more = f", channels={channels}" if channels != 3 else ""
+        build = [f'model, _ = build_backbone("{arch}", "{stem}"{more})']
     elif not library:
         module, _, function = arch.partition(":")
         imports = [line for line in imports if line != "import torch" or stem_lines or not is_safetensors]
@@ -146,6 +156,21 @@ def loading_code(library: str, arch: str, stem: str, file_name: str, options: Se
         head = re.sub(r"\.(\d+)", r"[\1]", _of_torchvision(arch, options)[1])
         build = [f"model = {arch}({arguments})", f"model.{head} = torch.nn.Identity()", *stem_lines]
     return "\n".join([*imports, "", *build, f"model.load_state_dict({read})"])
+
+
+def _first_layer(library, arch, stem, options, channels):
+    """The lines that give the library's model a first convolution of other than three channels."""
+    model = _of_torchvision(arch, options)[0] if library else skeleton(arch, stem, options)[0]
+    lines = []
+    for name in take_channels(arch, model, channels):
+        conv = model.get_submodule(name)
+        sizes = f"kernel_size={conv.kernel_size}, stride={conv.stride}, padding={conv.padding}"
+        place = re.sub(r"\.(\d+)", r"[\1]", name)
+        bias = conv.bias is not None
+        lines.append(
+            f"model.{place} = torch.nn.Conv2d({channels}, {conv.out_channels}, {sizes}, bias={bias})"
+        )
+    return lines
 
 
 def _of_torchvision(arch, options):

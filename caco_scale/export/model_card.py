@@ -68,7 +68,7 @@ def write_card(
         ("checked", compared),
     ]
     table = "\n".join(f"| {row} | {_cell(value)} |" for row, value in rows)
-    code = loading_code(library, arch, stem, name, options)
+    code = loading_code(library, arch, stem, name, options, int(metadata.get("channels", 3)))
     return (
         f"# {arch}{_title(config, source)}\n\n"
         f"| | |\n|---|---|\n{table}\n\n## Scores\n\n{_score_lines(config, logged, evaluated)}\n\n"
@@ -134,7 +134,8 @@ def _data(config, values):
 
 def _input(views, assumed):
     mean, std = (views[name].replace(" ", ", ") for name in ("mean", "std"))
-    text = f"RGB from 0 to 1, minus ({mean}), divided by ({std}); {views['size']} pixels"
+    kind = f"{views['channels']} channel(s) of {views['bits']} bits," if "channels" in views else "RGB"
+    text = f"{kind} from 0 to 1, minus ({mean}), divided by ({std}); {views['size']} pixels"
     return f"{text}; the source does not say its {', '.join(assumed)}: assumed" if assumed else text
 
 

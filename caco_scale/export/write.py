@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from caco_scale import config as configuration
 from caco_scale.atomic import write_atomically
 from caco_scale.checkpoint.folder import read_values
+from caco_scale.data.pixels import RGB8
 from caco_scale.data.views import usual_resize
 from caco_scale.errors import UserError
 from caco_scale.export.library_names import library_model, library_of, to_timm
@@ -104,6 +105,7 @@ def file_metadata(weights: Weights) -> dict[str, str]:
     )
     known = {name: value for name, value in metadata.items() if name not in unsaid}
     known |= {"options": json.dumps(weights.options)} if weights.options else {}
+    known |= weights.pixels._asdict() if weights.pixels != RGB8 else {}
     return {name: "" if value is None else str(value) for name, value in known.items()}
 
 
@@ -201,10 +203,14 @@ def _compare(path, weights, library):
 
     UserError where they differ by more than the tolerance.
     """
-    loaded, options = library_model(library, weights.arch, weights.stem, weights.options, weights.size)
+    channels = weights.pixels.channels
+    model = weights.arch, weights.stem, weights.options, weights.size, channels
+    loaded, options = library_model(library, *model)
     loaded.load_state_dict(read_tensors(path)[0], assign=True)
-    size = next((size for size in (weights.size, *USUAL_SIZES) if takes(loaded, size)), weights.size)
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    size = next(
+        (size for size in (weights.size, *USUAL_SIZES) if takes(loaded, size, channels)), weights.size
+    )
+    images = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted, found = weights.backbone(images), loaded.eval()(images)
     found = found.mean(dim=(2, 3)) if not library and found.ndim == 4 else found

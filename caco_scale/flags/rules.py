@@ -87,6 +87,8 @@ Share = Annotated[float, UP_TO_1]
 Probability = Annotated[float, PROBABILITY]
 Momentum = Annotated[float, MOMENTUM]
 AreaRange = Annotated[tuple[float, float], AREA]
+Channels = Annotated[int, ABOVE_0, at_most(512)]
+Bits = Annotated[int, Rule(lambda x: x in (8, 16), "give 8 or 16")]
 Options = tuple[Annotated[str, PAIR], ...]
 Free = Annotated[T, FreeAtResume]
 

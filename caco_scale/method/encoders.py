@@ -8,7 +8,6 @@ Shapes: B batch, F features, H and W an image's height and width.
 
 import ast
 import contextlib
-import copy
 import importlib
 import itertools
 import json
@@ -17,7 +16,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from torchvision.models.resnet import BasicBlock
 from caco_scale.distributed.recompute import NotRepeatable
 from caco_scale.errors import UserError, did_you_mean, one_line
 from caco_scale.flags.choices import STEMS
+from caco_scale.method.channels import forward, probes, take_channels
 from caco_scale.method.vision_transformer import VisionTransformer
 
 TORCHVISION = tuple(models.list_models(module=models))
@@ -45,7 +45,9 @@ USUAL_SIZES = (224, 32, 64, 96, 128, 160, 192, 256, 288, 320, 384, 448, 512)  # 
 MOST_TRIES, MOST_SHOWN = 40, 6  # of sizes
 
 
-def build_backbone(arch: str, stem: str = "imagenet", options: Sequence[str] = ()) -> tuple[nn.Module, int]:
+def build_backbone(
+    arch: str, stem: str = "imagenet", options: Sequence[str] = (), channels: int = 3
+) -> tuple[nn.Module, int]:
     """A randomly initialised backbone: ``(module giving (B, F) features, F)``.
 
     Args:
@@ -55,6 +57,8 @@ def build_backbone(arch: str, stem: str = "imagenet", options: Sequence[str] = (
         stem: ``imagenet``: the first layer as the architecture has it; ``cifar``: a 3x3 convolution of stride 1 and
             no max-pool, for images of about 32 pixels (ResNets only; ``tiny`` always has it).
         options: ``NAME=VALUE``, keyword arguments of the architecture, as :func:`read_options` reads them.
+        channels: of the images (C); other than 3, timm's own models are built for, and the first convolution of others
+            is replaced (:func:`caco_scale.method.channels.take_channels`).
 
     Weights are the library's own initialisation (the last BatchNorm of a ResNet's block starts at one, as the authors
     have it). Layers of chance (dropout, stochastic depth) of torchvision and timm are off unless an option names them:
@@ -65,28 +69,31 @@ def build_backbone(arch: str, stem: str = "imagenet", options: Sequence[str] = (
     """
     if stem not in STEMS:
         raise UserError(f"model.stem: no stem {stem!r}; use one of {', '.join(STEMS)}")
-    backbone = _build(arch, read_options(options))
+    backbone = _build(arch, read_options(options), channels)
+    take_channels(arch, backbone, channels)
     if stem == "cifar" and not isinstance(backbone, TinyResNet):
         _use_small_stem(arch, backbone)
-    return backbone, _measure(arch, backbone)
+    return backbone, _measure(arch, backbone, channels)
 
 
-def skeleton(arch: str, stem: str = "imagenet", options: Sequence[str] = ()) -> tuple[nn.Module, int]:
+def skeleton(
+    arch: str, stem: str = "imagenet", options: Sequence[str] = (), channels: int = 3
+) -> tuple[nn.Module, int]:
     """As :func:`build_backbone` without memory where that is possible, to look at. Random numbers go on as before."""
     if not _is_callable(arch):
         with contextlib.suppress(UserError), torch.device("meta"):
-            return build_backbone(arch, stem, options)
+            return build_backbone(arch, stem, options, channels)
     # A few need values while they are built: then with memory, or here for the true reason.
     with torch.random.fork_rng(devices=[]):
-        return build_backbone(arch, stem, options)
+        return build_backbone(arch, stem, options, channels)
 
 
-def fillable(arch: str, stem: str, options: Sequence[str] = ()) -> tuple[nn.Module, int]:
+def fillable(arch: str, stem: str, options: Sequence[str] = (), channels: int = 3) -> tuple[nn.Module, int]:
     """As :func:`build_backbone`, for one who gives it a whole state dict: what that does not hold is there."""
     if arch in TORCHVISION or arch == "tiny":  # a state dict holds all that these consist of
-        return skeleton(arch, stem, options)
+        return skeleton(arch, stem, options, channels)
     with torch.random.fork_rng(devices=[]):
-        return build_backbone(arch, stem, options)
+        return build_backbone(arch, stem, options, channels)
 
 
 def read_options(words: Iterable[str]) -> dict[str, Any]:
@@ -100,7 +107,7 @@ def read_options(words: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def refuse_views(arch: str, backbone: nn.Module, sizes: Sequence[int]) -> None:
+def refuse_views(arch: str, backbone: nn.Module, sizes: Sequence[int], channels: int = 3) -> None:
     """UserError where a backbone cannot be trained on views of these sizes (pixels): with sizes that it takes.
 
     Tried in train mode on a copy without memory (or with it where that cannot be), the first size backward too: a
@@ -109,24 +116,24 @@ def refuse_views(arch: str, backbone: nn.Module, sizes: Sequence[int]) -> None:
     if not any(p.requires_grad for p in backbone.parameters()):
         raise UserError(f"model.arch {arch} has no parameters to train: give one that has")
     for size in dict.fromkeys(sizes):
-        problem = _problem(arch, backbone, size)
+        problem = _problem(arch, backbone, size, channels)
         if problem is None:
             continue
         others = sorted({*USUAL_SIZES, *range(16, 513, 16), *range(14, 533, 14)}, key=lambda x: abs(x - size))
-        taken = (other for other in others[:MOST_TRIES] if _problem(arch, backbone, other) is None)
+        taken = (other for other in others[:MOST_TRIES] if _problem(arch, backbone, other, channels) is None)
         found = ", ".join(map(str, sorted(itertools.islice(taken, MOST_SHOWN))))
         fix = (
             f"it can on {found}: change views.size, views.local_size" if found else "nor on sizes near to it"
         )
         raise UserError(f"{arch} cannot be trained on views of {size} pixels ({problem}); {fix}")
-    _problem(arch, backbone, sizes[0], backward=True)
+    _problem(arch, backbone, sizes[0], channels, backward=True)
 
 
-def takes(backbone: nn.Module, size: int) -> bool:
+def takes(backbone: nn.Module, size: int, channels: int = 3) -> bool:
     """Whether it gives features of images of ``size`` pixels in eval mode; tried on a copy."""
-    for probe in _probes(backbone):
+    for probe in probes(backbone):
         with contextlib.suppress(Exception), torch.no_grad():
-            _forward(probe.eval(), size)
+            forward(probe.eval(), size, channels)
             return True
     return False
 
@@ -144,14 +151,14 @@ def _is_callable(arch):
     return bool(CALLABLE.fullmatch(arch))
 
 
-def _build(arch, options):
+def _build(arch, options, channels):
     try:
         if arch == "tiny":
             return TinyResNet(**options)
         if arch in TORCHVISION:
             return _from_torchvision(arch, options)
         if arch.startswith("timm/"):
-            return _from_timm(arch.removeprefix("timm/"), options)
+            return _from_timm(arch.removeprefix("timm/"), options, channels)
         if _is_callable(arch):
             return _from_callable(arch, options)
     except UserError:
@@ -208,7 +215,7 @@ def head_of(model: nn.Module) -> str:
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
 
 
-def _from_timm(name, options):
+def _from_timm(name, options, channels):
     try:
         import timm
     except ImportError as error:
@@ -220,7 +227,7 @@ def _from_timm(name, options):
         )
     any_size: dict[str, Any]
     for any_size in ANY_SIZE:
-        given: Any = {**any_size, **options}
+        given: Any = {**any_size, **({"in_chans": channels} if channels != 3 else {}), **options}
         try:
             backbone = timm.create_model(name, pretrained=False, num_classes=0, **given)
         except TypeError as error:
@@ -292,15 +299,15 @@ def _use_small_stem(arch, backbone):
     backbone.maxpool = nn.Identity()
 
 
-def _measure(arch, backbone):
+def _measure(arch, backbone, channels):
     """F, by a forward of two images in eval mode on a copy; a backbone that gives maps is made to give their means."""
     problem, output = "", None
-    for probe in _probes(backbone):
+    for probe in probes(backbone):
         probe.eval()
         for size in USUAL_SIZES:
             try:
                 with torch.no_grad():
-                    output = _forward(probe, size)
+                    output = forward(probe, size, channels)
                 break
             except Exception as error:  # of a module that nobody here has written
                 problem = (
@@ -333,13 +340,13 @@ def _mean_over_places(module, inputs, output):
     return output.mean(dim=(2, 3)) if getattr(output, "ndim", 0) == 4 else output
 
 
-def _problem(arch, backbone, size, backward=False) -> str | None:
+def _problem(arch, backbone, size, channels=3, backward=False) -> str | None:
     """Why views of ``size`` pixels cannot be trained on; None: they can. UserError for what no size changes."""
     problem = None
-    for probe in _probes(backbone):
+    for probe in probes(backbone):
         try:
             with torch.set_grad_enabled(backward), torch.random.fork_rng(devices=[]):
-                output = _forward(probe.train(), size)
+                output = forward(probe.train(), size, channels)
                 if backward:
                     output.sum().backward()
         except NotRepeatable:
@@ -356,27 +363,6 @@ def _problem(arch, backbone, size, backward=False) -> str | None:
             )
         return None
     return problem
-
-
-def _probes(backbone) -> Iterator[nn.Module]:
-    """Copies to try things with: one without memory, and one with it, where the backbone has it."""
-    tensors = [*backbone.parameters(), *backbone.buffers()]
-    empty = {}
-    for tensor in tensors:
-        like = torch.empty_like(tensor, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        empty[id(tensor)] = nn.Parameter(like, tensor.requires_grad) if is_parameter else like
-    yield copy.deepcopy(backbone, empty)
-    if not any(t.is_meta for t in tensors):
-        yield copy.deepcopy(backbone)
-
-
-def _forward(probe, size):
-    """What the module makes of two images; the global random numbers go on as before."""
-    first = next(probe.parameters(), torch.empty(0))
-    images = torch.zeros(2, 3, size, size, device=first.device, dtype=first.dtype)
-    with torch.random.fork_rng(devices=[]):
-        return probe(images)
 
 
 class TinyResNet(nn.Module):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from caco_scale.checkpoint.read import load_tensors
 from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.object_store import RetryPolicy
+from caco_scale.data.pixels import Pixels, picture_note
 from caco_scale.data.store import open_store
 from caco_scale.data.thumbnails import data_uri
 from caco_scale.errors import UserError, one_line
@@ -37,7 +38,7 @@ RETRY_POLICY = RetryPolicy(2, 10)  # a report waits less for an object store tha
 
 @dataclass(frozen=True)
 class Images:
-    """Images of a shard set: ids (n,), crops (n, s, s, 3) uint8, labels (n,), class names, size of the whole set."""
+    """Images of a shard set: ids (n,), crops (n, s, s, C), labels (n,), class names, size of the whole set."""
 
     ids: torch.Tensor
     crops: torch.Tensor
@@ -79,7 +80,8 @@ def draw_pictures(run: Run, limit: int | None = None, arch: str | None = None) -
         train = read_images(run, run.config.data.shards, limit)
     except UserError as error:
         return Pictures([f"No pictures: {error}"])
-    drawn = Pictures([], encoders.step, len(train.ids), train.total)
+    note = picture_note(Pixels(run.config.data.channels, run.config.data.bits))
+    drawn = Pictures([note] if note else [], encoders.step, len(train.ids), train.total)
     drawn.rows = bank_rows(encoders, train, run.config.bank.rule)
     val = None
     try:
@@ -129,9 +131,12 @@ def data_address(run: Run, address: str) -> str:
 
 def read_images(run: Run, address: str, limit: int | None, flag: str = "data.shards") -> Images:
     """A sample of a set as :class:`Images`. ``flag``: what named it. UserError where it is away or damaged."""
-    store = open_store(data_address(run, address), cache_dir="none", retry_policy=RETRY_POLICY, flag=flag)
+    pixels = Pixels(run.config.data.channels, run.config.data.bits)
+    store = open_store(
+        data_address(run, address), cache_dir="none", retry_policy=RETRY_POLICY, flag=flag, pixels=pixels
+    )
     size = run.config.views.size
-    limit = limit or min(MAX_IMAGES, max(NUM_NEAREST, MEMORY_BYTES // (3 * size**2)))
+    limit = limit or min(MAX_IMAGES, max(NUM_NEAREST, MEMORY_BYTES // (pixels.num_bytes * size**2)))
     ids = spread_ids(store.manifest.num_samples, limit)
     reading: dict[str, Any] = {
         "rank": 0,

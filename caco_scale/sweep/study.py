@@ -90,6 +90,7 @@ class Study:
             config = _with_flags(self.base, own, f"{self.path}, {name}")
             config = configuration.replace(config, run__dir=str(Path(folder, name, f"seed_{seed}")))
             config = configuration.replace(config, run__seed=seed)
+            config = configuration.settle_channels(config, self.base)
             try:
                 configuration.check(config)
             except UserError as error:

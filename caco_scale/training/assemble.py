@@ -21,6 +21,7 @@ from caco_scale.data.listed_files import Listings
 from caco_scale.data.loader import Batch, train_batches
 from caco_scale.data.object_store import RetryPolicy
 from caco_scale.data.order import Order, share_size
+from caco_scale.data.pixels import Pixels
 from caco_scale.data.store import open_store
 from caco_scale.data.store.base import Store
 from caco_scale.data.views import ViewSpec
@@ -58,7 +59,8 @@ def open_training(
     config: Config, counters: Counters | None = None, listings: Listings | None = None
 ) -> Store:
     """The training images; ``counters``, ``listings``: of :func:`open_store`."""
-    return open_store(config.data.shards, *_ways(config), counters=counters, listings=listings)
+    more: dict[str, Any] = {"counters": counters, "listings": listings, "pixels": pixels_of(config)}
+    return open_store(config.data.shards, *_ways(config), **more)
 
 
 def open_validation(
@@ -69,7 +71,12 @@ def open_validation(
     if not address or not (evaluation.knn_every or evaluation.baselines):
         return None
     more: dict[str, Any] = {"labelled": True, "flag": "data.val_shards", "counters": counters}
-    return open_store(address, *_ways(config), **more, listings=listings)
+    return open_store(address, *_ways(config), **more, listings=listings, pixels=pixels_of(config))
+
+
+def pixels_of(config: Config) -> Pixels:
+    """What the images of a run are decoded to."""
+    return Pixels(config.data.channels, config.data.bits)
 
 
 def _ways(config):
@@ -120,7 +127,7 @@ class TrainingData:
         return train_batches(
             self.store,
             self.order,
-            view_specs(self.config.views),
+            view_specs(self.config.views, self.config.data.channels),
             rank=self.rank,
             world_size=self.world_size,
             start_step=start,
@@ -128,23 +135,45 @@ class TrainingData:
             seed=self.config.run.seed,
             workers=self.config.data.workers,
             stop=stop,
-            images=DecodedImages(self.order.num_samples, self.room) if self.room and again else None,
+            images=DecodedImages(self.order.num_samples, self.room, self.store.pixels)
+            if self.room and again
+            else None,
         )
 
 
-def view_specs(views: configuration.Views) -> list[ViewSpec]:
-    """The global views and the local crops, in the order of a step, as the loader takes them."""
-    spec = partial(ViewSpec, jitter=views.jitter, jitter_p=views.jitter_p, grayscale_p=views.grayscale_p)
+def view_specs(views: configuration.Views, channels: int = 3) -> list[ViewSpec]:
+    """The global views and the local crops, in the order of a step, as the loader takes them.
+
+    Of other than three channels without what :data:`COLOUR_ONLY` names.
+    """
+    is_colour = channels == 3
+    jitter = views.jitter if is_colour else (*views.jitter[:2], 0.0, 0.0)
+    grayscale_p = views.grayscale_p if is_colour else 0.0
+    spec = partial(ViewSpec, jitter=jitter, jitter_p=views.jitter_p, grayscale_p=grayscale_p)
     global_views = [
-        spec(size=views.size, scale=views.scale, blur_p=blur, solarize_p=solarize)
+        spec(size=views.size, scale=views.scale, blur_p=blur, solarize_p=solarize if is_colour else 0.0)
         for blur, solarize in zip(views.blur_p, views.solarize_p, strict=True)
     ]
     local = spec(size=views.local_size, scale=views.local_scale, blur_p=views.local_blur_p)
     return global_views + [local] * views.num_local_crops
 
 
+COLOUR_ONLY = "saturation, hue, greyscale and solarization"
+
+
+def channel_notes(config: Config) -> list[str]:
+    """What a run on other than three channels does otherwise, a line each; and a normalisation that is neutral."""
+    channels, views = config.data.channels, config.views
+    notes = [] if channels == 3 else [f"data.channels {channels}: {COLOUR_ONLY} are off in the views"]
+    if set(views.mean) == set(views.std) == {configuration.NEUTRAL}:
+        notes.append(
+            f"views.mean and views.std are {configuration.NEUTRAL} for each of {channels} channel(s)"
+        )
+    return notes
+
+
 class MicroBatches:
-    """A batch's augmented views, one micro-batch at a time: lists of (b, 3, H, H), where the batch is.
+    """A batch's augmented views, one micro-batch at a time: lists of (b, C, H, H), where the batch is.
 
     ``augment``: of :func:`build_augment`.
     """
@@ -202,7 +231,9 @@ def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
 def build_encoder(config: Config) -> Encoder:
     """Backbone, projector and, if any, predictor as ``config.model`` says, with random weights."""
     model = config.model
-    return encoder_around(config, *build_backbone(model.arch, model.stem, model.options))
+    return encoder_around(
+        config, *build_backbone(model.arch, model.stem, model.options, config.data.channels)
+    )
 
 
 def encoder_around(config: Config, backbone: nn.Module, num_features: int) -> Encoder:

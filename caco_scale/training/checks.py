@@ -107,14 +107,15 @@ def check_temperatures(start: Start) -> None:
 
 def check_model(start: Start) -> None:
     """Whether there is such an encoder and it takes the views; tried without memory where that can be."""
-    model, views = start.config.model, start.config.views
-    backbone, num_features = skeleton(model.arch, model.stem, model.options)
+    model, views, channels = start.config.model, start.config.views, start.config.data.channels
+    backbone, num_features = skeleton(model.arch, model.stem, model.options, channels)
     if model.checkpoint_activations and not recompute_blocks(backbone):
         raise UserError(
             f"model.checkpoint_activations: {model.arch} has no blocks that repeat: give "
             "--model.checkpoint_activations false"
         )
-    refuse_views(model.arch, backbone, [views.size, *[views.local_size] * bool(views.num_local_crops)])
+    sizes = [views.size, *[views.local_size] * bool(views.num_local_crops)]
+    refuse_views(model.arch, backbone, sizes, channels)
     with torch.device("meta"):
         encoder_around(start.config, backbone, num_features)
 
@@ -125,7 +126,8 @@ def check_weights(start: Start) -> str | None:
     if not config.model.weights or goes_on_from(config):
         return None
     model = config.model
-    start.weights = load_start(model.weights, Wanted(model.arch, model.stem, model.options))
+    wanted = Wanted(model.arch, model.stem, model.options, config.data.channels)
+    start.weights = load_start(model.weights, wanted)
     notes = [start.weights.other_images(config.views.mean, config.views.std)]
     return "; ".join(line.strip() for line in [*start.weights.lines(), *filter(None, notes)])
 

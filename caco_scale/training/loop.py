@@ -38,6 +38,7 @@ from caco_scale.training.assemble import (
     TrainingData,
     build_augment,
     build_bank,
+    channel_notes,
     parameter_dtype,
     view_specs,
 )
@@ -108,6 +109,8 @@ class Loop:
                 f"data.relist: a new data set from here on, {data.order.num_samples:,} images instead of "
                 f"{values['num_samples']:,}"
             )
+        for note in channel_notes(config):
+            telemetry.note(note)
         self.profiler = StepProfiler(
             directory.path / "profile",
             config.run.profile_steps,
@@ -269,7 +272,9 @@ class Loop:
         for line in misfits(config, self.data.order, self.strategy.world_size):
             self.records.telemetry.warn(line)
         sizes = [view.size for view in view_specs(config.views)]
-        small = small_shared_memory(batch_bytes(self.data.batch_size, sizes), config.data.workers)
+        small = small_shared_memory(
+            batch_bytes(self.data.batch_size, sizes, self.data.store.pixels), config.data.workers
+        )
         if small:
             self.records.telemetry.note(small)
         if store.cache is not None and not cache_is_large_enough(store, self.data.order, self.step):

@@ -21,9 +21,11 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @cache
-def expected_shapes(arch: str, stem: str, options: tuple[str, ...] = ()) -> dict[str, tuple[int, ...]]:
+def expected_shapes(
+    arch: str, stem: str, options: tuple[str, ...] = (), channels: int = 3
+) -> dict[str, tuple[int, ...]]:
     """Those of a backbone."""
-    return shapes(skeleton(arch, stem, options)[0])
+    return shapes(skeleton(arch, stem, options, channels)[0])
 
 
 def differences(
@@ -73,10 +75,10 @@ def _shown(parts):
 
 
 def fill_backbone(
-    arch: str, stem: str, options: Sequence[str], state: Mapping[str, Tensor], path: str
+    arch: str, stem: str, options: Sequence[str], state: Mapping[str, Tensor], path: str, channels: int = 3
 ) -> tuple[nn.Module, int]:
     """A backbone with all tensors of a state dict, in fp32 -> (module, F). UserError where they do not fit."""
-    backbone, num_features = fillable(arch, stem, options)
+    backbone, num_features = fillable(arch, stem, options, channels)
     expected = shapes(backbone)
     # A run's checkpoint has every buffer; those that the module makes itself are no state.
     own = {name for name, _ in backbone.named_buffers()} - set(expected)

@@ -58,8 +58,10 @@ def hub_metadata(path: Path) -> dict[str, str]:
     fixed = images.get("fixed_input_size") and not {"dynamic_img_size", "strict_img_size"} & set(arguments)
     if fixed and _side(images):  # another size than the architecture's own changes a parameter's shape
         arguments = {"img_size": _side(images), **arguments}
-    words = [f"{k}={json.dumps(v)}" for k, v in arguments.items() if k != "num_classes"]
+    channels = arguments.get("in_chans", 3)
+    words = [f"{k}={json.dumps(v)}" for k, v in arguments.items() if k not in ("num_classes", "in_chans")]
     found = {"arch": f"timm/{arch}", "stem": "imagenet", "options": json.dumps(words), **_images(images)}
+    found |= {"channels": str(channels)} if channels != 3 else {}
     return {name: value for name, value in found.items() if value}
 
 

@@ -13,6 +13,7 @@ from caco_scale.checkpoint.folder import checkpoint_of, read_values
 from caco_scale.checkpoint.read import load_tensors
 from caco_scale.config.yaml_file import Typed, read_yaml
 from caco_scale.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from caco_scale.data.pixels import BITS, MOST_CHANNELS, RGB8, Pixels
 from caco_scale.errors import UserError, one_line, quoted
 from caco_scale.flags.choices import ENCODERS
 from caco_scale.weights.build import digest, expected_shapes, fill_backbone, fill_projector
@@ -38,6 +39,7 @@ class Wanted(NamedTuple):
     arch: str
     stem: str
     options: tuple[str, ...]
+    channels: int = 3
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ class Weights:
     query or key, or ``single``: the only one of a file that does not say which. ``size`` (pixels), ``mean``, ``std``:
     of the images that it was trained on; ``assumed``: those of the three that the source does not say and that are
     guesses (224 pixels, 32 for the stem ``cifar``; ImageNet's colours). ``resize``: the shorter side before the centre
-    crop of its evaluations (0: :func:`~caco_scale.data.views.usual_resize`). ``unmatched``: the keys of the source that
-    went nowhere, none of the backbone's among them; ``missing``: tensors of the backbone that it lacks (BatchNorm's
-    counts of batches). ``sha256``: of the backbone's tensors. ``file``: that was read, None of a run. ``metadata``:
-    recipe, step, epoch, ... as far as the source says; ``config``: of a run, as nested plain values.
+    crop of its evaluations (0: :func:`~caco_scale.data.views.usual_resize`). ``pixels``: channels and bits of its
+    images. ``unmatched``: the keys of the source that went nowhere, none of the backbone's among them; ``missing``:
+    tensors of the backbone that it lacks (BatchNorm's counts of batches). ``sha256``: of the backbone's tensors.
+    ``file``: that was read, None of a run. ``metadata``: recipe, step, epoch, ... as far as the source says;
+    ``config``: of a run, as nested plain values.
     """
 
     path: str
@@ -65,11 +68,12 @@ class Weights:
     unmatched: tuple[str, ...]
     sha256: str
     size: int
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     resize: int = 0
     assumed: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    pixels: Pixels = RGB8
     missing: tuple[str, ...] = ()
     file: Path | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -121,9 +125,10 @@ def _load_run(path, which, arch, stem, wanted):
     state = {name.removeprefix(prefixes[0]).removeprefix(prefixes[1]): t for name, t in tensors.items()}
     views = config.get("views") or {}
     said = Wanted(config["model"]["arch"], config["model"]["stem"], _options(config["model"]))
-    arch, stem, options = _of_run(path, said, arch, stem, wanted)
+    arch, stem, options, _ = _of_run(path, said, arch, stem, wanted)
+    pixels = _pixels_of(path, config.get("data") or {})
     tensors = renamed_for(arch, within(state, "backbone."))
-    backbone, num_features = fill_backbone(arch, stem, options, tensors, str(path))
+    backbone, num_features = fill_backbone(arch, stem, options, tensors, str(path), pixels.channels)
     rest = within(state, "projector.")
     projector = fill_projector(num_features, rest, str(path)) if rest else None
     return Weights(
@@ -133,6 +138,7 @@ def _load_run(path, which, arch, stem, wanted):
         arch=arch,
         stem=stem,
         options=options,
+        pixels=pixels,
         num_features=num_features,
         backbone=backbone,
         projector=projector,
@@ -199,9 +205,12 @@ def _load_file(path, file, about, which, arch, stem, wanted):
     metadata = metadata if metadata.get("arch") else {**about, **metadata}
     said = metadata.get("encoder") if metadata.get("encoder") in ENCODERS else None
     kind, which, state, others = choose_encoder(path, content, which, said)
+    pixels = _pixels_of(path, metadata)
     if wanted:
         _refuse_another(path, metadata.get("arch"), wanted.arch)
-        named, stem, options = wanted
+        named, stem, options, channels = wanted
+        if "channels" not in metadata and _first_channels(state) == channels:
+            pixels = Pixels(channels)
     else:
         check_stated_name(path, content, arch)
         if not arch:
@@ -209,9 +218,10 @@ def _load_file(path, file, about, which, arch, stem, wanted):
         named, stem = arch or metadata.get("arch"), stem or metadata.get("stem")
         options = _stated_options(path, metadata) if named and named == metadata.get("arch") else ()
     state = renamed_for(named, state)
-    state, heads = split_heads(state, expected_shapes(named, stem or "imagenet", options) if named else ())
-    arch, stem = find_architecture(path, state, named, stem, options)
-    backbone, num_features = fill_backbone(arch, stem, options, state, str(path))
+    expected = expected_shapes(named, stem or "imagenet", options, pixels.channels) if named else ()
+    state, heads = split_heads(state, expected)
+    arch, stem = find_architecture(path, state, named, stem, options, pixels.channels)
+    backbone, num_features = fill_backbone(arch, stem, options, state, str(path), pixels.channels)
     projector = fill_projector(num_features, within(heads, "fc."), str(path))
     unused = [name for name in heads if projector is None or not name.startswith("fc.")]
     return Weights(
@@ -221,6 +231,7 @@ def _load_file(path, file, about, which, arch, stem, wanted):
         arch=arch,
         stem=stem,
         options=options,
+        pixels=pixels,
         num_features=num_features,
         backbone=backbone,
         projector=projector,
@@ -229,8 +240,13 @@ def _load_file(path, file, about, which, arch, stem, wanted):
         file=file,
         sha256=digest(backbone),
         metadata={key: metadata[key] for key in FACTS if key in metadata},
-        **_images(_views_of(path, metadata), arch, stem),
+        **_images(_views_of(path, metadata, pixels.channels), arch, stem),
     )
+
+
+def _first_channels(state):
+    """What the first convolution of a state dict takes; 0: it has none."""
+    return next((tensor.shape[1] for tensor in state.values() if tensor.ndim == 4), 0)
 
 
 def _stated_options(path, metadata):
@@ -248,15 +264,26 @@ def _options(model):
     return tuple(map(str, model.get("options") or ()))
 
 
-def _views_of(path, metadata):
+def _pixels_of(path, said):
+    """Channels and bits of the images, by a run's ``data`` or an export's metadata."""
+    try:
+        pixels = Pixels(int(said.get("channels", 3)), int(said.get("bits", 8)))
+        if not 1 <= pixels.channels <= MOST_CHANNELS or pixels.bits not in BITS:
+            raise ValueError(f"images of {pixels}")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: what it says of its images is damaged ({one_line(error)})") from None
+    return pixels
+
+
+def _views_of(path, metadata, channels):
     """Size, mean and standard deviation of the images, as far as the metadata of an export say them."""
     try:
         views: dict[str, Any] = {
             name: tuple(map(float, metadata[name].split())) for name in ("mean", "std") if metadata.get(name)
         }
         views |= {name: int(metadata[name]) for name in ("size", "resize") if metadata.get(name)}
-        if any(len(views[name]) != 3 for name in ("mean", "std") if name in views):
-            raise ValueError("mean and std are three numbers each")
+        if any(len(views[name]) != channels for name in ("mean", "std") if name in views):
+            raise ValueError(f"mean and std are {channels} numbers each")
         if not 0 < views.get("size", 1) <= MOST_PIXELS or not 0 <= views.get("resize", 0) <= 2 * MOST_PIXELS:
             raise ValueError(f"a size is 1 to {MOST_PIXELS} pixels")
         if not all(map(math.isfinite, views.get("mean", ()))) or not all(

@@ -201,6 +201,7 @@ def find_architecture(
     arch: str | None,
     stem: str | None,
     options: tuple[str, ...] = (),
+    channels: int = 3,
 ) -> tuple[str, str]:
     """The (arch, stem) whose names and shapes are exactly those of the state dict.
 
@@ -210,7 +211,7 @@ def find_architecture(
     every = dict.fromkeys((*likely, *ARCHITECTURES))
     best: Any = None
     for candidate in _candidates([arch] if arch else every, [stem] if stem else [_stem(state)], arch):
-        expected = expected_shapes(*candidate, options)
+        expected = expected_shapes(*candidate, options, channels)
         missing, extra, wrong = differences(expected, state)
         if not (missing or extra or wrong):
             return candidate

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from timm.models import adapt_input_conv
 from torch import nn
 
 from caco_scale.checkpoint.folder import read_values
@@ -33,16 +34,28 @@ MOST_WORDS = 300  # letters of a list of names on the console; the run directory
 class StartingWeights:
     """A source of weights for a training. ``sha256``: of its file; of a run, of the backbone's tensors.
 
-    ``left_out``: {name in the source: why it is not used}.
+    ``left_out``: {name in the source: why it is not used}. ``channels``: of the training's images.
     """
 
     weights: Weights
     sha256: str
     left_out: dict[str, str]
+    channels: int = 3
 
     def fill(self, backbone: nn.Module) -> None:
-        """Every parameter and buffer of the backbone that was wanted."""
-        backbone.load_state_dict(self.weights.backbone.state_dict())
+        """Every parameter and buffer of the backbone that was wanted; a first layer of three channels is adapted."""
+        state, wanted = self.weights.backbone.state_dict(), backbone.state_dict()
+        for name, tensor in state.items():
+            if tensor.shape != wanted[name].shape:
+                state[name] = adapt_input_conv(self.channels, tensor)
+        backbone.load_state_dict(state)
+
+    def adapted(self) -> str | None:
+        """How a first layer of three channels becomes one of the images', in words."""
+        if self.weights.pixels.channels == self.channels:
+            return None
+        how = "their sum" if self.channels == 1 else f"repeated in turn, times 3/{self.channels}"
+        return f"  adapted: the first layer's kernels of 3 channels to {self.channels} (timm's adapt_input_conv: {how})"
 
     def lines(self) -> list[str]:
         """What was loaded, what was left out and why, what is missing: for the console."""
@@ -55,6 +68,8 @@ class StartingWeights:
         ]
         if weights.missing:
             lines.append(f"  missing, as a new backbone has them: {_short(folded(weights.missing))}")
+        if adapted := self.adapted():
+            lines.append(adapted)
         for why in Counter(self.left_out.values()):
             names = [name for name, reason in self.left_out.items() if reason == why]
             lines.append(f"  left out: {_short(gist(names))}: {why}")
@@ -70,6 +85,7 @@ class StartingWeights:
             "encoder": weights.encoder,
             "arch": weights.arch,
             "loaded": self._loaded(),
+            "adapted": self.adapted(),
             "missing": list(weights.missing),
             "left_out": self.left_out,
         }
@@ -77,6 +93,8 @@ class StartingWeights:
     def other_images(self, mean: tuple[float, ...], std: tuple[float, ...]) -> str | None:
         """A line where the source says that its images were normalised otherwise than the run's."""
         weights, differing = self.weights, []
+        if weights.pixels.channels != self.channels:
+            return None
         for name, own in (("mean", mean), ("std", std)):
             theirs = getattr(weights, name)
             if name not in weights.assumed and any(
@@ -105,8 +123,13 @@ def load_start(place: str, wanted: Wanted) -> StartingWeights:
         weights = load_weights(place, wanted=wanted)
     except UserError as error:
         raise UserError(f"model.weights: {_by_training_flags(str(error), place)}") from None
+    if weights.pixels.channels not in (3, wanted.channels):
+        raise UserError(
+            f"model.weights: {place} is for images of {weights.pixels}, and data.channels is {wanted.channels}: only "
+            "weights for 3 channels can be adapted, give such"
+        )
     sha256 = file_sha256(weights.file) if weights.file else weights.sha256
-    return StartingWeights(weights, sha256, _left_out(weights))
+    return StartingWeights(weights, sha256, _left_out(weights), wanted.channels)
 
 
 def _short(names):

@@ -14,6 +14,7 @@ from caco_scale.data.listed_files import Listings
 from caco_scale.data.object_store import RetryPolicy
 from caco_scale.data.parquet_columns import holds_images
 from caco_scale.data.parquet_files import split_named
+from caco_scale.data.pixels import Pixels
 from caco_scale.data.shards import MANIFEST_NAME, expand_braces
 from caco_scale.data.store.base import Store
 from caco_scale.data.store.folder import FolderStore, is_shard_set
@@ -36,6 +37,7 @@ def open_store(
     flag: str = "data.shards",
     counters: Counters | None = None,
     listings: Listings | None = None,
+    pixels: Pixels | None = None,
 ) -> Store:
     """The store at ``url``: a shard set in a directory or an object store, an indexed brace pattern, a folder, a list
     (.csv, .tsv, .parquet), a parquet file of images, a folder of such files or one split of it (``folder/train``).
@@ -48,10 +50,18 @@ def open_store(
         flag: the option that gave ``url``, for messages.
         counters: what the store does is added there; None: to its own.
         listings: where a run keeps which files its sets are of; None: they are listed for this process and its workers.
+        pixels: what images are decoded to; None: what the manifest says, RGB of 8 bits where it says nothing.
 
     Raises:
-        UserError: neither shard set nor images there.
+        UserError: neither shard set nor images there, or of other pixels by its manifest.
     """
+    remote = {"cache_dir": cache_dir, "cache_bytes": cache_bytes, "retry_policy": retry_policy}
+    store = _open(url, remote, labelled, flag, counters, listings)
+    store.take_pixels(pixels, flag)
+    return store
+
+
+def _open(url, remote: dict[str, Any], labelled, flag, counters, listings) -> Store:
     url = os.fspath(url)
     if not url:
         raise UserError(
@@ -62,8 +72,7 @@ def open_store(
             f"{flag} {url!r} is a shell pipe: nothing is run to read data, give the directory or address "
             f"that holds {MANIFEST_NAME}"
         )
-    remote: dict[str, Any] = {"cache_dir": cache_dir, "cache_bytes": cache_bytes}
-    remote |= {"retry_policy": retry_policy, "counters": counters}
+    remote["counters"] = counters
     if "{" in url or "}" in url:
         return _open_pattern(url, flag, remote)
     if is_remote(url):

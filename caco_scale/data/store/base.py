@@ -4,6 +4,7 @@ The loader asks a store for ``manifest``, ``index(shard)`` and ``read(shard, sta
 need not be a tar.
 """
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -19,12 +20,15 @@ from caco_scale.data.cache import ShardCache
 from caco_scale.data.counters import Counters
 from caco_scale.data.object_store import Remote, WrongBytes
 from caco_scale.data.order import first_ids, locate
+from caco_scale.data.pixels import RGB8, CorruptSample, Pixels
+from caco_scale.data.samples import NoImage, image_in
 from caco_scale.data.shard_index import Samples, ShardIndex, hash_spans, read_sample
 from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo
 from caco_scale.data.small_files import what_instead
 from caco_scale.errors import UserError, quoted
 
 MAX_OPEN_FILES = 128
+LOOKED_AT = 16  # images
 MAX_INDEXES = 1024  # about 50 kB each for shards of 1,000 samples
 
 
@@ -32,21 +36,35 @@ class DamagedShard(UserError):
     """The bytes of a shard are not the recorded ones, however often they are fetched."""
 
 
+def _other_pixels(url, there, wanted, flag):
+    words = f"the images of {url} have {there}, not {wanted}: give "
+    if flag.startswith("--"):  # of a command whose encoder decides
+        return f"{words}images such as the encoder was trained on, or an encoder of images with {there}"
+    words += there.flags if "." in flag else f"channels={there.channels}, bits={there.bits}"
+    return (
+        f"{words}, or make 8-bit RGB of them with `python -m data_prep build --rgb`"
+        if wanted == RGB8
+        else words
+    )
+
+
 class Store:
     """Images in numbered shards: ``url`` as it was given, ``manifest``, ``counters`` of this process.
 
     Picklable: what belongs to a process (open files, threads, counts) stays there. ``cache`` is that of whole shards on
-    this node, if there is one.
+    this node, if there is one. ``pixels``: what its images are decoded to, see :meth:`take_pixels`.
     """
 
     url: str
     manifest: Manifest
     counters: Counters
     cache: ShardCache | None = None
+    pixels: Pixels = RGB8
+    _flag: str = "data.shards"
     pickled: ClassVar[tuple[str, ...]] = ("url", "manifest")  # the attributes that a pickle takes along
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.pickled}
+        return {name: getattr(self, name) for name in (*self.pickled, "pixels")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -107,13 +125,48 @@ class Store:
         return ""
 
     def check(self) -> None:
-        """Compare what is there with the manifest. UserError names the first wrong, and a set without an image."""
+        """Compare what is there with the manifest. UserError names the first wrong, and a set without an image.
+
+        Of a set whose manifest does not say which pixels its images have, a few are looked at.
+        """
         if self.manifest.num_samples == 0:
             raise UserError(f"{self.url} holds no images: give a set with at least one")
         self._check_files()
+        self._check_pixels()
 
     def _check_files(self):
         raise NotImplementedError
+
+    def take_pixels(self, wanted: Pixels | None, flag: str) -> None:
+        """Decode images to these pixels, None: those that the manifest says, else RGB of 8 bits. Nothing is converted:
+        UserError where the manifest says others. ``flag``: the option that gave this store.
+        """
+        self._flag = flag
+        there = self.manifest.pixels
+        if wanted and there and there != wanted:
+            raise UserError(_other_pixels(self.url, there, wanted, flag))
+        self.pixels = wanted or there or RGB8
+
+    def _check_pixels(self):
+        """Look at a few images of a store that does not say which pixels they have. UserError where others were taken.
+
+        Of photographs it is enough that one of those is one: what is grey or has more bits becomes RGB of 8 bits.
+        """
+        if self.manifest.pixels is not None:
+            return
+        from caco_scale.data.decode import look  # it imports torch, which a store does not need
+
+        total, found = self.manifest.num_samples, []
+        chosen = np.unique(np.linspace(0, total - 1, min(LOOKED_AT, total)).round().astype(np.int64))
+        places = list(zip(*(part.tolist() for part in self.locate(chosen)), strict=True))
+        # What is wrong with them is said when they are trained on.
+        with contextlib.suppress(UserError):
+            for sample in self.concurrently(lambda place: self.read_sample(*place), places):
+                with contextlib.suppress(NoImage, CorruptSample):
+                    found.append(look(image_in(sample)))
+        others = [image for image in found if not image.fits(self.pixels)]
+        if others and (self.pixels != RGB8 or len(others) == len(found)):
+            raise UserError(_other_pixels(self.url, others[0].pixels, self.pixels, self._flag))
 
     def fingerprint(self) -> str:
         """sha256 (hex) of what the manifest says of the content."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from caco_scale.data.addresses import local_path
 from caco_scale.data.counters import Counters
-from caco_scale.data.folders import IMAGE_EXTENSIONS, MOST_DEPTH, is_image, no_image_folder
+from caco_scale.data.folders import IMAGE_EXTENSIONS, MOST_DEPTH, is_image, is_picture, no_image_folder
 from caco_scale.data.listed_files import Listings, Rows, listed
 from caco_scale.data.parquet_columns import holds_images
 from caco_scale.data.scan import Scan, scan
@@ -37,7 +37,8 @@ def split_folders(url: str) -> tuple[str, str] | None:
 class FolderStore(ListedStore):
     """The images below a folder on a disk, with no shards built.
 
-    Every file whose name ends as an image's is one, at any depth; hidden files are not. The folders at the top are
+    Every file whose name ends as an image's is one, at any depth (an array, ``.npy``, where there are no others); hidden
+    files are not. The folders at the top are
     the classes, labels their places by name; an image in no folder has the label -1, so that a flat folder of
     photographs has no classes. ``labelled``: only images in class folders count, and an empty one is a UserError.
 
@@ -61,7 +62,9 @@ class FolderStore(ListedStore):
 
 def _rows(url, labelled, say, sizes):
     """The images below a folder as they are now."""
-    found = scan(local_path(url), is_image, sizes, say)
+    found = scan(local_path(url), is_picture, sizes, say)
+    if not len(found.sizes):
+        found = scan(local_path(url), is_image, sizes, say)  # of arrays alone
     if not len(found.sizes):
         raise UserError(
             f"{url} has no {MANIFEST_NAME}: it is not a shard set, and no folder of images either (none of "

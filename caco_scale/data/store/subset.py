@@ -26,7 +26,7 @@ class Subset(Store):
         self._positions = np.split(positions, np.searchsorted(shards, np.arange(1, len(infos))))
         kept = zip(infos, self._positions, strict=True)
         shards = tuple(replace(info, num_samples=len(here)) for info, here in kept)
-        self.url, self._store = store.url, store
+        self.url, self.pixels, self._store = store.url, store.pixels, store
         self.manifest = replace(store.manifest, num_samples=len(ids), shards=shards)
         self._begin(None)
 
