@@ -98,15 +98,14 @@ def encode(image: NDArray) -> tuple[str, bytes]:
         return "npy", stream.getvalue()
     import imagecodecs
 
-    return "png", imagecodecs.png_encode(
-        np.ascontiguousarray(image if image.shape[2] == 3 else image[:, :, 0])
-    )
+    pixels = np.ascontiguousarray(image if image.shape[2] == 3 else image[:, :, 0])
+    return "png", bytes(imagecodecs.png_encode(pixels))
 
 
 def _look(data):
     if data.startswith(JPEG):
         height, width, space, _ = simplejpeg.decode_jpeg_header(without_padding(data))
-        return Look(Pixels(1 if space == "Gray" else 3), True, height, width, "JPEG")
+        return Look(Pixels(1 if space == "Gray" else 3), True, int(height), int(width), "JPEG")
     if data.startswith(NPY):
         shape, dtype, _ = npy_header(io.BytesIO(data))
         return Look(Pixels(shape[2], 8 * dtype.itemsize), False, *shape[:2], "npy")
@@ -156,7 +155,9 @@ def _by_pillow(data):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=FALLBACK_FORMATS) as image:
-            image = np.asarray(image.convert("L") if image.mode == "1" else image)
+            image = np.array(
+                image.convert("L") if image.mode == "1" else image
+            )  # a copy, that torch may take
     return image.reshape(*image.shape[:2], -1)
 
 

@@ -16,7 +16,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -183,7 +183,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
 
 
 @contextlib.contextmanager
-def decoding_errors(data: bytes) -> Iterator[None]:
+def decoding_errors(data: bytes) -> Generator[None, None, None]:
     """Whatever decoding raises becomes a CorruptSample."""
     try:
         yield
