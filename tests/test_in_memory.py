@@ -53,7 +53,7 @@ def assert_same(found, expected):
 def decodes(monkeypatch):
     """The images that were decoded in this process, in order."""
     seen = []
-    monkeypatch.setattr(pipeline, "decode_image", lambda data: seen.append(data) or decode_image(data))
+    monkeypatch.setattr(pipeline, "decode", lambda data, _: seen.append(data) or decode_image(data))
     return seen
 
 

@@ -37,10 +37,10 @@ def split_folders(url: str) -> tuple[str, str] | None:
 class FolderStore(ListedStore):
     """The images below a folder on a disk, with no shards built.
 
-    Every file whose name ends as an image's is one, at any depth (an array, ``.npy``, where there are no others); hidden
-    files are not. The folders at the top are
-    the classes, labels their places by name; an image in no folder has the label -1, so that a flat folder of
-    photographs has no classes. ``labelled``: only images in class folders count, and an empty one is a UserError.
+    Every file whose name ends as an image's is one, at any depth (an array, ``.npy``, where there are no others);
+    hidden files are not. The folders at the top are the classes, labels their places by name; an image in no folder has
+    the label -1, so that a flat folder of photographs has no classes. ``labelled``: only images in class folders count,
+    and an empty one is a UserError.
 
     The files, sorted by class and name, stand in a fixed random order (:mod:`caco_scale.data.listed_files`).
 
