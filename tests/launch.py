@@ -80,18 +80,19 @@ def start(flags, num_processes=1, cwd=None, **options):
     return start_command(command(flags, num_processes, **options), cwd)
 
 
-def start_command(words, cwd=None, stderr=subprocess.STDOUT):
+def start_command(words, cwd=None, stderr=subprocess.STDOUT, env=None):
     """A started command; one of Python and its launcher are forked where that is the same (:mod:`warm`).
 
-    Unless :data:`REAL` is among the launcher's options.
+    Unless :data:`REAL` is among the launcher's options. ``env``: :func:`environment`, unless given.
     """
+    env = environment() if env is None else env
     words = [str(word) for word in words]
     if words[0] == sys.executable and REAL[0] not in words and _may_be_forked(words[1:3]):
-        return warm.popen(words[1:], cwd, environment(), stderr)
+        return warm.popen(words[1:], cwd, env, stderr)
     return subprocess.Popen(
         words,
         cwd=cwd,
-        env=environment(),
+        env=env,
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
@@ -103,9 +104,9 @@ def _may_be_forked(words):
     return words[0].endswith(".py") or (words[0] == "-m" and words[1].split(".")[0] in FORKED)
 
 
-def finished(words, cwd=None, timeout=600):
+def finished(words, cwd=None, timeout=600, env=None):
     """As ``subprocess.run`` of :func:`start_command`: its exit code, stdout and stderr."""
-    process = start_command(words, cwd, stderr=subprocess.PIPE)
+    process = start_command(words, cwd, subprocess.PIPE, env)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
         return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)

@@ -167,7 +167,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize("code_by", ["file", "input"])
+@pytest.mark.parametrize("code_by", [pytest.param("file", marks=pytest.mark.slow), "input"])
 def test_runs_in_a_script_equal_the_commands_to_the_last_bit(shards, tmp_path, code_by):
     flags = {**SMALL, "data.shards": shards}
     if code_by == "input":  # a notebook has no file that a loader's worker could import again

@@ -450,12 +450,12 @@ def kill_state(rank, world_size, numel):
 
 
 def test_kill_9_at_any_moment_leaves_a_readable_latest(tmp_path):
-    # The fork server imports torch once, so that 16 jobs start in seconds.
+    # The fork server imports torch once, so that 10 jobs start in seconds.
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["test_checkpoint"])
     folder, rng, numel = tmp_path / "checkpoints", random.Random(0), 500_000
     leftovers, progress = 0, [0]
-    for attempt in range(16):
+    for attempt in range(10):
         world_size = 1 + attempt % 2
         ranks = [
             context.Process(
@@ -484,7 +484,7 @@ def test_kill_9_at_any_moment_leaves_a_readable_latest(tmp_path):
             assert (state.tensors["query.w"] == step).all()
             assert (state.tensors["bank.rows"].local == step).all()
         progress.append(step)
-    assert leftovers >= 5, "the kills did not hit the window"
+    assert leftovers >= 3, "the kills did not hit the window"
     assert progress == sorted(set(progress))
 
 

@@ -91,7 +91,7 @@ def test_killed_with_its_cache_damaged_and_resumed_elsewhere(flags, proxy, from_
     proxy.faults = FAULTS
     flags = {**flags, "run.save_every": 1, "run.keep_checkpoints": 2}
     for attempt, (num_processes, step) in enumerate(((2, SWITCH - 1), (4, SWITCH + 3)), start=1):
-        process = start({**flags, "data.workers": attempt % 3}, num_processes)
+        process = start({**flags, "data.workers": attempt % 2}, num_processes)
         kill_when(process, lambda wanted=(attempt, step): progress(tmp_path / "run") >= wanted)
         if attempt == 1:
             shutil.rmtree(tmp_path / "cache")

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch import SMALL, SWITCH, command, environment, launch, progress, start, start_command
+from launch import SMALL, SWITCH, command, environment, finished, launch, progress, start, start_command
 from run_directories import change_values
 from shard_sets import make_shard_set
 
@@ -96,7 +95,7 @@ def test_a_touch_during_the_save_is_another_request(tmp_path):
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     shards = make_shard_set(tmp_path_factory.mktemp("data") / "set", num_images=96, samples_per_shard=20)
-    return {**SMALL, "data.workers": 1, "data.shards": shards, "run.max_steps": 0, "optim.epochs": 10_000}
+    return {**SMALL, "data.shards": shards, "run.max_steps": 0, "optim.epochs": 10_000}
 
 
 def marker(run):
@@ -148,7 +147,7 @@ def test_the_switch_files_of_a_run_on_two_processes(flags, tmp_path):
 
 def test_a_signal_to_every_process_of_a_job_step(flags, tmp_path):
     """As SLURM sends it: launcher, ranks and loader workers alike; the batch script has the launcher ignore it."""
-    words = command({**flags, "run.dir": tmp_path / "run"}, num_processes=2)
+    words = command({**flags, "data.workers": 1, "run.dir": tmp_path / "run"}, num_processes=2)
     process = start_command(["bash", "-c", "trap '' USR1; exec \"$@\"", "bash", *words])
     with running(process) as run:
         step = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -179,7 +178,8 @@ def test_a_rank_that_hangs_ends_the_run(flags, tmp_path):
 
 def test_storage_that_does_not_answer_ends_the_run(flags, tmp_path):
     """Its loader's worker is stopped, as one is that waits for a disk."""
-    flags = {**flags, "run.dir": tmp_path / "run", "run.timeout_seconds": 8, "run.save_every": 1}
+    flags = {**flags, "run.dir": tmp_path / "run", "data.workers": 1}
+    flags |= {"run.timeout_seconds": 8, "run.save_every": 1}
     process = start_command(command(flags))
     with running(process):
         started = psutil.Process(process.pid).children(recursive=True)
@@ -214,7 +214,7 @@ run_command(lambda: main(sys.argv[1:]))
 def test_a_signal_wins_over_a_disk_that_is_silent(flags, tmp_path, number):
     """With no workers, which is to read in this process: what was trained is saved."""
     run = tmp_path / "run"
-    flags = {**flags, "run.dir": run, "data.workers": 0, "data.in_memory": False, "run.log_every": 1}
+    flags = {**flags, "run.dir": run, "data.in_memory": False, "run.log_every": 1}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     process = start_command([sys.executable, "-c", SILENT_DISK, "demo", *words])
     try:
@@ -231,13 +231,8 @@ def test_a_signal_wins_over_a_disk_that_is_silent(flags, tmp_path, number):
 def train(flags, variables=None, code=0):
     """One process without a launcher, to its end -> its output."""
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    done = subprocess.run(
-        [sys.executable, "-m", "caco_scale.pretrain", "demo", *words],
-        env={**environment(), **(variables or {})},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    start = [sys.executable, "-m", "caco_scale.pretrain", "demo", *words]
+    done = finished(start, env={**environment(), **(variables or {})})
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
