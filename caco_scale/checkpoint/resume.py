@@ -55,7 +55,7 @@ def checkpoint_to_resume(
     if values["fingerprint"] != fingerprint and not config.data.relist:
         raise UserError(
             f"{path} was trained on another data set ({values['num_samples']:,} images, order "
-            f"{values['fingerprint'][:12]}; {config.data.shards} has {num_samples:,}, "
+            f"{values['fingerprint'][:12]}; {config.data.shards or 'data.mix'} has {num_samples:,}, "
             f"{fingerprint[:12]}): give its shards, or another run.dir"
         )
     return path

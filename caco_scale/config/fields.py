@@ -30,6 +30,7 @@ from caco_scale.flags.rules import (
     FloatOrAuto,
     Free,
     IntOrAuto,
+    Mix,
     Momentum,
     Options,
     Pixels,
@@ -78,6 +79,8 @@ class Run:
 class Data:
     shards: Free[str] = ""
     """What to train on: images in a folder, a list (.csv, .tsv, .parquet), parquet files, or a shard set's address."""
+    mix: Free[Mix] = ()
+    """In place of data.shards several sets, each with its weight: ADDRESS=WEIGHT ... (in a recipe also a section)."""
     val_shards: Free[str] = ""
     """Images of the kNN evaluation, as data.shards, with classes as in training; empty = none."""
     relist: Free[bool] = False

@@ -13,7 +13,7 @@ from caco_scale.config.fields import Config
 from caco_scale.config.yaml_file import excerpt, read_yaml
 from caco_scale.errors import UserError, did_you_mean
 from caco_scale.flags import read as flags
-from caco_scale.flags.rules import Options
+from caco_scale.flags.rules import Free, Mix, Options
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -70,7 +70,7 @@ def from_dict(values: Mapping[str, Any], source: str) -> Config:
                 raise UserError(f"{source}: unknown field {name}{did_you_mean(name, known)}")
             if value is None:
                 raise UserError(f"{source}: {name} has no value: give one, or leave the line out")
-            if isinstance(value, Mapping) and known[name] == Options:
+            if isinstance(value, Mapping) and known[name] in (Options, Free[Mix]):
                 value = [f"{_name(k)}={_word(v)}" for k, v in value.items()]
             several = isinstance(value, list | tuple)
             if several and not value and flags.most_values(known[name]) == float("inf"):

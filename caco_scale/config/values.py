@@ -69,6 +69,10 @@ def check(config: Config) -> None:
                 f"views.{name} has {given} number{'s' * (given != 1)} and data.channels is {channels}: give {channels} "
                 f"numbers, --views.{name} {' '.join([str(NEUTRAL)] * min(channels, 3))}{' ...' * (channels > 3)}"
             )
+    if config.data.shards and config.data.mix:
+        raise UserError(
+            "data.shards and data.mix are both given: give one (--data.shards '' takes that of the recipe away)"
+        )
     resize, size = config.eval.resize, config.views.size
     if 0 < resize < size:
         raise UserError(

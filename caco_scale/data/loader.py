@@ -99,10 +99,10 @@ def cache_is_large_enough(store: Store, order: Order, step: int) -> bool:
 
     They would be evicted before they were read again. A lane reads from one window at a time.
     """
-    epoch, position = divmod(step, order.steps_per_epoch)
+    position = step % order.steps_per_epoch
     steps = -(-order.window * order.lanes // order.global_batch_size)
-    start = position * order.global_batch_size
-    ids = order.epoch(epoch)[start : start + steps * order.global_batch_size]
+    steps = min(steps, order.steps_per_epoch - position)
+    ids = np.concatenate([order.batch(later) for later in range(step, step + steps)])
     return store.can_prefetch(np.unique(order.locate(ids)[0]).tolist())
 
 

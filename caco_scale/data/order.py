@@ -61,10 +61,17 @@ def uniform(keys: ArrayLike, num: int) -> NDArray[np.floating]:
     return (mix64(counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def sample_keys(seed: int, epoch: int, sample_ids: ArrayLike, view: int) -> NDArray[np.uint64]:
-    """Keys of one view's random parameters, (n,) uint64: the same for a sample at any topology."""
+def sample_keys(
+    seed: int, epoch: int | NDArray[np.integer], sample_ids: ArrayLike, view: int
+) -> NDArray[np.uint64]:
+    """Keys of one view's random parameters, (n,) uint64: the same for a sample at any topology.
+
+    epoch: of all samples, or of each (n,).
+    """
     ids = np.asarray(sample_ids).astype(np.uint64)
-    return mix64(mix64(key64(seed, epoch, VIEWS) ^ ids) ^ key64(view))
+    epochs, which = np.unique(epoch, return_inverse=True)
+    keys = np.array([key64(seed, one, VIEWS) for one in epochs.tolist()], np.uint64)[which]
+    return mix64(mix64(keys ^ ids) ^ key64(view))
 
 
 def share_size(global_batch_size: int, world_size: int) -> int:
@@ -178,6 +185,10 @@ class Order:
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.global_batch_size
         return self.epoch(epoch)[start : start + self.global_batch_size]
+
+    def rounds(self, step: int) -> NDArray[np.int64]:
+        """How often each image of a global batch could have come before, (N,): its epoch, by which its views differ."""
+        return np.full(self.global_batch_size, step // self.steps_per_epoch)
 
     def locate(self, ids: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where samples lie: ids (n,) -> (shard (n,), position in the shard (n,))."""

@@ -142,6 +142,7 @@ def training_batches(job: TrainingJob, samples: Iterable[dict]) -> Iterator[dict
     samples, size = iter(samples), job.order.global_batch_size // job.world_size
     for step in _mine(job.steps):
         epoch, group = step // job.order.steps_per_epoch, itertools.islice(samples, size)
+        rounds = rank_share(job.order.rounds(step), job.rank, job.world_size)
         crops = [_no_crops(size, spec.size, job.store.pixels) for spec in job.views]
         ids, keys, corrupt = [], [], []
         for chunk in _chunks(group):
@@ -152,11 +153,11 @@ def training_batches(job: TrainingJob, samples: Iterable[dict]) -> Iterator[dict
             images = [sample["__image__"] for sample in chunk]
             heights, widths = np.array([image.shape[:2] for image in images]).T
             for view, spec in enumerate(job.views):
-                random = sample_keys(job.seed, epoch, ids[rows.start :], view)
+                random = sample_keys(job.seed, rounds[rows.start : rows.stop], ids[rows.start :], view)
                 boxes = draw_crop(spec, random, heights, widths)
                 crop_resize_into(crops[view][rows.start : rows.stop], images, boxes)
         # As numpy, which travels in the message: every tensor costs the receiver a file descriptor.
-        params = [draw_colour(s, sample_keys(job.seed, epoch, ids, v)) for v, s in enumerate(job.views)]
+        params = [draw_colour(s, sample_keys(job.seed, rounds, ids, v)) for v, s in enumerate(job.views)]
         yield {
             "step": step,
             "epoch": epoch,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caco_scale import config as configuration
 from caco_scale.config import Config
 from caco_scale.errors import UserError, one_line
 from caco_scale.flags.choices import STRATEGIES
@@ -220,18 +221,13 @@ def worker_rate(config: Config, manifest: Any, corrupt: dict[str, str] | None = 
     ``corrupt``: {shard/key: why} of images that do not decode is added there.
     """
     from caco_scale.data.loader import train_batches
-    from caco_scale.data.object_store import RetryPolicy
     from caco_scale.data.order import Order
-    from caco_scale.data.pixels import Pixels
-    from caco_scale.data.store import open_store
-    from caco_scale.training.assemble import view_specs
+    from caco_scale.training.assemble import open_training, view_specs
 
     sizes = [shard.num_samples for shard in manifest.shards]
     batch = min(MEASURED_IMAGES, sum(sizes))
     order = Order(sizes, seed=config.run.seed, global_batch_size=batch)
-    pixels = Pixels(config.data.channels, config.data.bits)
-    patience = RetryPolicy(config.data.retries, config.data.stall_seconds)
-    store = open_store(config.data.shards, "none", 0, patience, pixels=pixels)
+    store = open_training(configuration.replace(config, data__cache_dir="none"))
     specs = view_specs(config.views, config.data.channels)
     topology: dict[str, Any] = {"rank": 0, "world_size": 1, "workers": 0, "seed": config.run.seed}
     batches = train_batches(store, order, specs, start_step=0, num_steps=2, **topology)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+from caco_scale import config as configuration
 from caco_scale.checkpoint import folder
 from caco_scale.config import Config
 from caco_scale.config.fit import fit
@@ -28,19 +29,21 @@ RECENT_LINES = 20
 
 def total_steps(config: Config) -> tuple[int, int, int]:
     """(optimizer steps in all, training images, global batch), by the schedule, and the shard set if one is named."""
-    from caco_scale.data.store import open_store
-    from caco_scale.training.assemble import build_schedule
+    from caco_scale.training.assemble import build_schedule, open_training, training_order
 
     images = IMAGENET
-    if config.data.shards:
-        images = open_store(config.data.shards, "none").manifest.num_samples
+    store = None
+    if config.data.shards or config.data.mix:
+        store = open_training(configuration.replace(config, data__cache_dir="none"))
+        images = store.manifest.num_samples
     config, _ = fit(config, images)
     batch = config.data.global_batch_size
     if batch > images:
         raise UserError(
             f"data.global_batch_size {batch:,} is more than the {images:,} training images: lower it"
         )
-    schedule = build_schedule(config, images // batch)
+    steps = training_order(config, store).steps_per_epoch if store else images // batch
+    schedule = build_schedule(config, steps)
     return min(schedule.total_steps, config.run.max_steps or schedule.total_steps), images, batch
 
 
@@ -68,7 +71,7 @@ def estimate(
     """The lines to print. ``images_per_second``: of all GPUs together; ``price``: of a GPU-hour."""
     steps, images, batch = total_steps(config)
     done = max(folder.steps(Path(config.run.dir, "checkpoints")), default=0)
-    which = config.data.shards or "ImageNet, for data.shards is empty"
+    which = config.data.shards or " + ".join(config.data.mix) or "ImageNet, for data.shards is empty"
     lines = [f"{steps:,} steps of {batch:,} images ({images:,} in {which}), {done:,} done"]
     source = "stated"
     if not images_per_second:

@@ -70,6 +70,10 @@ NO_ADDRESS = Rule(
     lambda x: not ADDRESS.match(x),
     "give a path: of an object store only data.shards and data.val_shards are read",
 )
+SHARE = Rule(
+    lambda x: bool(re.fullmatch(r"(?s).+=(?=[0.]*[1-9])(\d{1,12}(\.\d{1,12})?|\.\d{1,12})", x)),
+    "give ADDRESS=WEIGHT with a number above 0, as in ~/photos=0.3",
+)
 PAIR = Rule(lambda x: bool(re.match(r"[^\W\d]\w*=", x)), "give NAME=VALUE, as in layers=[2,2]")
 
 INT_OR_AUTO, FLOAT_OR_AUTO = _number_or_auto(int), _number_or_auto(float)
@@ -90,6 +94,7 @@ AreaRange = Annotated[tuple[float, float], AREA]
 Channels = Annotated[int, ABOVE_0, at_most(512)]
 Bits = Annotated[int, Rule(lambda x: x in (8, 16), "give 8 or 16")]
 Options = tuple[Annotated[str, PAIR], ...]
+Mix = tuple[Annotated[str, SHARE], ...]
 Free = Annotated[T, FreeAtResume]
 
 

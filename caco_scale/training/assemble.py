@@ -4,6 +4,7 @@ Shapes: N global batch, B this rank's share of it, b a micro-batch, H pixels.
 """
 
 from collections.abc import Callable, Generator, Iterator
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from caco_scale.data.counters import Counters
 from caco_scale.data.in_memory import DecodedImages, room_for
 from caco_scale.data.listed_files import Listings
 from caco_scale.data.loader import Batch, train_batches
+from caco_scale.data.mixed_order import MixedOrder
 from caco_scale.data.object_store import RetryPolicy
 from caco_scale.data.order import Order, share_size
 from caco_scale.data.pixels import Pixels
 from caco_scale.data.store import open_store
 from caco_scale.data.store.base import Store
+from caco_scale.data.store.mixed import MixedStore
 from caco_scale.data.views import ViewSpec
 from caco_scale.distributed.recompute import recompute_blocks
 from caco_scale.distributed.strategies import build as strategies
@@ -58,9 +61,25 @@ def resolve_precision(config: Config, device: torch.device) -> Config:
 def open_training(
     config: Config, counters: Counters | None = None, listings: Listings | None = None
 ) -> Store:
-    """The training images; ``counters``, ``listings``: of :func:`open_store`."""
+    """The training images, of one set or of several; ``counters``, ``listings``: of :func:`open_store`."""
+    counters, mix = counters or Counters(), config.data.mix
     more: dict[str, Any] = {"counters": counters, "listings": listings, "pixels": pixels_of(config)}
-    return open_store(config.data.shards, *_ways(config), **more)
+    if not mix:
+        return open_store(config.data.shards, *_ways(config), **more)
+    stores = [open_store(word.rpartition("=")[0], *_ways(config), flag="data.mix", **more) for word in mix]
+    return MixedStore(stores, counters)
+
+
+def training_order(config: Config, store: Store) -> Order:
+    """The order of the images of :func:`open_training`. UserError: fewer than a batch."""
+    data = config.data
+    options: dict[str, Any] = {"seed": config.run.seed, "global_batch_size": data.global_batch_size}
+    options |= {"lanes": data.lanes, "window": data.window}
+    if not isinstance(store, MixedStore):
+        return Order([shard.num_samples for shard in store.manifest.shards], **options)
+    counts = [[shard.num_samples for shard in one.manifest.shards] for one in store.stores]
+    weights = [Fraction(word.rpartition("=")[2]) for word in data.mix]
+    return MixedOrder([one.url for one in store.stores], counts, weights, **options)
 
 
 def open_validation(
@@ -97,15 +116,8 @@ class TrainingData:
         data = config.data
         self.counters = Counters()  # what both stores and their workers did
         self.store = open_training(config, self.counters, listings)
-        shards = self.store.manifest.shards
-        self.order = Order(
-            [shard.num_samples for shard in shards],
-            seed=config.run.seed,
-            global_batch_size=data.global_batch_size,
-            lanes=data.lanes,
-            window=data.window,
-        )
-        self.fingerprint = self.order.fingerprint([shard.sha256 for shard in shards])
+        self.order = training_order(config, self.store)
+        self.fingerprint = self.order.fingerprint([shard.sha256 for shard in self.store.manifest.shards])
         self.val_store = open_validation(config, self.counters, listings)
         self.batch_size = share_size(data.global_batch_size, world_size)
         self.micro_batch_size = data.micro_batch_size or self.batch_size

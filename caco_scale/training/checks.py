@@ -170,7 +170,10 @@ def check_data(start: Start) -> str | None:
     data.store.check()
     room = data.make_room()
     start.data, order = data, data.order
-    found = f"{shards}: {order.num_samples:,} images, {order.steps_per_epoch:,} steps an epoch, {order.lanes} lanes"
+    url = data.store.url
+    found = (
+        f"{url}: {order.num_samples:,} images, {order.steps_per_epoch:,} steps an epoch, {order.lanes} lanes"
+    )
     return f"{found}; {room}" if room else found
 
 

@@ -10,9 +10,8 @@ from caco_scale.checkpoint.resume import goes_on_from
 from caco_scale.config import Config
 from caco_scale.config.fit import auto_fields, bank_size, batch_size, fit
 from caco_scale.data.listed_files import Listings
-from caco_scale.data.object_store import RetryPolicy
 from caco_scale.data.order import Order
-from caco_scale.data.store import is_listed, open_store
+from caco_scale.data.store import is_listed
 from caco_scale.distributed.collectives import gather_objects, rank
 from caco_scale.errors import UserError
 from caco_scale.training.assemble import build_schedule, open_training, open_validation
@@ -51,8 +50,7 @@ def _settle(config, fields, listings):
     if path:
         saved = configuration.flatten(configuration.from_dict(read_values(path)["config"], f"{path} config"))
         return {n: saved[n] for n in fields}, [f"{n} {saved[n]:,g}, as in {path}" for n in fields]
-    retry_policy = RetryPolicy(config.data.retries, config.data.stall_seconds)
-    store = open_store(config.data.shards, "none", retry_policy=retry_policy, listings=listings)
+    store = open_training(configuration.replace(config, data__cache_dir="none"), listings=listings)
     fitted, lines = fit(config, store.manifest.num_samples)
     flat = configuration.flatten(fitted)
     return {name: flat[name] for name in fields}, lines
@@ -77,7 +75,8 @@ def list_sets(config: Config, listings: Listings) -> None:
     error = None
     if rank() == 0:
         try:
-            if is_listed(config.data.shards):
+            mix = [word.rpartition("=")[0] for word in config.data.mix]
+            if any(map(is_listed, mix or [config.data.shards])):
                 open_training(config, listings=listings)
             if is_listed(config.data.val_shards):
                 open_validation(config, listings=listings)
