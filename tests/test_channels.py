@@ -1,6 +1,5 @@
 """A 16-bit set of one channel and a set of five: built, trained on two processes, resumed, exported, embedded."""
 
-
 import numpy as np
 import pytest
 import tifffile

@@ -23,6 +23,8 @@ from caco_scale.data.views import centre_crop, crop_resize, draw_colour
 from caco_scale.errors import UserError
 from caco_scale.method.encoders import build_backbone, refuse_views, skeleton
 from caco_scale.training.assemble import channel_notes, view_specs
+from caco_scale.weights.load import Wanted
+from caco_scale.weights.start import load_start
 from data_prep.build import build
 from data_prep.images import prepare_exact
 from data_prep.repair import repair
@@ -412,3 +414,22 @@ def test_pictures_of_any_image():
     assert (as_picture(G16[:, :, None]).min(), as_picture(G16[:, :, None]).max()) == (0, 255)
     assert picture_note(RGB8) == ""
     assert "the first three of 5 channels of 16 bits" in picture_note(Pixels(5, 16))
+
+
+def test_starting_weights_of_three_channels_are_adapted(tmp_path):
+    narrow, _ = build_backbone("tiny")
+    torch.save(narrow.state_dict(), tmp_path / "three.pth")
+    grey = torch.rand(2, 1, 16, 16)
+    wanted = narrow.eval()(grey.expand(-1, 3, -1, -1))
+    for channels in (1, 6):  # kernels are summed, or repeated and divided: equal channels give equal features
+        start = load_start(str(tmp_path / "three.pth"), Wanted("tiny", "imagenet", (), channels))
+        wide, _ = build_backbone("tiny", channels=channels)
+        start.fill(wide)
+        torch.testing.assert_close(wide.eval()(grey.expand(-1, channels, -1, -1)), wanted)
+        assert f"of 3 channels to {channels} (timm's adapt_input_conv" in "\n".join(start.lines())
+    torch.save(wide.state_dict(), tmp_path / "six.pth")
+    again = load_start(str(tmp_path / "six.pth"), Wanted("tiny", "imagenet", (), 6))
+    assert again.adapted() is None
+    assert again.weights.pixels.channels == 6
+    with pytest.raises(UserError):
+        load_start(str(tmp_path / "six.pth"), Wanted("tiny", "imagenet", (), 5))
