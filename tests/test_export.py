@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 import yaml
 from launch import finished
+from PIL import Image
 from run_directories import change_values as rewrite_values
 from run_directories import (
     make_config,
@@ -27,6 +29,7 @@ from run_directories import (
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import caco_scale
 from caco_scale.checkpoint.read import load_tensors
 from caco_scale.checkpoint.state import State
 from caco_scale.checkpoint.write import Checkpointer
@@ -378,7 +381,7 @@ MISTAKES = {
     "an unknown format": (
         None,
         "RUN TO --format onnx",
-        "--format is 'onnx': give one of safetensors, torchvision, timm",
+        "--format is 'onnx': give one of safetensors, torchvision, timm, huggingface",
     ),
     "a detectron2 file": (
         None,
@@ -516,3 +519,63 @@ def test_the_command(tmp_path):
     assert "query backbone tiny (stem imagenet) of step 30; loaded back into caco_scale's tiny" in done.stdout
     assert "and w.safetensors.md" in done.stdout
     assert "conv1.weight" in load_file(tmp_path / "w.safetensors")
+
+
+# timm alone: its model and its own transform of an image's pixels; what it knows of this project is nothing.
+TIMM_ALONE = """
+import sys, timm, torch
+from PIL import Image
+for name in sys.argv[1:]:
+    model = timm.create_model(f"local-dir:{name}", pretrained=True, num_classes=0).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.no_grad():
+        torch.save(model(transform(Image.open("image.png").convert("RGB"))[None]), f"{name}.features")
+assert not any(module.split(".")[0] == "caco_scale" for module in sys.modules)
+"""
+
+
+def test_a_hugging_face_directory_is_timms_own_model_and_transform(tmp_path, monkeypatch):
+    from test_weights import save_run as save_seen  # 32 of 40 pixels, mean and deviation of its own
+
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 52, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("image.png")
+    names = {"vit": "timm/test_vit", "resnet": "resnet18"}
+    wanted = {}
+    for name, arch in names.items():
+        save_seen(tmp_path / f"{name}-run", arch, "imagenet")
+        main([f"{name}-run", "--to", name, "--format", "huggingface", "--which", "key"])
+        assert sorted(os.listdir(name)) == ["README.md", "config.json", "model.safetensors"]
+        again = caco_scale.load_backbone(name)
+        assert (again.size, again.resize, again.std) == (32, 40, (0.2, 0.3, 0.4))
+        with torch.no_grad():
+            wanted[name] = again(again.prepare("image.png")[None])
+            source = load_weights(f"{name}-run", "key").backbone(again.prepare("image.png")[None])
+        assert torch.allclose(source, wanted[name], rtol=0, atol=1e-5 * float(source.abs().max()))
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "HF_HUB_OFFLINE": "1"
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", TIMM_ALONE, *names],
+        cwd=tmp_path,
+        env=clean,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    for name, features in wanted.items():
+        found = torch.load(f"{name}.features", weights_only=True)
+        assert (found - features).abs().max() <= 1e-5 * features.abs().max().clamp(min=1), name
+    card = Path("vit/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: timm\n")
+    assert 'timm.create_model("local-dir:vit", pretrained=True, num_classes=0)' in card
+    with pytest.raises(UserError, match="vit exists: give another name, or --force"):
+        export.export("vit-run", "vit", "huggingface")
+    export.export("vit-run", "vit", "huggingface", force=True)
+    with pytest.raises(UserError, match="exists and is no such directory"):
+        export.export("vit-run", "vit-run", "huggingface", force=True)
+    save_run(tmp_path / "small", "resnet18", "cifar")
+    with pytest.raises(UserError, match=r"with the stem cifar by a config.json: use --format timm"):
+        export.export("small", "x", "huggingface")
+    assert not [name for name in os.listdir() if ".tmp" in name or ".old" in name]

@@ -22,9 +22,9 @@ class Export:
     run: Positional[Annotated[str, shown("RUN_OR_WEIGHTS")]]
     """Run directory, one of its checkpoints, or a file of weights."""
     to: str
-    """File to write; its model card goes to FILE.md."""
+    """File to write; its model card goes to FILE.md. With huggingface a directory."""
     format: ExportFormat
-    """Format of the file."""
+    """Format of the file; huggingface: a directory of config.json and model.safetensors, as timm has it on the hub."""
     which: Annotated[Encoder | None, shown("{query,key}")] = None
     """Encoder, where there are two (default: query; of DINO the teacher)."""
     step: Annotated[int | None, shown("N")] = None
@@ -43,10 +43,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     from caco_scale.export.write import export
 
     metadata = export(flags.run, flags.to, flags.format, flags.which, flags.step, flags.force, flags.arch)
-    size = Path(flags.to).stat().st_size / 1e6
+    is_directory = Path(flags.to).is_dir()
+    size = Path(flags.to, "model.safetensors" if is_directory else "").stat().st_size / 1e6
     of_step = f" of step {metadata['step']}" if metadata["step"] else ""
     what = "{encoder} backbone {arch} (stem {stem}){0}; {compared}".format(of_step, **metadata)
-    print(f"wrote {flags.to} ({size:.1f} MB, {flags.format}) and {flags.to}.md: {what}")
+    card = f"{flags.to}/README.md" if is_directory else f"{flags.to}.md"
+    print(f"wrote {flags.to} ({size:.1f} MB, {flags.format}) and {card}: {what}")
     if metadata["unused"]:
         print(f"in {flags.run} but not used: {metadata['unused']}")
     if unsaid := [name for name in ("size", "mean", "std") if name not in metadata]:

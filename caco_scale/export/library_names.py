@@ -34,12 +34,12 @@ def library_of(arch: str, file_format: str) -> str:
         UserError: the format is of a library that has no such model, or that is not installed.
     """
     own = "timm" if arch.startswith("timm/") else "" if ":" in arch else "torchvision"
-    if file_format == "timm":
+    if file_format in ("timm", "huggingface"):
         try:
             import timm  # noqa: F401
         except ImportError:
             raise UserError(
-                "--format timm compares with timm's own model, which is not installed: pip install timm"
+                f"--format {file_format} compares with timm's own model, which is not installed: pip install timm"
             ) from None
         if arch == "tiny":
             raise UserError("timm has no model tiny, it is this project's own: use --format safetensors")

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from caco_scale.data.views import describe_crop
-from caco_scale.export.library_names import loading_code
 from caco_scale.flags.choices import ENCODERS
 from caco_scale.run.scores import LoggedScore, is_percent
 
@@ -15,8 +14,7 @@ from caco_scale.run.scores import LoggedScore, is_percent
 def write_card(
     name: str,
     data: bytes,
-    library: str,
-    options: Sequence[str],
+    code: str,
     metadata: Mapping[str, str],
     values: Mapping[str, Any],
     *,
@@ -34,7 +32,7 @@ def write_card(
 
     Args:
         name, data: of the exported file.
-        library, options: whose model it loads into, how that is built; ``compared``: how that was compared, in words.
+        code: the lines that load it; ``compared``: how what they load was compared, in words.
         metadata: what the exporter says of the tensors; ``values``: the checkpoint's, empty without one.
         source: what file of weights it comes from, empty for a run; ``unused``: the names in it that went nowhere;
             ``assumed``: size, mean, std of the images as far as only guessed.
@@ -68,7 +66,6 @@ def write_card(
         ("checked", compared),
     ]
     table = "\n".join(f"| {row} | {_cell(value)} |" for row, value in rows)
-    code = loading_code(library, arch, stem, name, options, int(metadata.get("channels", 3)))
     return (
         f"# {arch}{_title(config, source)}\n\n"
         f"| | |\n|---|---|\n{table}\n\n## Scores\n\n{_score_lines(config, logged, evaluated)}\n\n"

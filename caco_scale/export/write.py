@@ -1,10 +1,11 @@
 """Export a backbone for use without this program: of a run, of one checkpoint, or of a file of weights.
 
-    python -m caco_scale.export RUN_OR_WEIGHTS --to FILE --format {safetensors,torchvision,timm}
+    python -m caco_scale.export RUN_OR_WEIGHTS --to FILE --format {safetensors,torchvision,timm,huggingface}
                                 [--which query|key] [--step N] [--arch ARCH] [--force]
 
 ``torchvision`` is a ``torch.save`` of a state dict for ``torchvision.models.<arch>()``; ``safetensors`` holds the
-same names; ``timm`` is what ``timm.create_model(..., checkpoint_path=FILE)`` reads, as safetensors if FILE ends so. In
+same names; ``timm`` is what ``timm.create_model(..., checkpoint_path=FILE)`` reads, as safetensors if FILE ends so;
+``huggingface`` a directory that ``timm.create_model("local-dir:DIR", pretrained=True)`` and the hub read. In
 its metadata a file says whose encoder it is, of which run, and what images it wants. The projector stays behind. A
 model card, FILE.md, says what it is and how to load it. One process on the CPU is enough, whatever trained; the file is
 loaded back into the library's own model and its features are compared with the trained backbone's before it appears.
@@ -13,6 +14,7 @@ loaded back into the library's own model and its features are compared with the 
 import contextlib
 import json
 import os
+import shutil
 from importlib import metadata as distributions
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,17 @@ from caco_scale.checkpoint.folder import read_values
 from caco_scale.data.pixels import RGB8
 from caco_scale.data.views import usual_resize
 from caco_scale.errors import UserError
-from caco_scale.export.library_names import library_model, library_of, to_timm
+from caco_scale.export.hub import (
+    CARD,
+    FILE,
+    HEADER,
+    check_directory,
+    config_text,
+    load_back,
+    loading_lines,
+    put_in_place,
+)
+from caco_scale.export.library_names import library_model, library_of, loading_code, timm_name, to_timm
 from caco_scale.export.model_card import write_card
 from caco_scale.flags.choices import EXPORT_FORMATS
 from caco_scale.method.encoders import USUAL_SIZES, takes
@@ -34,6 +46,7 @@ from caco_scale.run.scores import evaluation_scores, logged_scores
 from caco_scale.training.assemble import build_schedule
 from caco_scale.weights.build import gist
 from caco_scale.weights.files import read_tensors, with_metadata
+from caco_scale.weights.hub import CONFIG
 from caco_scale.weights.load import Weights, load_weights
 
 TOLERANCE = 1e-5  # of features, relative to the greatest where that is above one
@@ -58,28 +71,37 @@ def export(
     library without the model, no or an existing target without ``force``, and where the file read back does not give
     the trained backbone's features.
     """
-    to = Path(to)
+    to, is_directory = Path(to), file_format == "huggingface"
     card = to.with_name(f"{to.name}.md")
-    _check_target(to, card, file_format, force)
+    _check_target(to, card, file_format, force)  # of a directory more, when the stem is known
     if not os.path.exists(run):  # False, too, for a name that no file can have
         raise UserError(
             f"{run} does not exist: give a run directory, one of its checkpoints, or a file of weights"
         )
     weights = load_weights(run, which, step, arch)
     library = library_of(weights.arch, file_format)
+    if is_directory:
+        check_directory(to, weights.stem, weights.arch, force)
     metadata = file_metadata(weights)
     state = weights.backbone.state_dict()
     temporary = to.with_name(f"{to.name}.tmp{os.getpid()}")
     try:
         stored = to_timm(state, weights.arch) if library == "timm" else state
+        if is_directory:
+            compared = _write_directory(temporary, weights, stored, metadata, to.name)
+            put_in_place(temporary, to)
+            return {**metadata, "compared": compared, "unused": gist(weights.unmatched)}
         _write(temporary, stored, metadata, _container(to, file_format))
         compared, options = _compare(temporary, weights, library)
-        text = _card(weights, to.name, temporary.read_bytes(), library, options, metadata, compared)
+        channels = weights.pixels.channels
+        code = loading_code(library, weights.arch, weights.stem, to.name, options, channels)
+        text = _card(weights, to.name, temporary.read_bytes(), code, metadata, compared)
         write_atomically(card, text.encode())
         os.replace(temporary, to)
     except OSError as error:
         raise UserError(f"{to} could not be written: {error.strerror or error}") from error
     finally:
+        shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return {**metadata, "compared": compared, "unused": gist(weights.unmatched)}
@@ -119,15 +141,36 @@ def _check_target(to, card, file_format, force):
         )
     if to.suffix in TORCH_SUFFIXES and file_format == "safetensors":
         raise UserError(f"{to}: name it .safetensors, or use --format torchvision for a torch file")
-    if os.path.isdir(to):
+    is_directory = file_format == "huggingface"
+    if is_directory and to.suffix in (".safetensors", *TORCH_SUFFIXES):
+        raise UserError(f"{to}: format huggingface is a directory, give a name without {to.suffix}")
+    if os.path.isdir(to) and not is_directory:
         raise UserError(f"{to} is a directory: give the name of a file in it")
     if not os.path.isdir(to.parent):
         raise UserError(f"{to} cannot be written: there is no directory {to.parent}")
-    for file in (to, card):
+    for file in () if is_directory else (to, card):
         if os.path.exists(file) and not file.is_file():
             raise UserError(f"{file} is no ordinary file: give the name of one to write")
         if os.path.exists(file) and not force:
             raise UserError(f"{file} exists: give another name, or --force to replace it")
+
+
+def _write_directory(folder, weights, state, metadata, name):
+    """All of a Hugging Face directory, by timm's own names -> how it was compared, in words."""
+    folder.mkdir()
+    channels = weights.pixels.channels
+    model, options = library_model(
+        "timm", weights.arch, weights.stem, weights.options, weights.size, channels
+    )
+    (folder / CONFIG).write_text(config_text(weights, metadata, options, model))
+    own = [word for word in options if not word.startswith("in_chans=")]  # which "channels" says
+    # The file says whose it is by the names that timm has: of torchvision's models another architecture.
+    stated = {**metadata, "arch": f"timm/{timm_name(weights.arch)}", "options": json.dumps(own)}
+    _write(folder / FILE, state, stated, "safetensors")
+    compared = _compared(load_back(folder), weights, "timm")
+    text = _card(weights, FILE, (folder / FILE).read_bytes(), loading_lines(name), metadata, compared)
+    (folder / CARD).write_text(HEADER + text)
+    return compared
 
 
 def _container(to, file_format):
@@ -152,7 +195,7 @@ def _environment(weights):
     return value if isinstance(value, dict) else {}
 
 
-def _card(weights, name, data, library, options, metadata, compared):
+def _card(weights, name, data, code, metadata, compared):
     """The model card's text for the file ``name`` with the bytes ``data``."""
     run, values, logged, evaluated, config = _run_directory(weights), {}, (None, None), [], {}
     warmup_steps = None
@@ -170,7 +213,7 @@ def _card(weights, name, data, library, options, metadata, compared):
     facts |= {"environment": _environment(weights), "logged": logged, "evaluated": evaluated}
     source = "" if run else f"{weights.kind}, `{Path(weights.path).name}`"
     facts |= {"source": source, "unused": gist(weights.unmatched), "assumed": _assumed(weights)}
-    return write_card(name, data, library, options, metadata, values, compared=compared, **facts)
+    return write_card(name, data, code, metadata, values, compared=compared, **facts)
 
 
 def _warmup_steps(config, values):
@@ -207,6 +250,12 @@ def _compare(path, weights, library):
     model = weights.arch, weights.stem, weights.options, weights.size, channels
     loaded, options = library_model(library, *model)
     loaded.load_state_dict(read_tensors(path)[0], assign=True)
+    return _compared(loaded, weights, library), options
+
+
+def _compared(loaded, weights, library):
+    """How equal the features of the library's model are to the trained backbone's, in words; UserError as above."""
+    channels = weights.pixels.channels
     size = next(
         (size for size in (weights.size, *USUAL_SIZES) if takes(loaded, size, channels)), weights.size
     )
@@ -222,7 +271,7 @@ def _compare(path, weights, library):
     # Of a file of others only what was read can be compared: its own program's model is not here.
     of_what = "" if weights.config is not None else " to those of the backbone as it was read"
     whose = f"{_version(library)}'s {weights.arch}" if library else weights.arch
-    return f"loaded back into {whose}, features {equal}{of_what}", options
+    return f"loaded back into {whose}, features {equal}{of_what}"
 
 
 def _version(library):
