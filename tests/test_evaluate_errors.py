@@ -169,7 +169,7 @@ WRONG_FLAGS = [
     (("--size", "0"), "--size is 0: give a number above 0"),
     (("--size", "x"), "--size is 'x', which is not int: give a whole number"),
     (("--size", "100000"), "--size is 100000: give at most 8192"),
-    (("--mean", "0.5", "0.5"), "--mean is 0.5 0.5: give 3 numbers"),
+    (("--mean", "0.5", "0.5"), "--mean has 2 numbers: give 3 numbers"),
     (("--std", "0.2", "0.2", "0"), "--std is 0.2 0.2 0.0: give a number above 0"),
     (("--mean", "nan", "0", "0"), "--mean is nan"),
     (("--precision", "fp8"), "--precision is 'fp8': give one of fp32, bf16, fp64"),
