@@ -27,7 +27,7 @@ def test_missing_and_old_packages_are_failures_with_their_fix():
     versions = {"torch": "2.9.1", "transformers": None, "deepspeed": "0.19.8"}
 
     def version(package):
-        return versions.get(package, "99.0")
+        return versions.get(package, "9999.0")
 
     assert failures(doctor.check_versions("ddp", version)) == [
         "torch 2.9.1 is older than 2.11: pip install -U 'torch>=2.11'"

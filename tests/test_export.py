@@ -204,7 +204,7 @@ def test_the_demos_own_resnet_loads_by_this_project_alone_and_the_card_says_so(t
 )
 def test_a_backbone_of_timm_or_of_the_users_own_loads_by_what_built_it(tmp_path, arch, file_format):
     backbone = save_run(tmp_path / "run", arch).query.backbone.eval()
-    export.export(tmp_path / "run", tmp_path / "w.safetensors", file_format)
+    export.export(tmp_path / "run", tmp_path / "w.safetensors", file_format, arch=arch)
     images = torch.randn(2, 3, 224, 224)  # what a run that says nothing has; test_vit's own is 160
     card = re.search(r"```python\n(.*?)```", (tmp_path / "w.safetensors.md").read_text(), re.DOTALL)[1]
     scope = {}
@@ -222,7 +222,7 @@ def test_a_backbone_of_timm_or_of_the_users_own_loads_by_what_built_it(tmp_path,
     with torch.no_grad():
         assert torch.equal(again.backbone(images), wanted)
     with pytest.raises(UserError, match="torchvision has no model"):
-        export.export(tmp_path / "run", tmp_path / "w.pth", "torchvision")
+        export.export(tmp_path / "run", tmp_path / "w.pth", "torchvision", arch=arch)
 
 
 def test_timms_format_is_refused_for_a_model_whose_tensors_are_torchvisions_alone():
