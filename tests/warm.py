@@ -73,10 +73,10 @@ class Server:
 
     def loads_like(self, env):
         kept = [{k: v for k, v in e.items() if k.startswith(IMPORTED_WITH)} for e in (self.env, env)]
-        for each in kept:
-            each.pop(
-                "TORCHINDUCTOR_CACHE_DIR", None
-            )  # set by a compilation in the tests' own process; read at the next
+        for (
+            each
+        ) in kept:  # a compilation in the tests' own process sets it; it is read when something compiles
+            each.pop("TORCHINDUCTOR_CACHE_DIR", None)
         return kept[0] == kept[1]
 
     def fork(self, words, cwd, env, apart):
