@@ -242,6 +242,7 @@ def test_a_tensorboard_that_cannot_be_is_one_line(tmp_path, what):
 def test_a_tensorboard_that_fails_later_is_one_line_without_a_traceback(tmp_path, capsys):
     before = threading.excepthook
     telemetry = telemetry_of(tmp_path)
+    telemetry.flush()  # its thread has made its file, not in the middle of the removal
     shutil.rmtree(tmp_path / "tensorboard")
     (tmp_path / "tensorboard").write_text("")
 
