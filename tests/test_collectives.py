@@ -78,12 +78,23 @@ def within_a_subgroup(rank, world_size):
     return collectives.rank(group), gathered, collectives.gather_objects(rank, group)
 
 
+def only_rank_0_looks(rank, world_size):
+    def refused():
+        raise UserError(f"not there, says rank {rank}")
+
+    with pytest.raises(UserError) as caught:
+        collectives.from_rank_0(refused)
+    return collectives.from_rank_0(lambda: f"seen by {rank}"), str(caught.value)
+
+
 def run_all(rank, world_size):
-    return [f(rank, world_size) for f in (exchange_everything, disagree, within_a_subgroup)]
+    return [
+        f(rank, world_size) for f in (exchange_everything, disagree, within_a_subgroup, only_rank_0_looks)
+    ]
 
 
 def test_three_ranks():
-    moved, messages, subgroup = zip(*run_ranks(run_all, 3), strict=True)
+    moved, messages, subgroup, looked = zip(*run_ranks(run_all, 3), strict=True)
     assert moved == (True, True, True)
     different = (
         "test: the batch size must be the same on every rank, but is 4 on rank 0, 5 on rank 1, 4 on rank 2"
@@ -91,3 +102,4 @@ def test_three_ranks():
     assert messages == ([different, "no images (rank 2)"],) * 3
     gathered = [0.0, 0.0, 2.0, 2.0]
     assert subgroup == ((0, gathered, [0, 2]), None, (1, gathered, [0, 2]))
+    assert looked == (("seen by 0", "not there, says rank 0"),) * 3

@@ -8,7 +8,7 @@ Shapes: R ranks; B rows a rank, equal on all; K rows sharded over the ranks, S o
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -134,6 +134,24 @@ def gather_objects(value: T, group: Group = None) -> list[T]:
     values: list = [None] * world_size(group)
     dist.all_gather_object(values, value, group=_host_group(_resolve(group)))
     return values
+
+
+def from_rank_0(function: Callable[[], T]) -> T:
+    """What ``function`` gives on rank 0, which alone calls it, on every rank. Between hosts only.
+
+    Raises:
+        UserError: on every rank, where it does there.
+    """
+    value, error = None, None
+    if rank() == 0:
+        try:
+            value = function()
+        except UserError as wrong:
+            error = str(wrong)
+    value, error = gather_objects((value, error))[0]
+    if error:
+        raise UserError(error)
+    return cast(T, value)
 
 
 def all_max(value: N, group: Group = None) -> N:

@@ -58,15 +58,21 @@ def resolve_precision(config: Config, device: torch.device) -> Config:
     return configuration.replace(config, precision__compute="bf16" if device.type == "cuda" else "fp32")
 
 
+def mixed(config: Config) -> list[tuple[str, Fraction]]:
+    """(address, weight) of each set of ``data.mix``."""
+    parts = [word.rpartition("=") for word in config.data.mix]
+    return [(address, Fraction(weight)) for address, _, weight in parts]
+
+
 def open_training(
     config: Config, counters: Counters | None = None, listings: Listings | None = None
 ) -> Store:
     """The training images, of one set or of several; ``counters``, ``listings``: of :func:`open_store`."""
-    counters, mix = counters or Counters(), config.data.mix
+    counters, mix = counters or Counters(), mixed(config)
     more: dict[str, Any] = {"counters": counters, "listings": listings, "pixels": pixels_of(config)}
     if not mix:
         return open_store(config.data.shards, *_ways(config), **more)
-    stores = [open_store(word.rpartition("=")[0], *_ways(config), flag="data.mix", **more) for word in mix]
+    stores = [open_store(place, *_ways(config), flag="data.mix", **more) for place, _ in mix]
     return MixedStore(stores, counters)
 
 
@@ -78,7 +84,7 @@ def training_order(config: Config, store: Store) -> Order:
     if not isinstance(store, MixedStore):
         return Order([shard.num_samples for shard in store.manifest.shards], **options)
     counts = [[shard.num_samples for shard in one.manifest.shards] for one in store.stores]
-    weights = [Fraction(word.rpartition("=")[2]) for word in data.mix]
+    weights = [weight for _, weight in mixed(config)]
     return MixedOrder([one.url for one in store.stores], counts, weights, **options)
 
 

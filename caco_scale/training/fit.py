@@ -12,9 +12,8 @@ from caco_scale.config.fit import auto_fields, bank_size, batch_size, fit
 from caco_scale.data.listed_files import Listings
 from caco_scale.data.order import Order
 from caco_scale.data.store import is_listed
-from caco_scale.distributed.collectives import gather_objects, rank
-from caco_scale.errors import UserError
-from caco_scale.training.assemble import build_schedule, open_training, open_validation
+from caco_scale.distributed.collectives import from_rank_0, rank
+from caco_scale.training.assemble import build_schedule, mixed, open_training, open_validation
 
 LISTINGS = "listings"  # in a run's directory
 FEWEST_STEPS = 10  # of an epoch, and of a learning rate's warm-up
@@ -32,15 +31,7 @@ def fit_to_set(config: Config, listings: Listings | None = None) -> tuple[Config
     fields = auto_fields(config)
     if not fields:
         return config, []
-    settled, lines, error = {}, [], None
-    if rank() == 0:
-        try:
-            settled, lines = _settle(config, fields, listings)
-        except UserError as wrong:
-            error = str(wrong)
-    settled, lines, error = gather_objects((settled, lines, error))[0]
-    if error:
-        raise UserError(error)
+    settled, lines = from_rank_0(lambda: _settle(config, fields, listings))
     return configuration.replace(config, **{n.replace(".", "__"): v for n, v in settled.items()}), lines
 
 
@@ -72,19 +63,15 @@ def list_sets(config: Config, listings: Listings) -> None:
     Raises:
         UserError: on every rank: no images there, or others than were listed.
     """
-    error = None
-    if rank() == 0:
-        try:
-            mix = [word.rpartition("=")[0] for word in config.data.mix]
-            if any(map(is_listed, mix or [config.data.shards])):
-                open_training(config, listings=listings)
-            if is_listed(config.data.val_shards):
-                open_validation(config, listings=listings)
-        except UserError as wrong:
-            error = str(wrong)
-    error = gather_objects(error)[0]
-    if error:
-        raise UserError(error)
+
+    def look():
+        addresses = [address for address, _ in mixed(config)] or [config.data.shards]
+        if any(map(is_listed, addresses)):
+            open_training(config, listings=listings)
+        if is_listed(config.data.val_shards):
+            open_validation(config, listings=listings)
+
+    from_rank_0(look)
 
 
 def misfits(config: Config, order: Order, world_size: int) -> list[str]:

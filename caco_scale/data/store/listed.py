@@ -6,11 +6,11 @@ from caco_scale.data.counters import Counters
 from caco_scale.data.listed_files import ListedFiles, refuse_size
 from caco_scale.data.scan import NO_IMAGE
 from caco_scale.data.shard_index import ShardIndex
-from caco_scale.data.store.base import Store
+from caco_scale.data.store.base import InPlaceStore
 from caco_scale.errors import UserError
 
 
-class ListedStore(Store):
+class ListedStore(InPlaceStore):
     """The images of a listing. ``base``: the folder that its names count from.
 
     A sample's key is its name there. The hash of a block is one of names and sizes, not of the images: a picture that
@@ -28,19 +28,8 @@ class ListedStore(Store):
     def repair_hint(self) -> str:
         return f"replace these files in {self.url}, or move them away"
 
-    @property
-    def verify_hint(self) -> str:
-        return f"look at the files of {self.url}"
-
-    def _check_files(self):
-        """What there is to compare with was compared when the listing was opened."""
-
     def _load_index(self, shard: int) -> ShardIndex:
         return self._keep_index(shard, self.files.block(shard))
-
-    @property
-    def unchecked(self) -> str:
-        return ""  # the files are the user's own: nothing of them is recorded but names and sizes
 
     @property
     def left_out(self) -> str:
@@ -49,9 +38,6 @@ class ListedStore(Store):
         if not links:
             return ""
         return f"{len(links):,} left out of {self.url}: {links[0]['name']} ({links[0]['reason']}), ..."
-
-    def learn_checksums(self, shard: int) -> None:
-        return None
 
     def read(self, shard: int, start: int, num_bytes: int, recorded: int | None = None) -> bytes:
         """The whole file number ``start`` of a block."""

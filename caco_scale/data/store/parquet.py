@@ -25,7 +25,7 @@ from caco_scale.data.scan import THREADS, hidden
 from caco_scale.data.shard_index import ShardIndex, smallest
 from caco_scale.data.shards import Manifest, ShardInfo
 from caco_scale.data.splits import some_names
-from caco_scale.data.store.base import Store
+from caco_scale.data.store.base import InPlaceStore
 from caco_scale.errors import UserError, one_line, quoted
 
 MOST_GROUP_BYTES = 1 << 30  # unpacked
@@ -70,7 +70,7 @@ def _holds_parquet(path):
     return False
 
 
-class ParquetStore(Store):
+class ParquetStore(InPlaceStore):
     """The images of a parquet file, or of one split of a folder of them.
 
     A sample's key is its file and its row there; the hash of a group is one of the file's name and size.
@@ -155,20 +155,6 @@ class ParquetStore(Store):
     @property
     def repair_hint(self) -> str:
         return f"replace these rows in {self.url}, or leave them out"
-
-    @property
-    def verify_hint(self) -> str:
-        return f"look at the files of {self.url}"
-
-    @property
-    def unchecked(self) -> str:
-        return ""  # the files are the user's own: nothing of them is recorded but names and sizes
-
-    def _check_files(self):
-        """The files were looked at a moment ago."""
-
-    def learn_checksums(self, shard: int) -> None:
-        return None
 
     def _load_index(self, shard: int) -> ShardIndex:
         group, file = self._groups[shard], self._files[self._groups[shard].file]
