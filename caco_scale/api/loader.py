@@ -14,6 +14,7 @@ from caco_scale import config as configuration
 from caco_scale.config import Config, Views
 from caco_scale.config.fields import Data
 from caco_scale.data.augment import augment
+from caco_scale.data.augment_cpu import absent
 from caco_scale.data.loader import train_batches
 from caco_scale.data.order import Order, share_size
 from caco_scale.data.pixels import Pixels
@@ -144,6 +145,8 @@ def batches(
     store.check()
     if store.unchecked:
         warnings.warn(store.unchecked, stacklevel=2)
+    if torch.device(device).type == "cpu" and (slow := absent()):
+        warnings.warn(slow, stacklevel=2)
     order = Order(
         [shard.num_samples for shard in store.manifest.shards],
         seed=seed,

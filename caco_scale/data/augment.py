@@ -1,9 +1,10 @@
 """The batched part of the augmentation, on the training device: jitter, grey, blur, solarize, flip.
 
 Equal, sample by sample, to torchvision's functional operations on float images, with a parameter of its own
-for each sample. On a CPU only the samples that use an operation go through it. On a GPU (and under
-``torch.compile``) every operation covers the whole batch and leaves the samples that do not use it unchanged:
-static shapes, no look at a value, no wait of the host.
+for each sample. On a CPU compiled code does it in float32 (``augment_cpu``). What torch does here is the law, by
+which that code is tested; it is for float64, for GPUs, and for where there is no compiled code. On a CPU only the
+samples that use an operation go through it. On a GPU (and under ``torch.compile``) every operation covers the whole
+batch and leaves the samples that do not use it unchanged: static shapes, no look at a value, no wait of the host.
 
 Shapes: B this rank's batch, H = W the crop's side, k blur kernel size. Images are (B, C, H, W) in [0, 1]. Hue,
 saturation and greyscale are of three channels alone; of others contrast is towards the mean of all.
@@ -13,6 +14,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+
+from caco_scale.data import augment_cpu
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the numbers in params["order"]
 LUMA = (0.2989, 0.587, 0.114)
@@ -32,6 +35,20 @@ def augment(
     params: what ``views.draw_colour`` drew, as tensors with first axis B on the crops' device. Per sample equal to
     ``torchvision.transforms.v2.functional`` (reflect-padded blur of the given kernel) to 1e-5 in float32.
     """
+    if _is_compiled(crops, dtype, params["blur_kernel"].shape[1]):
+        return augment_cpu.augment(crops, params, mean, std, channels_last).to(dtype)
+    return augment_by_torch(crops, params, mean, std, dtype, channels_last)
+
+
+def augment_by_torch(
+    crops: torch.Tensor,
+    params: Mapping[str, torch.Tensor],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> torch.Tensor:
+    """:func:`augment` by torch's operations, on any device: what the compiled code is measured by."""
     images = _to_float(crops, dtype)
     if images.shape[1] == 3:
         images = _jitter(images, params)
@@ -52,7 +69,16 @@ def normalise(
     channels_last: bool = False,
 ) -> torch.Tensor:
     """Only to float and normalise, for evaluation: (B, H, W, C) uint8 or uint16 -> (B, C, H, W) of ``dtype``."""
+    if _is_compiled(crops, dtype):
+        return augment_cpu.augment(crops, None, mean, std, channels_last).to(dtype)
     return _normalised(_to_float(crops, dtype), mean, std, channels_last)
+
+
+def _is_compiled(crops, dtype, kernel_size=1):
+    """Whether :mod:`augment_cpu` does it, and not torch."""
+    if torch.compiler.is_compiling() or dtype == torch.float64:
+        return False
+    return augment_cpu.takes(crops, kernel_size)
 
 
 def _to_float(crops, dtype):

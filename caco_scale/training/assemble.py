@@ -16,6 +16,7 @@ from torch import nn
 from caco_scale import config as configuration
 from caco_scale.config import Config
 from caco_scale.data.augment import augment
+from caco_scale.data.augment_cpu import absent
 from caco_scale.data.counters import Counters
 from caco_scale.data.in_memory import DecodedImages, room_for
 from caco_scale.data.listed_files import Listings
@@ -224,6 +225,12 @@ class MicroBatches:
 def build_augment(config: Config, backend: str = "inductor") -> Callable:
     """``augment``; with ``precision.compile`` compiled once for each size of view, to few passes over the images."""
     return torch.compile(augment, backend=backend, dynamic=False) if config.precision.compile else augment
+
+
+def augmentation_note(config: Config, device: torch.device) -> str | None:
+    """A line where views are augmented slowly for want of compiled code (``data/augment_cpu.py``), else None."""
+    fused = device.type == "cpu" and not config.precision.compile and config.precision.compute != "fp64"
+    return absent() if fused else None
 
 
 def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:

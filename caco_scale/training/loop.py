@@ -36,6 +36,7 @@ from caco_scale.run.stopping import Requests
 from caco_scale.training.assemble import (
     MicroBatches,
     TrainingData,
+    augmentation_note,
     build_augment,
     build_bank,
     channel_notes,
@@ -263,11 +264,12 @@ class Loop:
         return self.signals.requested if alone else None
 
     def _note_data(self):
-        """What is not checked of the data, and a cache or a shared memory that will slow this run."""
+        """What is not checked of the data, and what will slow this run: the cache, shared memory, the augmentation."""
         config, store = self.config, self.data.store
         unchecked = {s.unchecked for s in (store, self.data.val_store) if s}
         left_out = (s.left_out for s in (store, self.data.val_store) if s)
-        for note in filter(None, (*unchecked, *left_out, self.data.room_note)):
+        slow = augmentation_note(config, self.strategy.device)
+        for note in filter(None, (*unchecked, *left_out, self.data.room_note, slow)):
             self.records.telemetry.note(note)
         for line in misfits(config, self.data.order, self.strategy.world_size):
             self.records.telemetry.warn(line)
