@@ -1,7 +1,8 @@
 """Command: ``accelerate launch -m caco_scale.pretrain [RECIPE] [--section.field value ...]``.
 
-Only what must happen before torch is imported stands here: the signal handlers, and the flags (so that a typo is
-answered at once). Loader workers import this module too, so it imports nothing heavy at its top.
+Only what must happen before torch is imported stands here: the signal handlers, the flags, and a look at the places
+that they name, so that a mistake is answered at once. Loader workers import this module too, so it imports nothing
+heavy at its top.
 """
 
 import sys
@@ -22,6 +23,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     from caco_scale.config import parse
 
     config = parse(sys.argv[1:] if arguments is None else arguments, prog)
+
+    from caco_scale.training.places import look_early
+
+    with signals.ending_at_once():
+        look_early(config)
 
     from caco_scale.training.trainer import run
 

@@ -1,5 +1,6 @@
 """The one command: it lists and runs all, every one has help and answers a typo; the README's are understood."""
 
+import contextlib
 import dataclasses
 import importlib
 import re
@@ -7,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 from launch import ROOT, SMALL, environment
@@ -19,7 +21,9 @@ from caco_scale.config import parse
 from caco_scale.embed.__main__ import with_command
 from caco_scale.errors import UserError
 from caco_scale.flags import read as flags
+from caco_scale.method.architectures import names, refuse_unknown
 from caco_scale.sweep.__main__ import read_arguments
+from caco_scale.training.places import look_early
 
 EVERY = list(commands.every_command())
 # Module commands that are not the name of a command of ``caco``.
@@ -104,24 +108,99 @@ def test_a_typo_names_the_nearest(capsys, arguments, message):
     assert message in error
 
 
-def test_no_command_imports_torch_before_it_has_read_its_flags(tmp_path):
-    """What makes --help and a typo quick: one process asks all."""
+NOWHERE = "/nowhere/at/all"
+MISTAKES = [  # in the places and names that flags give
+    *(
+        ["pretrain", "demo", *f"--data.shards {place}".split()]
+        for place in (NOWHERE, "pipe:cat", "s3:/b/x", "{tars}")
+    ),
+    ["pretrain", "demo", "--data.val_shards", NOWHERE],
+    ["pretrain", "demo", "--data.mix", f"{NOWHERE}=1", "{tars}=2"],
+    ["pretrain", "demo", "--model.arch", "resnet5000"],
+    ["pretrain", "demo", "--model.arch", "timm/resnet5o"],
+    ["pretrain", "demo", "--model.arch", "resnet50d"],
+    ["pretrain", "demo", "--model.weights", NOWHERE],
+    ["pretrain", "demo", "--run.resume", NOWHERE],
+    ["pretrain", "demo", "--bank.size", "many"],
+    ["pretrain", NOWHERE],
+    ["sweep", NOWHERE],
+    ["sweep", "{study}", "--data.shards", NOWHERE],
+    ["evaluate", "knn", NOWHERE, "--data", "{tars}"],
+    ["evaluate", "linear", "{file}", "--data", NOWHERE],
+    ["evaluate", "finetune", "{file}", "--val", NOWHERE],
+    ["evaluate", "knn", "{file}", "--arch", "resnet5000"],
+    ["evaluate", "knn", "{file}", "--step", "3"],
+    ["embed", NOWHERE, "--to", "x.npz"],
+    ["embed", "{file}", "--data", NOWHERE, "--to", "x.npz"],
+    ["export", NOWHERE, "--to", "x.pt", "--format", "torchvision"],
+    ["report", NOWHERE],
+    ["report", "{tars}"],
+    ["doctor", NOWHERE],
+    ["shards", "build", NOWHERE, "to"],
+    ["shards", "verify", NOWHERE],
+    ["shards", "index", NOWHERE],
+    ["shards", "repair", NOWHERE],
+]
+
+
+def test_no_command_imports_torch_before_it_has_read_its_flags_and_looked_at_places(tmp_path):
+    """What makes --help and a mistake quick: one process asks all. Every mistake is one line, exit code 2."""
+    places = {name: str(tmp_path / name) for name in ("tars", "file", "study")}
+    Path(places["tars"]).mkdir()
+    Path(places["tars"], "0.tar").touch()
+    Path(places["file"]).touch()
+    Path(places["study"]).write_text("recipe: demo\nseeds: [0, 1]\n")
+    words = [[word.format(**places) for word in line] for line in MISTAKES]
     program = f"""
-import sys
+import contextlib, io, sys
 from caco_scale.__main__ import dispatch
-for name in {EVERY!r}:
-    for word in ("--help", "--hepl"):
-        try:
-            dispatch([*name.split(), word])
-        except SystemExit:
-            pass
-    assert "torch" not in sys.modules, name
+helps = [[*name.split(), word] for name in {EVERY!r} for word in ("--help", "--hepl")]
+for line in [*helps, *{words!r}]:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            dispatch(line)
+    except SystemExit as end:
+        assert "--help" in line or (end.code, said.getvalue().count("\\n")) == (2, 1), (line, end.code, said.getvalue())
+    else:
+        assert False, line
+    for heavy in ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset"):
+        assert heavy not in sys.modules, (heavy, line)
 print("none")
 """
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment(), cwd=tmp_path, capture_output=True, text=True
     )
     assert done.stdout.endswith("none\n"), done.stderr
+
+
+def test_of_several_nodes_no_process_looks_alone(monkeypatch):
+    """A node whose disk lacks the set tells all: its processes meet the others first."""
+    config = parse(["demo", "--data.shards", NOWHERE])
+    for size, local, speaks in (("4", "2", False), ("4", None, False), ("4", "4", True), ("1", None, True)):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local) if local else monkeypatch.delenv(
+            "LOCAL_WORLD_SIZE", False
+        )
+        with pytest.raises(UserError, match=NOWHERE) if speaks else contextlib.nullcontext():
+            look_early(config)
+
+
+def test_the_names_of_architectures_are_those_of_the_libraries():
+    """They are found in source files, so that a typo needs no torch; the libraries decide what is a model."""
+    import timm
+    from torchvision import models
+
+    assert names("torchvision") == models.list_models(module=models)
+    assert set(names("timm")) == set(timm.list_models())
+    for arch in (
+        "tiny",
+        "resnet50",
+        "timm/resnet50.a1_in1k",
+        "timm/vit_tiny_patch16_224",
+        "own.module:build",
+    ):
+        refuse_unknown(arch)
 
 
 @pytest.mark.parametrize(

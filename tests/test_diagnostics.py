@@ -6,7 +6,8 @@ import pytest
 import torch
 from gloo import run_ranks
 
-from caco_scale.run.diagnostics import CollapseAlarm, collapse_warning, embedding_std, rankme
+from caco_scale.run.alarm import CollapseAlarm, collapse_warning
+from caco_scale.run.diagnostics import embedding_std, rankme
 
 DIM = 64
 HEALTHY = DIM**-0.5

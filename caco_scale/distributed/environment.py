@@ -116,6 +116,16 @@ def place_of(environment: Mapping[str, str], on_cpu: bool, asked_world_size: int
     return ALONE
 
 
+def is_on_one_node(environment: Mapping[str, str]) -> bool:
+    """Do all processes of this launch see the same disks, as its variables say? Without a doubt only."""
+    sizes = [
+        (environment[names.size], environment.get(names.local_size))
+        for names in (TORCH, *MPI)
+        if environment.get(names.size, "1") != "1"
+    ]
+    return all(size == local for size, local in sizes)
+
+
 def _checked(environment, names):
     known = [f"{name}={environment[name]}" for name in names[:3] if name in environment]
     needed = [names.size, names.rank, "MASTER_ADDR", *(["MASTER_PORT"] if names is TORCH else [])]

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from tyro.conf import Positional
 
 from caco_scale.errors import UserError, did_you_mean, exit_on_user_error, run_command
-from caco_scale.evaluate.flags import EncoderFlags
+from caco_scale.evaluate.flags import EncoderFlags, look_early
 from caco_scale.flags.read import read_command, shown
 from caco_scale.flags.rules import FROM_0, PositiveInt, Rule, at_most
 from caco_scale.run.signals import interrupting
@@ -116,6 +116,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
         raise UserError(f"{prog} {name} is the work of one process: start it without a launcher")
     try:
         with interrupting():
+            if name == Extract.command:
+                look_early(flags, flags.data)
             importlib.import_module(f"caco_scale.embed.{name}").run(flags)
     except KeyboardInterrupt as stop:
         if name == Extract.command:

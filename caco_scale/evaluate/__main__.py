@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from caco_scale.errors import exit_on_user_error, run_command
-from caco_scale.evaluate.flags import EncoderFlags
+from caco_scale.evaluate.flags import EncoderFlags, look_early
 from caco_scale.flags.read import Switch, read_command, shown
 from caco_scale.flags.rules import ABOVE_0, SEED, PositiveFloat, PositiveInt, at_most
 
@@ -103,6 +103,7 @@ def parse(arguments: Sequence[str], prog: str = PROG) -> Evaluation:
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     """One evaluation; exit code 0 with ``result.json`` written, 2 on a user's mistake."""
     flags = parse(sys.argv[1:] if arguments is None else arguments, prog)
+    look_early(flags, flags.data, flags.val, may_be_split=True)
     importlib.import_module(f"caco_scale.evaluate.run_{flags.command}").run(flags)
 
 

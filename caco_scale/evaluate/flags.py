@@ -1,4 +1,7 @@
-"""The flags of every command that gives images to an encoder: which encoder, what images it is given, and how many."""
+"""The flags of every command that gives images to an encoder: which encoder, what images it is given, and how many.
+
+Imports no torch: the flags, and whether there is what they name, are answered before it is loaded.
+"""
 
 import os
 from dataclasses import dataclass, field
@@ -6,9 +9,14 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
+from caco_scale.data.store import kind_at
+from caco_scale.data.store.folder import split_folders
+from caco_scale.distributed.environment import is_on_one_node
 from caco_scale.flags.choices import Encoder, Stem
 from caco_scale.flags.read import shown
 from caco_scale.flags.rules import ABOVE_0, FROM_0, Count, PositiveFloat, at_most
+from caco_scale.method.architectures import refuse_unknown
+from caco_scale.weights.place import place_of
 
 Colours = tuple[Annotated[float, FROM_0], ...]
 Deviations = tuple[PositiveFloat, ...]
@@ -51,3 +59,21 @@ class EncoderFlags:
     """Processes that must be there; 0 = unchecked."""
     timeout_seconds: PositiveFloat = 1800
     """Wait for another process, or for the loader."""
+
+
+def look_early(
+    flags: EncoderFlags, data: str | None, val: str | None = None, may_be_split: bool = False
+) -> None:
+    """Refuse what this process sees is not there: encoder, architecture, ``--data``, ``--val``. Of several nodes none.
+
+    ``may_be_split``: ``data`` alone may be a folder that holds train and val. Raises UserError, as the command itself.
+    """
+    if not is_on_one_node(os.environ):
+        return
+    place_of(flags.weights, flags.step)
+    if flags.arch is not None:
+        refuse_unknown(flags.arch)
+    if val is not None:
+        kind_at(val, "--val")
+    if data is not None and not (may_be_split and val is None and split_folders(data)):
+        kind_at(data, "--data")

@@ -11,6 +11,7 @@ from tyro.conf import Positional
 from caco_scale.errors import exit_on_user_error
 from caco_scale.flags.choices import Encoder, ExportFormat
 from caco_scale.flags.read import Switch, read, shown
+from caco_scale.weights.place import place_of
 
 PROG = "python -m caco_scale.export"
 
@@ -39,6 +40,7 @@ class Export:
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     """Write the file and its model card; exit code 2 on a user's mistake."""
     flags = read(Export, sys.argv[1:] if arguments is None else arguments, prog)
+    place_of(flags.run, flags.step)
 
     from caco_scale.export.write import export
 

@@ -74,10 +74,6 @@ def export(
     to, is_directory = Path(to), file_format == "huggingface"
     card = to.with_name(f"{to.name}.md")
     _check_target(to, card, file_format, force)  # of a directory more, when the stem is known
-    if not os.path.exists(run):  # False, too, for a name that no file can have
-        raise UserError(
-            f"{run} does not exist: give a run directory, one of its checkpoints, or a file of weights"
-        )
     weights = load_weights(run, which, step, arch)
     library = library_of(weights.arch, file_format)
     if is_directory:

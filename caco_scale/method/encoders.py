@@ -12,7 +12,6 @@ import importlib
 import itertools
 import json
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -28,14 +27,13 @@ from torchvision.models.resnet import BasicBlock
 from caco_scale.distributed.recompute import NotRepeatable
 from caco_scale.errors import UserError, did_you_mean, one_line
 from caco_scale.flags.choices import STEMS
+from caco_scale.method.architectures import CALLABLE, unknown
 from caco_scale.method.channels import forward, probes, take_channels
 from caco_scale.method.vision_transformer import VisionTransformer
 
 TORCHVISION = tuple(models.list_models(module=models))
 RESNETS = tuple(name for name in TORCHVISION if name.startswith(("resnet", "resnext", "wide_resnet")))
 ARCHITECTURES = (*RESNETS, "vit_b_16", "tiny")  # what a file of weights that names nothing is tried for
-CALLABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
-KINDS = "the name of a torchvision classification model, timm/NAME, or package.module:callable"
 ANY_SIZE = (
     {"dynamic_img_size": True},
     {"strict_img_size": False},
@@ -170,19 +168,7 @@ def _build(arch, options, channels):
         raise UserError(
             f"model.arch {arch} cannot be built{given}: {type(error).__name__}: {one_line(error)[:400]}{_where(error)}"
         ) from error
-    raise UserError(f"model.arch: no architecture {arch!r}{_meant(arch)}: give {KINDS}")
-
-
-def _meant(arch):
-    """The name that was meant, timm's where it has just this one."""
-    try:
-        import timm
-    except ImportError:
-        pass
-    else:
-        if timm.is_model(arch.split(".")[0]):
-            return f" (did you mean timm/{arch}?)"
-    return did_you_mean(arch, (*TORCHVISION, "tiny"))
+    raise unknown(arch)
 
 
 def _where(error):
@@ -222,9 +208,7 @@ def _from_timm(name, options, channels):
         raise UserError(f"model.arch timm/{name} needs timm ({one_line(error)}): pip install timm") from None
     _refuse_options(options, "pretrained", "num_classes", "checkpoint_path", "pretrained_cfg", "cache_dir")
     if not timm.is_model(name.split(".")[0]):
-        raise UserError(
-            f"model.arch: timm {timm.__version__} has no model {name!r}{did_you_mean(name, timm.list_models())}"
-        )
+        raise unknown(f"timm/{name}")
     any_size: dict[str, Any]
     for any_size in ANY_SIZE:
         given: Any = {**any_size, **({"in_chans": channels} if channels != 3 else {}), **options}

@@ -33,14 +33,8 @@ def write_report(
     that fits a moderate memory; ``arch``: the function of the user's own that built the runs' backbones. Raises
     UserError: no run, no metrics, a page that cannot be written.
     """
-    try:
-        from caco_scale.report.curves import MAX_RUNS
-        from caco_scale.report.page import build_page
-        from caco_scale.report.runs import read_runs
-    except ModuleNotFoundError as error:
-        raise UserError(f"the report needs {error.name}: pip install {error.name}") from None
     from caco_scale.atomic import write_atomically
-    from caco_scale.report.pictures import Pictures, draw_pictures
+    from caco_scale.report.runs import MAX_RUNS, read_runs
 
     if len(directories) > MAX_RUNS:
         raise UserError(f"{len(directories)} runs are more than can be told apart: give at most {MAX_RUNS}")
@@ -52,6 +46,12 @@ def write_report(
         raise UserError(f"{target} is no ordinary file: give the name of one to write")
     if not os.path.isdir(target.parent):
         raise UserError(f"{target} cannot be written: there is no directory {target.parent}")
+    try:  # after the looks above, which load neither this nor torch
+        from caco_scale.report.page import build_page
+    except ModuleNotFoundError as error:
+        raise UserError(f"the report needs {error.name}: pip install {error.name}") from None
+    from caco_scale.report.pictures import Pictures, draw_pictures
+
     pictures = []
     for run in runs:
         if images == 0:

@@ -19,14 +19,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from caco_scale.report.runs import Run, is_number
-from caco_scale.run.diagnostics import LOW_RANKME, LOW_SPREAD
+from caco_scale.run.alarm import LOW_RANKME, LOW_SPREAD
 
 MAX_POINTS = 400  # of a drawn line; longer ones are averaged, with a band from least to greatest
 WIDTH, HEIGHT = 5.0, 2.35  # inches of 72 points
 STAND_INS = {"#010101": "--ink", "#020202": "--muted", "#030303": "--line"} | {
     f"#04040{number}": f"--run{number}" for number in range(6)
 }
-MAX_RUNS = 6  # as many colours as can be told apart
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ import numpy as np
 from caco_scale import config as configuration
 from caco_scale.checkpoint.folder import latest
 from caco_scale.errors import UserError
-from caco_scale.run.diagnostics import CollapseAlarm
+from caco_scale.run.alarm import CollapseAlarm
 from caco_scale.run.files import read_json_lines
 
+MAX_RUNS = 6  # side by side: as many colours as can be told apart
 SHOWN_SKIPS = 20  # in a row of incidents, before they are only counted
 SHOWN_CORRUPT = 20
 

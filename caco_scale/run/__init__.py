@@ -5,7 +5,8 @@
     audit.py        which samples every step used
     telemetry.py    metrics and what is shown of them (meter.py: throughput; display.py: bar or lines)
     signals.py      SIGTERM and the like -> a flag   stopping.py   the files STOP and SAVE, the end of a SLURM job
-    diagnostics.py  signs of collapse                profiling.py  where a step goes
+    diagnostics.py  signs of collapse (alarm.py: which of them are too low)
+    profiling.py  where a step goes
     scores.py       the scores that a directory holds
     patience.py     waiting for a disk, with an end   scratch.py    what killed processes leave, cleared
 

@@ -1,5 +1,6 @@
 """Command: ``python -m caco_scale.sweep STUDY.yaml [--section.field value ...]``; see :mod:`caco_scale.sweep`."""
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from caco_scale.flags.rules import PositiveInt
 from caco_scale.sweep.runs import complaint, read_result, refuse_other_values
 from caco_scale.sweep.study import OWN, Planned, Study, read_study
 from caco_scale.sweep.table import Entry, lines, to_csv, to_rich
+from caco_scale.training.places import look_early
 
 PROG = "python -m caco_scale.sweep"
 
@@ -71,6 +73,9 @@ def check(plan: Sequence[Planned]) -> None:
     Raises:
         UserError: the first such thing, with the run's name.
     """
+    for planned in plan:
+        with _named(planned):
+            look_early(planned.config)
     import torch
 
     from caco_scale.training.assemble import resolve_precision
@@ -79,12 +84,19 @@ def check(plan: Sequence[Planned]) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for planned in plan:
-        try:
+        with _named(planned):
             config, _ = fit_to_set(resolve_precision(planned.config, device))
             start = Start(config, "ddp", 0, 1, device)
             refuse_to_start(start, BEFORE_DATA + OF_DATA)
-        except UserError as error:
-            raise UserError(f"{planned.name}: {error}") from None
+
+
+@contextlib.contextmanager
+def _named(planned):
+    """A mistake within it is said with the run's name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{planned.name}: {error}") from None
 
 
 def train(entries: Sequence[Entry], folder: Path, options: Sweep, save: Callable[[], object]) -> None:
@@ -125,7 +137,7 @@ def write_table(path: Path, entries: Sequence[Entry], fields: Sequence[str]) -> 
 def compare(entries: Sequence[Entry], folder: Path) -> None:
     """One page of the best runs' curves, as many as can be told apart; a page that cannot be is a line of output."""
     from caco_scale.report.__main__ import write_report
-    from caco_scale.report.curves import MAX_RUNS
+    from caco_scale.report.runs import MAX_RUNS
 
     done = [entry for entry in entries if entry.state == "done"]
     done.sort(key=lambda entry: -(entry.result.final or 0))

@@ -3,6 +3,7 @@
     trainer.py   run(): the start (processes, refusals, data, what to resume), then the loop
     loop.py      the loop: a batch, a step, what is due after it, a checkpoint; over the parts
     step.py      one update, the algorithm on one screen
+    places.py    what the configuration names on disks and in libraries, looked at before torch is loaded
     checks.py    what must be right before a run trains, said once for training and the doctor
     assemble.py  the parts that the configuration describes: data, views, schedule, encoders, bank, strategy
 

@@ -4,7 +4,6 @@ Shapes: N global batch, B this rank's share of it, b a micro-batch, H pixels.
 """
 
 from collections.abc import Callable, Generator, Iterator
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from caco_scale.method.projector import build_predictor, build_projector
 from caco_scale.optim.build import build_optimizer, init_optimizer_state
 from caco_scale.optim.schedule import Schedule
 from caco_scale.run.profiling import part
+from caco_scale.training.places import evaluates, mixed
 from caco_scale.weights.start import StartingWeights
 
 
@@ -57,12 +57,6 @@ def resolve_precision(config: Config, device: torch.device) -> Config:
     if config.precision.compute != "auto":
         return config
     return configuration.replace(config, precision__compute="bf16" if device.type == "cuda" else "fp32")
-
-
-def mixed(config: Config) -> list[tuple[str, Fraction]]:
-    """(address, weight) of each set of ``data.mix``."""
-    parts = [word.rpartition("=") for word in config.data.mix]
-    return [(address, Fraction(weight)) for address, _, weight in parts]
 
 
 def open_training(
@@ -93,11 +87,12 @@ def open_validation(
     config: Config, counters: Counters | None = None, listings: Listings | None = None
 ) -> Store | None:
     """The images of the evaluation while training, if there is one."""
-    address, evaluation = config.data.val_shards, config.eval
-    if not address or not (evaluation.knn_every or evaluation.baselines):
+    if not evaluates(config):
         return None
     more: dict[str, Any] = {"labelled": True, "flag": "data.val_shards", "counters": counters}
-    return open_store(address, *_ways(config), **more, listings=listings, pixels=pixels_of(config))
+    return open_store(
+        config.data.val_shards, *_ways(config), **more, listings=listings, pixels=pixels_of(config)
+    )
 
 
 def pixels_of(config: Config) -> Pixels:

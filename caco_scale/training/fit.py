@@ -13,7 +13,8 @@ from caco_scale.data.listed_files import Listings
 from caco_scale.data.order import Order
 from caco_scale.data.store import is_listed
 from caco_scale.distributed.collectives import from_rank_0, rank
-from caco_scale.training.assemble import build_schedule, mixed, open_training, open_validation
+from caco_scale.training.assemble import build_schedule, open_training, open_validation
+from caco_scale.training.places import mixed
 
 LISTINGS = "listings"  # in a run's directory
 FEWEST_STEPS = 10  # of an epoch, and of a learning rate's warm-up

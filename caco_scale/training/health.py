@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from caco_scale.method.bank import ShardedBank
-from caco_scale.run.diagnostics import CollapseAlarm, embedding_std, rankme
+from caco_scale.run.alarm import CollapseAlarm
+from caco_scale.run.diagnostics import embedding_std, rankme
 from caco_scale.run.telemetry import Telemetry
 from caco_scale.training.step import StepResult
 

@@ -6,16 +6,11 @@ from typing import Any
 
 from caco_scale.errors import UserError, did_you_mean, one_line
 from caco_scale.weights.build import printable
+from caco_scale.weights.place import CONFIG
 
-CONFIG = "config.json"
 HUB = "Hugging Face directory of timm's layout"
 FILES = ("model.safetensors", "pytorch_model.bin")  # the first that there is
 MOST_BYTES = 10**6  # of config.json
-
-
-def is_hub_directory(path: Path) -> bool:
-    """Whether a directory is one of Hugging Face, and none of a run, which has no config.json."""
-    return path.is_dir() and (path / CONFIG).is_file()
 
 
 def weights_file(path: Path) -> Path:

@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from caco_scale.checkpoint.folder import checkpoint_of, read_values
+from caco_scale.checkpoint.folder import read_values
 from caco_scale.checkpoint.read import load_tensors
 from caco_scale.config.yaml_file import Typed, read_yaml
 from caco_scale.data.augment import IMAGENET_MEAN, IMAGENET_STD
@@ -18,7 +17,8 @@ from caco_scale.errors import UserError, one_line, quoted
 from caco_scale.flags.choices import ENCODERS
 from caco_scale.weights.build import digest, expected_shapes, fill_backbone, fill_projector
 from caco_scale.weights.files import read_tensors
-from caco_scale.weights.hub import HUB, hub_metadata, is_hub_directory, weights_file
+from caco_scale.weights.hub import HUB, hub_metadata, weights_file
+from caco_scale.weights.place import place_of
 from caco_scale.weights.recognise import (
     check_stated_name,
     choose_encoder,
@@ -100,19 +100,10 @@ def load_weights(
         UserError: no such place, damaged, more than tensors in it, no encoder that fits (the keys are named), values
             that are not finite.
     """
-    path = Path(path)
-    if not os.path.exists(path):  # pathlib raises for a name that no file can have
-        raise UserError(
-            f"{path} does not exist: give a run directory, one of its checkpoints, or a file of weights"
-        )
-    is_hub = is_hub_directory(path)
-    if path.is_dir() and not is_hub:
-        return _load_run(checkpoint_of(path, step), which or "query", arch, stem, wanted)
-    if step is not None:
-        raise UserError(
-            f"--step chooses one of a run's checkpoints, but {path} is {'none' if is_hub else 'a file'}: drop it"
-        )
-    if is_hub:
+    kind, path = place_of(path, step)
+    if kind == "run":
+        return _load_run(path, which or "query", arch, stem, wanted)
+    if kind == "hub":
         return _load_file(path, weights_file(path), hub_metadata(path), which, arch, stem, wanted)
     return _load_file(path, path, {}, which, arch, stem, wanted)
 

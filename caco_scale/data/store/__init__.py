@@ -6,7 +6,7 @@ shard sets; the stores know nothing of batches, orders or training.
 """
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 from caco_scale.data.addresses import is_remote, local_path
 from caco_scale.data.counters import Counters
@@ -63,6 +63,33 @@ def open_store(
 
 def _open(url, remote: dict[str, Any], labelled, flag, counters, listings) -> Store:
     url = os.fspath(url)
+    remote["counters"] = counters
+    kind, path = kind_at(url, flag)
+    if kind == "pattern":
+        return _open_pattern(url, flag, remote)
+    if kind == "remote":
+        return RemoteStore(url, **remote)
+    if kind == "list":
+        return ListStore(url, labelled, counters, listings)
+    if kind == "parquet":
+        return ParquetStore(url, path, None, counters, listings)
+    if kind == "split":
+        return ParquetStore(url, os.path.dirname(path), _split_of_parquet(path), counters, listings)
+    if kind == "folder":
+        return FolderStore(url, labelled, counters, listings)
+    store = LocalStore(url, counters)
+    return RemoteStore(url, index=store, **remote) if is_remote(store.shards_at) else store
+
+
+Kind = Literal["pattern", "remote", "list", "parquet", "split", "folder", "shards"]
+
+
+def kind_at(url: str, flag: str = "data.shards") -> tuple[Kind, str]:
+    """What kind of set there is at an address, and its path where it is on a disk; a look, before anything is opened.
+
+    Raises:
+        UserError: nothing that is a set of images. Of an object store only the form of the address is seen here.
+    """
     if not url:
         raise UserError(
             f"{flag} is empty: give a folder of images, or a shard set (`{BUILD} SHARDS` makes one in SHARDS)"
@@ -72,27 +99,21 @@ def _open(url, remote: dict[str, Any], labelled, flag, counters, listings) -> St
             f"{flag} {url!r} is a shell pipe: nothing is run to read data, give the directory or address "
             f"that holds {MANIFEST_NAME}"
         )
-    remote["counters"] = counters
     if "{" in url or "}" in url:
-        return _open_pattern(url, flag, remote)
+        return "pattern", ""
     if is_remote(url):
-        return RemoteStore(url, **remote)
+        return "remote", ""
     path = local_path(url)
     if os.path.isfile(path) and path.endswith(ENDINGS):
-        if path.endswith(".parquet") and holds_images(path):
-            return ParquetStore(url, path, None, counters, listings)
-        return ListStore(url, labelled, counters, listings)
-    if (split := _split_of_parquet(path)) is not None:
-        return ParquetStore(url, os.path.dirname(path), split, counters, listings)
+        return ("parquet" if path.endswith(".parquet") and holds_images(path) else "list"), path
+    if _split_of_parquet(path) is not None:
+        return "split", path
     if not os.path.isdir(path):
         raise UserError(f"{flag} {url} {_no_directory(url, path)}")
-    if not is_shard_set(path):
-        _refuse_other_sets(url, path)
-        if parquet_splits(path) is not None:
-            return ParquetStore(url, path, None, counters, listings)
-        return FolderStore(url, labelled, counters, listings)
-    store = LocalStore(url, counters)
-    return RemoteStore(url, index=store, **remote) if is_remote(store.shards_at) else store
+    if is_shard_set(path):
+        return "shards", path
+    _refuse_other_sets(url, path)
+    return ("parquet" if parquet_splits(path) is not None else "folder"), path
 
 
 def is_listed(url: str) -> bool:
