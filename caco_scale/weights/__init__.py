@@ -16,8 +16,8 @@ tensor inside the backbone without a place are errors; heads, projectors and oth
 What images the weights want is read, or said to be assumed.
 
 ``place.py`` looks, without torch; ``load.py`` is the way in, ``start.py`` that of a training (``model.weights``);
-``claims.py`` checks a file and ``files.py`` reads it, ``hub.py`` a directory of Hugging Face; ``recognise.py`` finds out
-what was read, ``build.py`` makes the modules.
+``claims.py`` checks a file and ``files.py`` reads it, ``hub.py`` a directory of Hugging Face; ``recognise.py`` finds
+out what was read, ``build.py`` makes the modules.
 Of other rooms this one knows ``checkpoint`` (to read), ``method`` (to build), ``config.yaml_file``, ``data.augment``
 (ImageNet's mean) and ``errors``.
 """
