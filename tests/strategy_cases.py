@@ -21,7 +21,7 @@ from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.distributed.recompute import recompute_blocks
 from caco_scale.distributed.strategies.build import build_strategy
 from caco_scale.method.bank import ShardedBank
-from caco_scale.method.encoders import TinyResNet
+from caco_scale.method.encoders import TinyResNet, build_backbone
 from caco_scale.method.model import Encoder, QueryKeyModel, synchronise_key
 from caco_scale.method.projector import build_predictor, build_projector
 from caco_scale.optim.build import build_optimizer, init_optimizer_state, state_bytes
@@ -51,6 +51,7 @@ DEFAULTS = {
     "zero": {},  # DeepSpeed settings that differ from the launch's
     "plain_lars": False,  # LARS as it would be if nobody told it what its flat tensors are made of
     "recompute": False,  # the blocks' activations in the backward
+    "arch": None,  # a backbone by name instead of the smooth one below
     "gain": False,  # parameters of one element, of which most ranks hold nothing; "alone": nothing else trains
 }
 
@@ -81,9 +82,12 @@ def smoothen(module):
 
 def build(case, strategy_name, accelerator):
     torch.manual_seed(0)
-    projector = smoothen(build_projector(SmoothResNet.num_features, 32, case["dim"]))
+    backbone, num_features = SmoothResNet(bool(case["gain"])), SmoothResNet.num_features
+    if case["arch"]:
+        backbone, num_features = build_backbone(case["arch"])
+    projector = smoothen(build_projector(num_features, 32, case["dim"]))
     predictor = smoothen(build_predictor(case["dim"], 32)) if case["predictor"] else None
-    model = QueryKeyModel(Encoder(SmoothResNet(bool(case["gain"])), projector, predictor))
+    model = QueryKeyModel(Encoder(backbone, projector, predictor))
     if case["gain"] == "alone":
         for name, parameter in model.query.named_parameters():
             parameter.requires_grad_(name in ("backbone.gain", "backbone.offset"))
