@@ -7,6 +7,8 @@ import pytest
 from ceph_server import CephServer
 from s3_server import BUCKET, CannotStart, SwiftServer, credentials
 
+from caco_scale.run.signals import STOP_SIGNALS
+
 
 def pytest_configure(config):
     """GPUs are for ``-m gpu``: the other tests start several processes, perhaps more than this machine has GPUs."""
@@ -33,6 +35,15 @@ LONG = [
 def pytest_collection_modifyitems(items):
     places = {f"test_{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A command that is called instead of started keeps its handlers; a fork of the tests would outlive SIGTERM."""
+    found = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in found.items():
+        signal.signal(number, handler)
 
 
 S3_SERVERS = {"swift": SwiftServer, "ceph": CephServer}

@@ -438,7 +438,7 @@ LAUNCHES = {}
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS + ONLY_SEVERAL_RANKS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.long)])
 def test_sharded(world_size, scenario):
     if world_size not in LAUNCHES:
         LAUNCHES[world_size] = run_ranks(run_scenarios, world_size)

@@ -7,6 +7,7 @@ from caco_scale.benchmark import loader
 from caco_scale.errors import UserError
 
 
+@pytest.mark.long
 def test_the_loader_benchmark_writes_its_json(tmp_path):
     import numpy as np
     from PIL import Image

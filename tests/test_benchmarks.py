@@ -43,6 +43,7 @@ def test_the_bank_benchmark_measures_three_banks_that_agree(tmp_path):
         assert max(agreement.values()) < 1e-5
 
 
+@pytest.mark.long
 def test_the_step_benchmark_takes_a_recipe_and_flags_and_both_steps_have_the_same_loss(tmp_path):
     flags = [
         "--data.global_batch_size",
@@ -61,6 +62,7 @@ def test_the_step_benchmark_takes_a_recipe_and_flags_and_both_steps_have_the_sam
     assert sum(saved["shares"].values()) == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.long
 def test_the_bytes_of_the_sharded_bank_do_not_grow_with_it_and_are_those_of_the_formula(tmp_path):
     words = ["--ranks", 2, "--samples", 24, "--dim", 16, "--sizes", 100, 1000, "--rounds", 1]
     saved = run(tmp_path, "scale", *words)

@@ -27,7 +27,9 @@ def images(pixels):
     return rng.integers(0, 2**pixels.bits, shape).astype(pixels.dtype)
 
 
-@pytest.mark.parametrize("pixels", [Pixels(1, 16), Pixels(5, 8)], ids=str)
+@pytest.mark.parametrize(
+    "pixels", [Pixels(1, 16), pytest.param(Pixels(5, 8), marks=pytest.mark.long)], ids=str
+)
 def test_from_a_folder_to_features(tmp_path, pixels):
     source = images(pixels)
     (tmp_path / "src" / "a").mkdir(parents=True)

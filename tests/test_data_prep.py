@@ -372,6 +372,7 @@ def test_two_builds_of_one_destination(tree, tmp_path):
     assert "another build is writing" in done.stderr
 
 
+@pytest.mark.long
 def test_parts_share_a_build_and_the_last_writes_the_manifest(tree, tmp_path):
     options = ("--samples-per-shard", "3", "--workers", "1")
     assert command("build", tree, tmp_path / "whole", *options).returncode == 0

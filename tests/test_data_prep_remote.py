@@ -78,6 +78,7 @@ def test_parts_share_a_build_in_the_bucket(tree, s3, tmp_path):
     assert "was finished already" in command("build", tree, url, *options, "--part", "2/2").stdout
 
 
+@pytest.mark.long
 def test_killed_twice_on_the_way_into_the_bucket(s3, tmp_path):
     source = write_tree(tmp_path / "images", 20)
     build(source, tmp_path / "whole", samples_per_shard=1, workers=1)

@@ -166,6 +166,7 @@ def killed(parts, arguments):
     assert process.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.long
 def test_after_kills_any_number_of_processes_goes_on_and_writes_the_same_bytes(place, tmp_path, capsys):
     whole, target = tmp_path / "whole.npz", tmp_path / "f.npz"
     run_ranks(run_of_rank, 1, words(place, whole))

@@ -82,6 +82,7 @@ def test_an_image_that_does_not_decode_counts_nothing(place):
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 2])).item() / 2)
 
 
+@pytest.mark.long
 def test_one_two_and_three_processes_train_one_model(place, tmp_path):
     states, results = [], []
     for ranks in (1, 2, 3):

@@ -261,7 +261,11 @@ FAST = ("--fast", "--epochs", 12, "--batch_size", 12, "--lr", 0.1, 1, 10)
 CENTRE = (*FAST, "--crops", "centre")
 
 
-@pytest.mark.parametrize("more", [LONG, FAST, CENTRE], ids=["long", "fast", "centre"])
+@pytest.mark.parametrize(
+    "more",
+    [LONG, *(pytest.param(other, marks=pytest.mark.long) for other in (FAST, CENTRE))],
+    ids=["long", "fast", "centre"],
+)
 def test_one_two_and_three_processes_give_the_same_figures(place, tmp_path, more):
     results = []
     for ranks in (1, 2, 3):

@@ -76,8 +76,8 @@ def test_an_example_from_a_wheel_in_an_empty_folder(name, installed, tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
-        ["lars_under_fsdp2"],
-        ["lars_under_deepspeed", "2"],
+        pytest.param(["lars_under_fsdp2"], marks=pytest.mark.long),
+        pytest.param(["lars_under_deepspeed", "2"], marks=pytest.mark.long),
         # The plain loops of test_lars_engines.py are at all three stages.
         pytest.param(["lars_under_deepspeed", "1"], marks=pytest.mark.slow),
         pytest.param(["lars_under_deepspeed", "3"], marks=pytest.mark.slow),

@@ -111,6 +111,7 @@ def compile_for_gpus(rank, world_size):
     return found
 
 
+@pytest.mark.long
 def test_the_kernels_compile_for_gpus_and_fit_their_shared_memory(monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -77,6 +77,7 @@ def test_good_nodes_pass():
     assert (summary["nodes"], summary["bad"], summary["network"]) == (["n0", "n1"], {}, "ok")
 
 
+@pytest.mark.long
 def test_each_bad_node_is_named_once(tmp_path):
     shutil.copytree(ROOT / "caco_scale", tmp_path / "caco_scale")
     with open(tmp_path / "caco_scale/training/step.py", "a") as file:

@@ -87,6 +87,7 @@ def test_faults_change_nothing_in_a_run(faults, flags, proxy, from_disk, shards,
     assert last["data_bytes"] > 0
 
 
+@pytest.mark.long
 def test_killed_with_its_cache_damaged_and_resumed_elsewhere(flags, proxy, from_disk, shards, tmp_path):
     proxy.faults = FAULTS
     flags = {**flags, "run.save_every": 1, "run.keep_checkpoints": 2}
@@ -151,6 +152,7 @@ def test_killed_at_random_steps_with_its_cache_deleted_damaged_or_kept(
     assert_same_run(tmp_path, divisible_from_disk, shards, {**SMALL, **DIVISIBLE})
 
 
+@pytest.mark.long
 def test_a_store_that_is_gone_ends_the_run_with_one_line_and_a_whole_checkpoint(
     flags, proxy, from_disk, shards, tmp_path
 ):

@@ -123,6 +123,7 @@ def test_a_folder_a_list_parquet_and_shards_give_the_same_images_in_the_same_ord
         path.unlink()
 
 
+@pytest.mark.long
 def test_a_list_is_killed_and_resumed_by_another_number_of_processes(folder, tmp_path):
     listed = write_list(
         tmp_path / "list.csv", [(*row, "more") for row in rows(folder, None)], ("file", "class", "x")

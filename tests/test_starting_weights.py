@@ -229,6 +229,7 @@ def save_run_of_own_net(folder):
     return save(folder, "own_nets:net", "imagenet")
 
 
+@pytest.mark.long
 def test_a_run_starts_under_fsdp2_resumes_without_the_file_and_refuses_another(tmp_path):
     shards = make_shard_set(tmp_path / "set", num_images=48)
     save_run(tmp_path / "source", "tiny", "cifar")

@@ -145,6 +145,7 @@ def test_the_switch_files_of_a_run_on_two_processes(flags, tmp_path):
     assert max(line.get("checkpoint_seconds", 0) for line in read_json_lines(run / "metrics.jsonl")) > 0
 
 
+@pytest.mark.long
 def test_a_signal_to_every_process_of_a_job_step(flags, tmp_path):
     """As SLURM sends it: launcher, ranks and loader workers alike; the batch script has the launcher ignore it."""
     words = command({**flags, "data.workers": 1, "run.dir": tmp_path / "run"}, num_processes=2)
@@ -244,6 +245,7 @@ def train(flags, variables=None, code=0):
     return done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_one_process_that_sees_its_jobs_end_stops_all(flags, tmp_path):
     """Two processes started as two nodes would be: the second alone is told an end, within the time to stop."""
     run = tmp_path / "run"

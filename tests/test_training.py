@@ -89,7 +89,11 @@ def test_the_run_directory_of_a_whole_run(uninterrupted, flags):
     assert list((run / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize(("num_processes", "workers", "how"), [(2, 1, REAL), (4, 0, ())], ids=["2", "4"])
+@pytest.mark.parametrize(
+    ("num_processes", "workers", "how"),
+    [(2, 1, REAL), pytest.param(4, 0, (), marks=pytest.mark.long)],
+    ids=["2", "4"],
+)
 def test_more_processes_train_the_same_model(num_processes, workers, how, flags, uninterrupted, tmp_path):
     folders = {"run.dir": tmp_path / "run", "data.audit": tmp_path / "audit.jsonl"}
     launcher = [*by("ddp", num_processes)["launcher"], *how]
@@ -233,6 +237,7 @@ def test_baselines_train_in_the_same_loop(rule, flags, tmp_path):
     assert [line["phase"] for line in lines] == [rule] * 4
 
 
+@pytest.mark.long
 def test_nnclr_goes_on_elsewhere_with_its_queue_and_its_predictor(flags, tmp_path):
     given = {
         **flags,
