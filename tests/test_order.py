@@ -1,9 +1,17 @@
 """The training order: exactly once, the same at any topology, never changed silently."""
 
+import pickle
+import random
+import tracemalloc
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
 from caco_scale.data.order import (
+    ROTATION,
+    SHARDS,
+    WINDOWS,
     Order,
     auto_lanes,
     key64,
@@ -210,12 +218,99 @@ def test_a_world_size_that_does_not_divide_the_batch():
         rank_share(make().batch(0), 0, 5)
 
 
-def test_two_epochs_are_kept():
+def laid_out(counts, seed, epoch, size, lanes, window):
+    """A whole epoch as one array, (T N,): what every batch is compared with. Of versions before 0.2, to the letter."""
+    first, total, steps = np.concatenate([[0], np.cumsum(counts)]), sum(counts), sum(counts) // size
+    shards = permutation(len(counts), seed, epoch, SHARDS)
+    row = np.concatenate([np.arange(first[s], first[s + 1]) for s in shards])
+    row = np.roll(row, -int(key64(seed, epoch, ROTATION) % np.uint64(total)))
+    part = size // lanes
+    length = steps * part
+    rows = row[: lanes * length].reshape(lanes, length)
+    mixed = mix64(np.arange(rows.size, dtype=np.uint64) ^ key64(seed, epoch, WINDOWS)).reshape(rows.shape)
+    num_windows = -(-length // window)
+    edges = [length * w // num_windows for w in range(num_windows + 1)]
+    windows = [
+        np.take_along_axis(rows[:, a:b], np.argsort(mixed[:, a:b], axis=1, kind="stable"), axis=1)
+        for a, b in pairwise(edges)
+    ]
+    return np.concatenate(windows, axis=1).reshape(lanes, steps, part).transpose(1, 0, 2).reshape(-1)
+
+
+def random_shape(rng):
+    """(counts, N, L, window): uneven and empty shards, few and many, windows from 1 to more than a lane."""
+    most = rng.choice([1, 5, 40, 300])
+    counts = [rng.choice([0, 1, most, rng.randint(0, most)]) for _ in range(rng.choice([1, 2, 3, 7, 20]))]
+    counts[rng.randrange(len(counts))] += 1
+    size = rng.randint(1, min(sum(counts), rng.choice([4, 24, 64, 200])))
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    return counts, size, rng.choice([1, size, rng.choice(divisors)]), rng.choice([1, 2, 3, 7, 50, 4096])
+
+
+def test_any_batch_of_any_epoch_is_that_of_the_whole_epoch_laid_out():
+    """Any step first, as at a resume; any share of any number of processes; any part of an epoch, as in a mixture."""
+    rng = random.Random(0)
+    for _ in range(300):
+        counts, size, lanes, window = random_shape(rng)
+        seed, epoch = rng.choice([0, 5, 2**63 - 1]), rng.choice([0, 1, 90])
+        order = Order(counts, seed=seed, global_batch_size=size, lanes=lanes, window=window)
+        whole = laid_out(counts, seed, epoch, size, lanes, window)
+        for position in rng.sample(range(order.steps_per_epoch), min(3, order.steps_per_epoch)):
+            step, batch = epoch * order.steps_per_epoch + position, whole[position * size :][:size]
+            world_size = rng.choice([d for d in range(1, size + 1) if size % d == 0])
+            rank = rng.randrange(world_size)
+            fresh = pickle.loads(pickle.dumps(order))
+            for found, wanted in (
+                (fresh.share(step, rank, world_size), rank_share(batch, rank, world_size)),
+                (order.batch(step), batch),
+            ):
+                assert found.dtype == np.int64
+                assert np.array_equal(found, wanted), (
+                    counts,
+                    size,
+                    lanes,
+                    window,
+                    seed,
+                    step,
+                    rank,
+                    world_size,
+                )
+        start, stop = sorted(rng.sample(range(len(whole) + 1), 2))
+        assert np.array_equal(order.part(epoch, start, stop), whole[start:stop])
+        assert np.array_equal(order.epoch(epoch), whole)
+
+
+def test_a_billion_images_take_memory_for_shards_and_windows_alone():
+    """A resume in the middle of 100,000 shards: no array is as long as the set; a pickle holds no windows."""
+    order = Order(np.full(100_000, 10_000), seed=0, global_batch_size=4096)
+    step = 7 * order.steps_per_epoch + order.steps_per_epoch // 2
+    tracemalloc.start()
+    try:
+        batches = [order.batch(later) for later in range(step, step + 3)]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(np.unique(np.concatenate(batches))) == 3 * 4096
+    assert peak < 32e6, f"{peak:,} bytes"
+    assert len(pickle.dumps(order)) < 2e6
+
+
+def test_what_is_laid_out_is_kept_over_an_epochs_end():
     """Workers look over the end of an epoch and back at every step there."""
     order = Order([40, 60], seed=0, global_batch_size=8)
-    first, second = order.epoch(0), order.epoch(1)
-    assert order.epoch(0) is first
-    assert order.epoch(1) is second
-    assert order.epoch(2) is not None
-    assert order.epoch(1) is second
-    assert np.array_equal(order.epoch(0), first)
+    last = order.steps_per_epoch - 1
+    before = [order.batch(step) for step in (last, last + 1)]
+    kept, rows = dict(order._windows), dict(order._rows)
+    after = [order.batch(step) for step in (last, last + 1)]
+    assert np.array_equal(before, after)
+    assert all(order._windows[key] is kept[key] for key in kept)
+    assert all(order._rows[epoch] is rows[epoch] for epoch in rows)
+
+
+def test_of_windows_only_so_many_are_kept(monkeypatch):
+    monkeypatch.setattr("caco_scale.data.order.MOST_KEPT", 100)
+    order = Order([400], seed=0, global_batch_size=8, window=5)
+    for step in range(2 * order.steps_per_epoch):
+        order.batch(step)
+    assert sum(window.size for window in order._windows.values()) <= 100
+    assert len(order._rows) == 2

@@ -20,7 +20,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from caco_scale.data.order import MAX_AUTO_LANES, Order, first_ids
+from caco_scale.data.order import MAX_AUTO_LANES, Order, first_ids, rank_share
 from caco_scale.errors import UserError
 
 LANE_IMAGES = 64  # at least, of each lane: what an epoch leaves out of a set is below this part of it
@@ -90,7 +90,7 @@ class MixedOrder(Order):
             length, first = self._lengths[number], int(self._first_of_set[number])
             for epoch in range(start // length, -(-stop // length)):
                 a, b = max(start - epoch * length, 0), min(stop - epoch * length, length)
-                ids.append(self._parts[number].epoch(epoch)[a:b] + first)
+                ids.append(self._parts[number].part(epoch, a, b) + first)
                 rounds.append(np.full(b - a, epoch))
             places.append((np.arange(stop - start) + 0.5) / max(1, stop - start))
         spread = np.argsort(np.concatenate(places), kind="stable")
@@ -98,6 +98,9 @@ class MixedOrder(Order):
 
     def batch(self, step: int) -> NDArray[np.int64]:
         return self._draws(step)[0]
+
+    def share(self, step: int, rank: int, world_size: int) -> NDArray[np.int64]:
+        return rank_share(self.batch(step), rank, world_size)
 
     def rounds(self, step: int) -> NDArray[np.int64]:
         return self._draws(step)[1]

@@ -9,15 +9,18 @@ global batch take an equal part of every lane. Lanes mix far-apart shards in one
 shards in use few.
 
 Random numbers are counters through splitmix64, not numpy generators, whose streams may change between
-versions.
+versions. A window's depend on its places alone, and where a place of the row lies is a search among the sums of the
+permuted shards: so any batch of any epoch is had from the windows that it is in, and nothing as long as the set is
+ever held. A process keeps O(shards + lanes x window) numbers.
 
 Shapes: N global batch, L lanes, T steps per epoch, n any number of samples.
 """
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,6 +30,9 @@ from caco_scale.errors import UserError
 MASK = 0xFFFFFFFFFFFFFFFF
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MAX_AUTO_LANES = 64
+MOST_KEPT = (
+    1 << 22
+)  # places of laid out windows that a process keeps; those in use at once, however long, it does
 # What a stream of counters is for; one number each, so that no two uses share random numbers.
 SHARDS, ROTATION, WINDOWS, VIEWS = 1, 2, 3, 4
 
@@ -108,6 +114,35 @@ def locate(first: NDArray[np.int64], ids: ArrayLike) -> tuple[NDArray[np.int64],
     return shard, ids - first[shard]
 
 
+class _Lanes(NamedTuple):
+    """How an epoch is cut: a lane's images in a global batch, in an epoch, and its windows.
+
+    Windows are of nearly equal length: a short last one would hardly be shuffled.
+    """
+
+    part: int
+    length: int
+    num_windows: int
+
+
+class _Row(NamedTuple):
+    """An epoch's permuted shards, joined and rotated: of each what makes a place an id, and where it begins, (s,)."""
+
+    shifts: NDArray[np.int64]
+    first: NDArray[np.int64]
+    rotation: int
+    num_samples: int
+
+    def ids(self, places):
+        """The samples at places of the row, (n,) -> (n,)."""
+        places = (places + self.rotation) % self.num_samples
+        return places + self.shifts[locate(self.first, places)[0]]
+
+
+def _column(numbers):
+    return np.asarray(numbers, np.int64)[:, None]
+
+
 class Order:
     """The training order of a shard set.
 
@@ -132,8 +167,22 @@ class Order:
         self._check(lanes)
         self.lanes = lanes or auto_lanes(global_batch_size)
         self.steps_per_epoch = self.num_samples // global_batch_size
-        # The last two epochs: at the end of one its successor's shards are fetched ahead.
-        self._cached: dict[int, NDArray[np.int64]] = {}
+        part = global_batch_size // self.lanes  # of every lane in a global batch
+        lane_length = self.steps_per_epoch * part
+        self._lanes = _Lanes(part, lane_length, -(-lane_length // window))
+        self._forget()
+
+    def _forget(self):
+        """Begin with nothing laid out."""
+        self._rows: OrderedDict[int, _Row] = OrderedDict()  # by epoch
+        self._windows: OrderedDict[tuple[int, int, range], NDArray[np.integer]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_rows", "_windows")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def _check(self, lanes):
         size = self.global_batch_size
@@ -154,37 +203,69 @@ class Order:
             )
 
     def epoch(self, epoch: int) -> NDArray[np.int64]:
-        """The epoch's sample ids in training order, int64 (T N,), read-only; each N are a global batch."""
-        if epoch not in self._cached:
-            ids = self._lay_out(epoch)
-            ids.flags.writeable = False
-            self._cached = dict([*self._cached.items()][-1:]) | {epoch: ids}
-        return self._cached[epoch]
+        """The epoch's sample ids in training order, int64 (T N,), all at once; each N are a global batch."""
+        return self._steps(epoch, range(self.steps_per_epoch), range(self.lanes))
 
-    def _lay_out(self, epoch):
-        shards = permutation(len(self.counts), self.seed, epoch, SHARDS)
-        row = np.concatenate([np.arange(self.first[s], self.first[s + 1]) for s in shards])
-        row = np.roll(row, -int(key64(self.seed, epoch, ROTATION) % np.uint64(self.num_samples)))
-        part = self.global_batch_size // self.lanes  # of every lane in a global batch
-        lane_length = self.steps_per_epoch * part
-        lanes = row[: self.lanes * lane_length].reshape(self.lanes, lane_length)
-        mixed = mix64(np.arange(lanes.size, dtype=np.uint64) ^ key64(self.seed, epoch, WINDOWS))
-        mixed = mixed.reshape(lanes.shape)
-        # Windows of nearly equal length: a short last one would hardly be shuffled.
-        num_windows = -(-lane_length // self.window)
-        edges = [lane_length * w // num_windows for w in range(num_windows + 1)]
-        windows = [
-            np.take_along_axis(lanes[:, a:b], np.argsort(mixed[:, a:b], axis=1, kind="stable"), axis=1)
-            for a, b in pairwise(edges)
-        ]
-        lanes = np.concatenate(windows, axis=1).reshape(self.lanes, self.steps_per_epoch, part)
-        return np.ascontiguousarray(lanes.transpose(1, 0, 2)).reshape(-1)  # by step, then lane
+    def part(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """The same from place ``start`` up to ``stop``, int64 (stop - start,)."""
+        size = self.global_batch_size
+        steps = range(start // size, -(-stop // size))
+        return self._steps(epoch, steps, range(self.lanes))[start - steps.start * size :][: stop - start]
 
     def batch(self, step: int) -> NDArray[np.int64]:
         """Global batch of a step of the whole run, int64 (N,); its epoch is ``step // steps_per_epoch``."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        start = position * self.global_batch_size
-        return self.epoch(epoch)[start : start + self.global_batch_size]
+        return self.share(step, 0, 1)
+
+    def share(self, step: int, rank: int, world_size: int) -> NDArray[np.int64]:
+        """:func:`rank_share` of a step's global batch, int64 (N / R,); only the lanes that it is of are laid out."""
+        size, (epoch, position) = (
+            share_size(self.global_batch_size, world_size),
+            divmod(step, self.steps_per_epoch),
+        )
+        part, start = self._lanes.part, rank * size
+        lanes = range(start // part, -(-(start + size) // part))
+        return self._steps(epoch, range(position, position + 1), lanes)[start - lanes.start * part :][:size]
+
+    def _steps(self, epoch, steps, lanes):
+        """Sample ids of some steps of an epoch, of each from some lanes: by step, then lane; int64."""
+        part, length, num_windows = self._lanes
+        place, end, found = steps.start * part, steps.stop * part, []
+        while place < end:  # window by window
+            window = ((place + 1) * num_windows - 1) // length
+            a, b = (length * w // num_windows for w in (window, window + 1))
+            found.append(self._window(epoch, window, a, b, lanes)[:, place - a : end - a] + np.int64(a))
+            place = b
+        places = np.concatenate(found, axis=1) + _column(lanes) * length
+        places = places.reshape(len(lanes), len(steps), part).transpose(1, 0, 2).reshape(-1)
+        return self._row(epoch).ids(places)
+
+    def _window(self, epoch, window, a, b, lanes):
+        """The permutation of places ``a`` to ``b`` of some lanes, (lanes, b - a), from 0 up."""
+        key = epoch, window, lanes
+        if key in self._windows:
+            self._windows.move_to_end(key)
+            return self._windows[key]
+        found = np.empty((len(lanes), b - a), np.min_scalar_type(b - a))
+        seed = key64(self.seed, epoch, WINDOWS)
+        for row, lane in enumerate(lanes):  # one by one: what argsort makes is four times as large
+            first = lane * self._lanes.length
+            counters = np.arange(first + a, first + b, dtype=np.uint64)
+            found[row] = np.argsort(mix64(counters ^ seed), kind="stable")
+        self._windows[key] = found
+        while len(self._windows) > 2 and sum(w.size for w in self._windows.values()) > MOST_KEPT:
+            self._windows.popitem(last=False)
+        return found
+
+    def _row(self, epoch):
+        """The epoch's row of shards; at its end those of its successor are fetched ahead."""
+        if epoch not in self._rows:
+            shards = permutation(len(self.counts), self.seed, epoch, SHARDS)
+            rotation = int(key64(self.seed, epoch, ROTATION) % np.uint64(self.num_samples))
+            ends = first_ids(self.counts[shards])
+            self._rows[epoch] = _Row(self.first[:-1][shards] - ends[:-1], ends, rotation, self.num_samples)
+            while len(self._rows) > 2:
+                self._rows.popitem(last=False)
+        return self._rows[epoch]
 
     def rounds(self, step: int) -> NDArray[np.int64]:
         """How often each image of a global batch could have come before, (N,): its epoch, by which its views differ."""

@@ -102,7 +102,7 @@ def planned_samples(job: TrainingJob) -> Iterator[dict]:
 
 def _places(job, step):
     """Ids, shards and positions of this rank's samples of a step."""
-    ids = rank_share(job.order.batch(step), job.rank, job.world_size)
+    ids = job.order.share(step, job.rank, job.world_size)
     return ids, *job.order.locate(ids)
 
 
