@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from caco_scale.data.decode import Look, decode, encode, look
+from caco_scale.data.photographs import without_padding
 from caco_scale.data.pixels import CorruptSample, Pixels
-from caco_scale.data.views import without_padding
 from caco_scale.errors import UserError
 
 JPEG_MAGIC = b"\xff\xd8"

@@ -12,7 +12,8 @@ from PIL import Image
 
 from caco_scale.api.backbone import _pixels
 from caco_scale.data.folders import IMAGE_EXTENSIONS
-from caco_scale.data.views import FALLBACK_FORMATS, CorruptSample, decode_image
+from caco_scale.data.photographs import FALLBACK_FORMATS, decode_image
+from caco_scale.data.pixels import CorruptSample
 from caco_scale.errors import UserError
 from data_prep.images import prepare_image
 

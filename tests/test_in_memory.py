@@ -17,8 +17,9 @@ from caco_scale.data import in_memory, pipeline
 from caco_scale.data.in_memory import DecodedImages, decoded_bytes, free_memory, room_for
 from caco_scale.data.loader import train_batches
 from caco_scale.data.order import Order
+from caco_scale.data.photographs import decode_image
 from caco_scale.data.store import open_store
-from caco_scale.data.views import ViewSpec, crop_resize, crop_resize_into, decode_image
+from caco_scale.data.views import ViewSpec, crop_resize, crop_resize_into
 from caco_scale.errors import UserError
 
 VIEWS = [ViewSpec(32, (0.2, 1.0)), ViewSpec(24, (0.05, 0.5))]

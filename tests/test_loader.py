@@ -17,13 +17,13 @@ from shard_sets import make_shard_set
 
 from caco_scale.data.loader import evaluation_batches, train_batches
 from caco_scale.data.order import Order, sample_keys
+from caco_scale.data.photographs import decode_image
+from caco_scale.data.pixels import CorruptSample
 from caco_scale.data.store import open_store
 from caco_scale.data.views import (
-    CorruptSample,
     ViewSpec,
     centre_crop,
     crop_resize,
-    decode_image,
     draw_colour,
     draw_crop,
 )

@@ -15,13 +15,13 @@ from torchvision.transforms import RandomResizedCrop
 
 from caco_scale.data import views
 from caco_scale.data.order import sample_keys
+from caco_scale.data.photographs import decode_image
+from caco_scale.data.pixels import CorruptSample
 from caco_scale.data.views import (
-    CorruptSample,
     ViewSpec,
     blur_kernel_size,
     centre_crop,
     crop_resize,
-    decode_image,
     draw_colour,
     draw_crop,
     usual_resize,

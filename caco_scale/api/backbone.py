@@ -14,8 +14,9 @@ from torch import nn
 
 from caco_scale.data.augment import normalise
 from caco_scale.data.decode import decode
+from caco_scale.data.photographs import rgb_pixels
 from caco_scale.data.pixels import RGB8, CorruptSample, Pixels
-from caco_scale.data.views import centre_crop, rgb_pixels
+from caco_scale.data.views import centre_crop
 from caco_scale.errors import UserError
 from caco_scale.weights.load import load_weights
 

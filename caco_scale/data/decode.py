@@ -19,8 +19,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from caco_scale.data.pixels import MOST_CHANNELS, RGB8, CorruptSample, Pixels
-from caco_scale.data.views import (
+from caco_scale.data.photographs import (
     FALLBACK_FORMATS,
     MAX_PIXELS,
     check_size,
@@ -28,6 +27,7 @@ from caco_scale.data.views import (
     decoding_errors,
     without_padding,
 )
+from caco_scale.data.pixels import MOST_CHANNELS, RGB8, CorruptSample, Pixels
 
 JPEG, PNG, NPY = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 TIFFS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -70,7 +70,7 @@ def look(data: bytes) -> Look:
 def decode(data: bytes, pixels: Pixels = RGB8, max_pixels: int = MAX_PIXELS) -> NDArray:
     """An image file with these pixels: bytes -> (H, W, C) of uint8 or uint16, the file's own values.
 
-    Three channels of 8 bits are :func:`~caco_scale.data.views.decode_image`, which makes RGB of every photograph.
+    Three channels of 8 bits are :func:`~caco_scale.data.photographs.decode_image`, which makes RGB of every photograph.
     Others are never converted, but grey of 1, 2 and 4 bits, which is scaled to 8 as PNG defines it, and TIFFs in which
     white is zero, which are inverted. CorruptSample: an image of another kind, or one that does not decode.
     """

@@ -24,10 +24,10 @@ from PIL import Image
 
 from caco_scale.data.decode import look
 from caco_scale.data.own_files import nameless_file
+from caco_scale.data.photographs import FALLBACK_FORMATS
 from caco_scale.data.pixels import RGB8, Pixels
 from caco_scale.data.samples import image_in
 from caco_scale.data.store.base import Store
-from caco_scale.data.views import FALLBACK_FORMATS
 from caco_scale.errors import UserError
 from caco_scale.flags.choices import InMemory
 
