@@ -3,11 +3,9 @@
 These are photographs, (H, W, 3) uint8 RGB; ``decode`` also reads other channels and bits.
 """
 
-import contextlib
 import io
 import re
 import warnings
-from collections.abc import Generator
 
 import numpy as np
 import simplejpeg
@@ -45,23 +43,25 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
         return _decode_other(data, max_pixels)
 
 
-@contextlib.contextmanager
-def decoding_errors(data: bytes) -> Generator[None, None, None]:
-    """Whatever decoding raises becomes a CorruptSample."""
-    try:
-        yield
-    except CorruptSample:
-        raise
-    except MemoryError:
-        raise
-    except UnidentifiedImageError:  # its message names an object in memory, another one in each run
-        tiff = data[:4] in (b"II*\0", b"MM\0*")
-        raise CorruptSample(
-            "a TIFF of a kind that Pillow does not read" if tiff else "not an image"
-        ) from None
-    except (
-        Exception
-    ) as error:  # PIL's plugins raise nearly every kind: SyntaxError, struct.error, zlib.error, ...
+class decoding_errors:
+    """Whatever decoding raises becomes a CorruptSample: ``with decoding_errors(data):``."""
+
+    def __init__(self, data: bytes):
+        self._data = data
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        # PIL's plugins raise nearly every kind: SyntaxError, struct.error, zlib.error, ...
+        if not isinstance(error, Exception) or isinstance(error, (CorruptSample, MemoryError)):
+            return
+        if isinstance(
+            error, UnidentifiedImageError
+        ):  # its message names an object in memory, another in each run
+            tiff = self._data[:4] in (b"II*\0", b"MM\0*")
+            why = "a TIFF of a kind that Pillow does not read" if tiff else "not an image"
+            raise CorruptSample(why) from None
         raise CorruptSample(one_line(error) or type(error).__name__) from None
 
 

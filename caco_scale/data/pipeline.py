@@ -200,15 +200,17 @@ def evaluation_reader(job: EvaluationJob) -> Iterator[dict]:
 
 def _read(store, place):
     """One webdataset sample dict, with what :func:`_origin` says of it."""
-    return {**store.read_sample(*place), **_origin(store, place)}
+    sample = store.read_sample(*place)
+    sample.update(_origin(store, place, sample["__key__"]))
+    return sample
 
 
-def _origin(store, place):
+def _origin(store, place, key=None):
     """Where a sample is from, ``__place__`` (shard, position) and ``__url__``, its ``__key__`` and ``__label__``."""
     shard, position = place
     index = store.index(shard)
     origin = {"__place__": place, "__url__": store.manifest.shards[shard].name}
-    return {**origin, "__key__": index.keys[position], "__label__": int(index.labels[position])}
+    return {**origin, "__key__": key or index.keys[position], "__label__": int(index.labels[position])}
 
 
 def _name(sample):

@@ -7,6 +7,7 @@ the sample ``a/0001``. Files in a row that share a key are one sample. Passed ov
 extension or are no sample's (``__meta__``), and hidden ones (``._0001.jpg``, ``__MACOSX/``), unlike webdataset.
 """
 
+import functools
 import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,10 @@ def image_of(extensions: Collection[str]) -> str:
 
 def image_in(sample: Mapping[str, Any]) -> bytes:
     """The bytes of the image in webdataset's sample dict; :class:`NoImage` as of :func:`image_of`."""
-    return sample[image_of([name for name in sample if not name.startswith("__")])]
+    return sample[_image_of(tuple(name for name in sample if not name.startswith("__")))]
+
+
+_image_of = functools.lru_cache(image_of)  # the samples of a set have few kinds of files
 
 
 def images_of(extensions: Collection[str]) -> list[str]:
