@@ -9,6 +9,7 @@ import torch
 from launch import SMALL, launch
 from shard_sets import encode, smooth_image
 
+import caco_scale
 from caco_scale.config import from_dict, load_recipe, parse, replace, to_yaml
 from caco_scale.config.yaml_file import read_yaml
 from caco_scale.data.loader import train_batches
@@ -167,6 +168,17 @@ def test_batches_are_the_same_on_1_2_and_4_processes_and_from_any_step(places):
                 assert torch.equal(
                     torch.cat([share.crops[view] for share in shares]), whole[step].crops[view]
                 )
+
+
+def test_batches_of_ones_own_loop_are_those_of_the_mixture(places):
+    config, weights = config_of(places), dict(zip(map(str, places), (0.7, 0.3), strict=True))
+    order, store = training_order(config, open_training(config)), open_training(config)
+    options = {"global_batch_size": 8, "window": 16, "views": caco_scale.Views(size=16), "workers": 0}
+    loader = caco_scale.batches(weights, rank=1, world_size=2, start_step=12, **options)
+    assert loader.steps_per_epoch == order.steps_per_epoch == 14
+    assert [batch.keys for batch in loader] == [store.names(order.batch(step))[4:] for step in (12, 13)]
+    with pytest.raises(UserError, match=r"data\.mix"):
+        caco_scale.batches({str(places[0]): -1.0}, **options)
 
 
 def test_a_mixture_is_trained_on_and_resumed_by_another_number_of_processes(places, tmp_path):

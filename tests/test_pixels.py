@@ -426,7 +426,9 @@ def test_starting_weights_of_three_channels_are_adapted(tmp_path):
         wide, _ = build_backbone("tiny", channels=channels)
         start.fill(wide)
         torch.testing.assert_close(wide.eval()(grey.expand(-1, channels, -1, -1)), wanted)
-        assert f"of 3 channels to {channels} (timm's adapt_input_conv" in "\n".join(start.lines())
+        assert f"of 3 channels to {channels} (timm's adapt_input_conv" in "\n".join(
+            start.lines(start.weights.mean, start.weights.std)
+        )
     torch.save(wide.state_dict(), tmp_path / "six.pth")
     again = load_start(str(tmp_path / "six.pth"), Wanted("tiny", "imagenet", (), 6))
     assert again.adapted() is None

@@ -216,6 +216,8 @@ def test_a_list_with_mistakes_is_one_line(folder, tmp_path):
         f"{tmp_path}/wrong.csv: 3 of 49 paths lead to no file (the first in line 4: set/a.jpg): correct them; those "
         f"that do not begin with / count from {tmp_path}"
     )
+    (tmp_path / "blank.csv").write_text(f'path,note\n\n{good[0]},"two\nlines"\n\n\ngone.jpg,\n')
+    assert "(the first in line 7: gone.jpg)" in refused(tmp_path / "blank.csv")
     line = refused(write_list(tmp_path / "x.csv", [[1, 2]], ["width", "height"]))
     assert line.startswith(
         f"{tmp_path}/x.csv has no column of paths (its columns: width, height): its first line is to"

@@ -147,6 +147,8 @@ def test_a_model_of_timms_as_timm_itself_has_it(arch, name, options, tmp_path):
     assert (found.size, found.resize, found.mean) == (96, 128, (0.5, 0.5, 0.5))
     assert "give --views.mean 0.5 0.5 0.5 --views.std 0.25" in weights.other_images((0.4,) * 3, (0.2,) * 3)
     assert weights.other_images((0.5,) * 3, (0.25,) * 3) is None
+    assert "another normalisation" in weights.lines((0.4,) * 3, (0.2,) * 3)[-1]
+    assert "another normalisation" not in weights.lines((0.5,) * 3, (0.25,) * 3)[-1]
 
 
 def test_what_a_batchnorm_lacks_is_named_and_what_is_loaded_is_counted(tmp_path):
@@ -155,7 +157,7 @@ def test_what_a_batchnorm_lacks_is_named_and_what_is_loaded_is_counted(tmp_path)
     }
     torch.save(state, tmp_path / "w.pth")
     weights, _ = started(tmp_path / "w.pth", config_of())
-    text = "\n".join(weights.lines())
+    text = "\n".join(weights.lines(weights.weights.mean, weights.weights.std))
     assert "loaded into both encoders: 100 tensors, all that a resnet18 needs but 20" in text
     assert "missing, as a new backbone has them: bn1.num_batches_tracked" in text
     assert "left out: fc.* (2): a head" in text

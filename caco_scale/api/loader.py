@@ -5,24 +5,24 @@ Shapes: N global batch, B = N / world size, V views, H the side of a view in pix
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from caco_scale import config as configuration
 from caco_scale.config import Config, Views
-from caco_scale.config.fields import Data
+from caco_scale.config.fields import Data, Run
 from caco_scale.data.augment import augment
 from caco_scale.data.augment_cpu import absent
 from caco_scale.data.loader import train_batches
 from caco_scale.data.order import Order, share_size
-from caco_scale.data.pixels import Pixels
-from caco_scale.data.store import Store, open_store
+from caco_scale.data.store import Store
 from caco_scale.data.to_device import on_device
 from caco_scale.distributed import collectives
 from caco_scale.errors import UserError
-from caco_scale.training.assemble import MicroBatches, view_specs
+from caco_scale.training.assemble import MicroBatches, open_training, training_order, view_specs
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Batches:
 
 
 def batches(
-    data: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Mapping[str, float],
     *,
     global_batch_size: int,
     views: Views | None = None,
@@ -120,7 +120,8 @@ def batches(
     of one at no cost. Nothing crosses ranks. An image that does not decode is replaced by another one.
 
     Args:
-        data: a folder of images, with or without folders in it, or the directory or address of a shard set.
+        data: images as ``data.shards`` has them: a folder, a list, parquet files, or the directory or address of a
+            shard set; or several of them with their weights, {place: weight}, as ``data.mix``.
         global_batch_size: N, images of a step over all processes, which their number must divide.
         views: sizes and strengths of the two global views and the local crops, mean and standard deviation;
             None: those of the paper at 224 pixels.
@@ -136,24 +137,30 @@ def batches(
         UserError: no such set, a batch that does not divide; while iterating: damaged data, a worker that died.
     """
     rank, world_size = _place(rank, world_size)
-    config = Config(data=Data(channels=channels, bits=bits), views=views or Views())
+    places: dict[str, Any] = {"shards": os.fspath(data)} if not isinstance(data, Mapping) else {}
+    places = places or {"mix": tuple(f"{place}={weight}" for place, weight in data.items())}
+    images = Data(
+        **places,
+        channels=channels,
+        bits=bits,
+        global_batch_size=global_batch_size,
+        lanes=lanes,
+        window=window,
+        cache_dir=cache_dir,
+        cache_bytes=cache_bytes,
+    )
+    config = Config(run=Run(seed=seed), data=images, views=views or Views())
     config = configuration.settle_channels(config, Config())
     views = config.views
     view_specs(views, channels)  # refuses now what it would refuse at the first batch
     configuration.check(config)
-    store = open_store(data, cache_dir, cache_bytes, flag="data", pixels=Pixels(channels, bits))
+    store = open_training(config, flag="data")
     store.check()
     if store.unchecked:
         warnings.warn(store.unchecked, stacklevel=2)
     if torch.device(device).type == "cpu" and (slow := absent()):
         warnings.warn(slow, stacklevel=2)
-    order = Order(
-        [shard.num_samples for shard in store.manifest.shards],
-        seed=seed,
-        global_batch_size=global_batch_size,
-        lanes=lanes,
-        window=window,
-    )
+    order = training_order(config, store)
     end = epochs * order.steps_per_epoch
     if not 0 <= start_step <= end:
         raise UserError(

@@ -60,13 +60,16 @@ def resolve_precision(config: Config, device: torch.device) -> Config:
 
 
 def open_training(
-    config: Config, counters: Counters | None = None, listings: Listings | None = None
+    config: Config,
+    counters: Counters | None = None,
+    listings: Listings | None = None,
+    flag: str = "data.shards",
 ) -> Store:
-    """The training images, of one set or of several; ``counters``, ``listings``: of :func:`open_store`."""
+    """The training images, of one set or of several; ``counters``, ``listings``, ``flag``: of :func:`open_store`."""
     counters, mix = counters or Counters(), mixed(config)
     more: dict[str, Any] = {"counters": counters, "listings": listings, "pixels": pixels_of(config)}
     if not mix:
-        return open_store(config.data.shards, *_ways(config), **more)
+        return open_store(config.data.shards, *_ways(config), flag=flag, **more)
     stores = [open_store(place, *_ways(config), flag="data.mix", **more) for place, _ in mix]
     return MixedStore(stores, counters)
 

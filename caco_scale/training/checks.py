@@ -128,8 +128,7 @@ def check_weights(start: Start) -> str | None:
     model = config.model
     wanted = Wanted(model.arch, model.stem, model.options, config.data.channels)
     start.weights = load_start(model.weights, wanted)
-    notes = [start.weights.other_images(config.views.mean, config.views.std)]
-    return "; ".join(line.strip() for line in [*start.weights.lines(), *filter(None, notes)])
+    return "; ".join(line.strip() for line in start.weights.lines(config.views.mean, config.views.std))
 
 
 def check_batch(start: Start) -> str:

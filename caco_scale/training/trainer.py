@@ -138,7 +138,7 @@ def _build(config, name, accelerator, start, directory, resumed):
         raise UserError(
             f"the checkpoints of {config.run.dir} have gone while this run started: start it again"
         )
-    for line in weights.lines():
+    for line in weights.lines(config.views.mean, config.views.std):
         accelerator.print(line)
     directory.write_weights(weights.facts())
     return build_strategy(config, name, accelerator, weights), sha256

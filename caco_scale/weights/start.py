@@ -57,8 +57,8 @@ class StartingWeights:
         how = "their sum" if self.channels == 1 else f"repeated in turn, times 3/{self.channels}"
         return f"  adapted: the first layer's kernels of 3 channels to {self.channels} (timm's adapt_input_conv: {how})"
 
-    def lines(self) -> list[str]:
-        """What was loaded, what was left out and why, what is missing: for the console."""
+    def lines(self, mean: tuple[float, ...], std: tuple[float, ...]) -> list[str]:
+        """What was loaded, what was left out and why, what is missing, for the console; then :meth:`other_images`."""
         weights, loaded = self.weights, len(self._loaded())
         whose = f"{weights.kind}, {weights.encoder} encoder" if weights.encoder != "single" else weights.kind
         lines = [
@@ -73,7 +73,7 @@ class StartingWeights:
         for why in Counter(self.left_out.values()):
             names = [name for name, reason in self.left_out.items() if reason == why]
             lines.append(f"  left out: {_short(gist(names))}: {why}")
-        return lines
+        return [*lines, *filter(None, [self.other_images(mean, std)])]
 
     def facts(self) -> dict[str, Any]:
         """For the run directory: plain values, every name in full."""

@@ -167,10 +167,22 @@ def _sizes(url, base, names, lengths):
     if len(missing):
         first = int(missing[0])
         raise UserError(
-            f"{url}: {len(missing):,} of {len(ends):,} paths lead to no file (the first in line {first + 2}: "
+            f"{url}: {len(missing):,} of {len(ends):,} paths lead to no file (the first in {_place(url, first)}: "
             f"{_name(names, ends, first)}): correct them; those that do not begin with / count from {base}"
         )
     return sizes
+
+
+def _place(url, number):
+    """Where a row of the list stands, in words: empty lines hold none, and a quoted field may hold several lines."""
+    path = local_path(url)
+    if path.endswith(".parquet"):
+        return f"row {number + 1:,}"
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        rows = csv.reader(file, delimiter=SEPARATORS[os.path.splitext(path)[1]])
+        for _ in itertools.islice(filter(None, rows), number + 2):
+            pass
+        return f"line {rows.line_num}"
 
 
 def _classes(numbers):
