@@ -163,7 +163,7 @@ def gradients_and_buffers(model):
 
 
 def train_forward_backward(rank, world_size):
-    model = convert_sync_batchnorm(make_model(torch.float64), "cpu")
+    model = convert_sync_batchnorm(make_model(torch.float64))
     engine = DistributedDataParallel(model, broadcast_buffers=False)
     views = [view.chunk(world_size)[rank] for view in make_views((16, 16, 8), dtype=torch.float64)]
     for _ in range(2):  # the second pass sees the reducer's rebuilt buckets
@@ -189,4 +189,4 @@ def test_ranks_compute_the_gradients_and_buffers_of_one_process(world_size):
 
 
 def test_single_process_keeps_plain_batchnorm():
-    assert any(type(m) is nn.BatchNorm2d for m in convert_sync_batchnorm(make_model(), "cpu").modules())
+    assert any(type(m) is nn.BatchNorm2d for m in convert_sync_batchnorm(make_model()).modules())

@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from gloo import run_ranks
 from timm.layers import BatchNormAct2d
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from caco_scale.distributed.syncbn import (
-    PortableSyncBatchNorm,
-    combine_statistics,
-    convert_sync_batchnorm,
-)
+from caco_scale.distributed.syncbn import SyncBatchNorm, convert_sync_batchnorm
 from caco_scale.errors import UserError
 
 # Name -> (layer, shape behind the batch dimension). Three steps each, so that running statistics accumulate.
@@ -66,8 +65,8 @@ def rank_train(rank, world_size, shares):
     rows = [slice(start, start + share[rank]) for start, share in zip(offsets, shares, strict=True)]
     results = {}
     for name in LAYERS:
-        layer = convert_sync_batchnorm(make_layer(name), "cpu")
-        assert isinstance(layer, PortableSyncBatchNorm) == (world_size > 1)
+        layer = convert_sync_batchnorm(make_layer(name))
+        assert isinstance(layer, SyncBatchNorm) == (world_size > 1)
         results[name] = train(layer, name, rows)
     return results
 
@@ -95,7 +94,7 @@ def rank_number_formats(rank, world_size):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 3, generator=generator, dtype=torch.float64) + torch.tensor([1e3, 0.0, -1e3])
     x = x.float().chunk(world_size)[rank]
-    layer = convert_sync_batchnorm(nn.BatchNorm1d(3, momentum=1.0), "cpu")
+    layer = convert_sync_batchnorm(nn.BatchNorm1d(3, momentum=1.0))
     shifted = layer(x)
     statistics = layer.running_mean.clone().numpy(), layer.running_var.clone().numpy()
     half = {}
@@ -124,26 +123,120 @@ def test_large_means_do_not_cancel_and_half_formats_are_normalised_in_fp32():
             np.testing.assert_allclose(half_mean, rounded.numpy().mean(0), rtol=1e-6, atol=1e-6)
 
 
-def test_combination_of_parts_is_exact_where_squares_would_cancel():
-    parts = [torch.tensor(part, dtype=torch.float64) for part in ([1e8, 1e8 + 1], [1e8 + 2], [])]
-    counts = torch.tensor([[float(len(part))] for part in parts]).double()
-    means = torch.stack([part.sum() / max(len(part), 1) for part in parts])[:, None]
-    moments = torch.stack([(part - m).square().sum() for part, m in zip(parts, means, strict=True)])[:, None]
-    count, mean, moment = combine_statistics(counts, means, moments)
-    assert (count.item(), mean.item()) == (3, 1e8 + 1)
-    assert moment.item() == pytest.approx(2.0, rel=1e-7)
+def rank_large_means(rank, world_size):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(96, 3, generator=generator, dtype=torch.float64)
+    means = torch.tensor([1e3, 3e4, -1e6], dtype=torch.float64)
+    shifted = (x + means).float()
+    shares = shifted.split([90, 5, 1])[:world_size]
+    layer = convert_sync_batchnorm(nn.BatchNorm1d(3, momentum=1.0))
+    layer(shares[rank])
+    return layer.running_var.numpy(), shifted.double().var(0).numpy()
+
+
+def test_a_mean_much_larger_than_the_deviation_costs_no_digits():
+    for variance, expected in run_ranks(rank_large_means, 3):
+        np.testing.assert_allclose(variance, expected, rtol=2e-3)
+        np.testing.assert_allclose(variance[:2], expected[:2], rtol=3e-6)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.layers = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, momentum=None), nn.ReLU())
+
+    def forward(self, x):
+        return self.layers(self.norm(self.conv(x)).relu()).mean((2, 3))
+
+
+class Graphs:
+    """A backend that runs what it is given, forward and backward graph, and keeps both."""
+
+    def __init__(self):
+        self.forward, self.backward = [], []
+
+    def __call__(self, graph, example_inputs):
+        keep = lambda kept: lambda g, _: kept.append(g) or make_boxed_func(g.forward)
+        return aot_autograd(fw_compiler=keep(self.forward), bw_compiler=keep(self.backward))(
+            graph, example_inputs
+        )
+
+    @staticmethod
+    def collectives(graphs):
+        names = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+        return sum(name.startswith("_c10d_functional.all_reduce") for name in names)
+
+
+def rank_compile(rank, world_size):
+    """Compiled as a whole, with the collectives of its graphs -> equal to eager or not, and the counts."""
+    torch.manual_seed(0)
+    eager, compiled = (convert_sync_batchnorm(Net().double()) for _ in range(2))
+    compiled.load_state_dict(eager.state_dict())
+    graphs = Graphs()
+    run = torch.compile(compiled, backend=graphs, fullgraph=True)  # a break is an error
+    x = torch.randn(3, 3, 7, 7, dtype=torch.float64)
+    found = []
+    for model in (eager, run):
+        images = x.clone().requires_grad_()
+        output = model(images)
+        output.sin().sum().backward()
+        found.append([output, images.grad])
+    found[0] += [p.grad for p in eager.parameters()] + list(eager.buffers())
+    found[1] += [p.grad for p in compiled.parameters()] + list(compiled.buffers())
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    return len(graphs.forward), graphs.collectives(graphs.forward), graphs.collectives(graphs.backward)
+
+
+def test_a_compiled_encoder_is_one_graph_with_one_collective_a_layer_each_way():
+    assert run_ranks(rank_compile, 2) == [(1, 2, 2)] * 2
+
+
+class Seen(TorchDispatchMode):
+    """The names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # else it imports torch.compile
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        masks = name.startswith("aten.index") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        self.names.append("mask" if masks else name)
+        return function(*args, **(kwargs or {}))
+
+
+def rank_count(rank, world_size):
+    layer = convert_sync_batchnorm(nn.BatchNorm2d(4, momentum=None))
+    x = torch.randn(3, 4, 5, 5, requires_grad=True)
+    with Seen() as seen:
+        layer(x).sum().backward()
+    waits = [n for n in seen.names if n == "mask" or "_local_scalar_dense" in n or "nonzero" in n]
+    return sum("all_reduce" in n for n in seen.names), waits
+
+
+def test_a_layer_asks_the_ranks_once_each_way_and_the_host_never():
+    assert run_ranks(rank_count, 2) == [(2, [])] * 2
 
 
 def rank_convert(rank, world_size):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())).eval()
     before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    tensors = {}
-    for device_type, expected in (("cpu", PortableSyncBatchNorm), ("cuda", nn.SyncBatchNorm)):
-        model = convert_sync_batchnorm(model, device_type)
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        assert (type(model[1][0]), model[1][0].training) == (expected, False)
-        assert before.keys() == tensors.keys()
-        assert all(before[name] is tensors[name] for name in before)
+    model[1].append(nn.SyncBatchNorm(4).eval())
+    before |= {f"1.2.{name}": value for name, value in model[1][2].state_dict(keep_vars=True).items()}
+    model = convert_sync_batchnorm(model)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for layer in (model[1][0], model[1][2]):
+        assert (type(layer), layer.training) == (SyncBatchNorm, False)
+    assert before.keys() == tensors.keys()
+    assert all(before[name] is tensors[name] for name in before)
     return sorted(tensors)
 
 
@@ -154,8 +247,8 @@ class Doubled(nn.BatchNorm2d):
 
 def rank_refuse(rank, world_size):
     with pytest.raises(UserError, match="Doubled is no BatchNorm with layers behind it"):
-        convert_sync_batchnorm(nn.Sequential(Doubled(4)), "cpu")
-    relu = convert_sync_batchnorm(BatchNormAct2d(4), "cuda").eval()  # as on a GPU
+        convert_sync_batchnorm(nn.Sequential(Doubled(4)))
+    relu = convert_sync_batchnorm(BatchNormAct2d(4)).eval()
     return relu(torch.full((1, 4, 2, 2), -1.0)).max().item()
 
 
@@ -170,5 +263,5 @@ def test_conversion_keeps_names_and_tensors():
 def test_one_process_is_left_alone():
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     layer = model[1]
-    assert convert_sync_batchnorm(model, "cpu") is model
+    assert convert_sync_batchnorm(model) is model
     assert model[1] is layer

@@ -1,13 +1,16 @@
-"""BatchNorm over the global batch on any device: torch's own on CUDA, a portable equal on CPU.
+"""BatchNorm over the global batch, the same on CPU and CUDA.
 
-torch's SyncBatchNorm refuses CPU tensors, and DDP refuses its subclasses on CPU; the portable one lets
-several CPU processes train exactly what one process trains.
+torch's SyncBatchNorm refuses CPU tensors; on CUDA it makes the host wait three times in every forward (it indexes by a
+mask), and breaks a compiled graph there.
 
-Shapes: B this rank's batch, C channels, R ranks; n and N values per channel on this rank and on all.
+Shapes: B this rank's batch, C channels, N values per channel on all ranks.
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -15,13 +18,10 @@ from caco_scale.distributed.collectives import world_size
 from caco_scale.errors import UserError
 
 
-def convert_sync_batchnorm(
-    module: nn.Module, device_type: str, group: dist.ProcessGroup | None = None
-) -> nn.Module:
+def convert_sync_batchnorm(module: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
     """``module`` with every BatchNorm synchronised over the ranks of ``group``; untouched on one rank.
 
-    Parameters and buffers stay the same objects under the same names. ``device_type``: "cuda" gives
-    ``nn.SyncBatchNorm``, anything else :class:`PortableSyncBatchNorm`. A subclass whose layers follow the
+    Parameters and buffers stay the same objects under the same names. A subclass whose layers follow the
     normalisation (timm's BatchNorm with its activation) keeps them.
 
     Raises:
@@ -29,27 +29,23 @@ def convert_sync_batchnorm(
     """
     if world_size(group) == 1:
         return module
-    return _convert(module, device_type == "cuda", group)
+    return _convert(module, group)
 
 
-def _convert(module, on_cuda, group):
+def _convert(module, group):
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, PortableSyncBatchNorm)
-        return _synchronised(module, on_cuda, group, follows=type(module) not in plain)
+        plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm)
+        return _synchronised(module, group, follows=type(module) not in plain)
     for name, child in module.named_children():
-        setattr(module, name, _convert(child, on_cuda, group))
+        setattr(module, name, _convert(child, group))
     return module
 
 
-def _synchronised(source, on_cuda, group, follows):
+def _synchronised(source, group, follows):
     """The same layer over all ranks; with ``follows``: and then the layers that it holds, compared with it."""
-    if on_cuda:
-        layer = nn.SyncBatchNorm.convert_sync_batchnorm(source, group)
-    else:
-        layer = PortableSyncBatchNorm.from_batchnorm(source, group)
+    layer = (_ThenLayers if follows else SyncBatchNorm).from_batchnorm(source, group)
     if not follows:
         return layer
-    layer.__class__ = _CudaThenLayers if on_cuda else _PortableThenLayers
     layer._modules.update(source._modules)
     images = torch.linspace(-3, 3, 4 * source.num_features).view(2, source.num_features, 2, 1)
     images = images.to(next(iter([*source.buffers(), *source.parameters()]), images))
@@ -68,83 +64,85 @@ def _synchronised(source, on_cuda, group, follows):
     return layer.train(was_training)
 
 
-class _ThenLayers:
-    """Normalise, then what the layer holds: timm's dropout and activation."""
+@torch.no_grad()
+def _global_statistics(x, group):
+    """N (1,), mean (C,) and biased variance (C,) of all ranks' values, in float64: one all-reduce of 2C+1 numbers.
 
-    def forward(self, input):
-        output = super().forward(input)
-        for layer in self.children():
-            output = layer(output)
-        return output
-
-
-def combine_statistics(
-    counts: torch.Tensor, means: torch.Tensor, second_moments: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Count, mean and sum of squared deviations of a union, from those of its parts (Chan et al., 1979).
-
-    ``counts`` (R, 1), ``means`` and ``second_moments`` (R, C) -> (1,), (C,), (C,). No difference of large
-    squares, so no cancellation when the mean is much larger than the deviation. A part may be empty.
+    A rank adds up its values about its own mean; only means and variances of ranks are combined by squares. As float64
+    has more than twice float32's digits, a large mean takes none from a small variance there; of float64 inputs
+    the variance is exact to 1e-16 times the square of mean over deviation.
     """
-    count = counts.sum(0)
-    mean = (counts * means).sum(0) / count
-    return count, mean, (second_moments + counts * (means - mean).square()).sum(0)
+    if x.numel():
+        mean, variance = (part.double() for part in _local_statistics(x))
+        sums = torch.cat([mean, torch.addcmul(variance, mean, mean), mean.new_ones(1)])
+        sums = sums * (x.numel() // x.size(1))
+    else:
+        sums = torch.zeros(2 * x.size(1) + 1, dtype=torch.float64, device=x.device)
+    mean, square, count = _summed(sums, group).split([x.size(1), x.size(1), 1])
+    mean = mean / count
+    return count, mean, torch.addcmul(square / count, mean, mean, value=-1).clamp_(min=0)
 
 
-class _SyncBatchNormFunction(torch.autograd.Function):
-    """Normalises by the global batch; returns also N (1,), mean (C,) and biased variance (C,)."""
+def _local_statistics(x):
+    """Mean and biased variance (C,), in float32 at least."""
+    if torch.compiler.is_compiling():  # one pass, made by the compiler
+        return torch.var_mean(_at_least_float32(x), _reduced_dims(x), correction=0)[::-1]
+    if x.is_cuda:  # one pass, torch's own
+        mean, inverse_std = torch.batch_norm_stats(x, 0.0)
+        return mean, inverse_std.square().reciprocal()
+    values, dims, count = _at_least_float32(x), _reduced_dims(x), x.numel() // x.size(1)
+    mean = values.sum(dims) / count
+    rest = values - mean.view(_channel_shape(x))  # what rounding has left of the mean is the mean of these
+    shift = rest.sum(dims).double() / count
+    return mean + shift, rest.square().sum(dims) / count - shift.square()
+
+
+def _summed(sums, group):
+    """Over the ranks, by the functional collective: dynamo and inductor know it."""
+    ranks: Any = group or dist.group.WORLD
+    return functional.wait_tensor(functional.all_reduce(sums, "sum", ranks))
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) / std * weight + bias, of which mean and std depend on the ``x`` of all ranks."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, group):
-        shape, dims = _channel_shape(x), _reduced_dims(x)
-        values = _at_least_float32(x)
-        num_local = x.numel() // x.size(1)
-        local_mean = values.sum(dims) / max(num_local, 1)
-        local_moment = (values - local_mean.view(shape)).square().sum(dims)
-        # Statistics travel and combine in float64: they are small, and float32 cannot count beyond 2^24.
-        num_values = torch.tensor([num_local], dtype=torch.float64, device=x.device)
-        local = torch.cat([num_values, local_mean.double(), local_moment.double()])
-        parts = [torch.empty_like(local) for _ in range(world_size(group))]
-        dist.all_gather(parts, local, group=group)
-        count, mean, moment = combine_statistics(*torch.stack(parts).split([1, x.size(1), x.size(1)], dim=1))
-        variance = moment / count
-        inverse_std = torch.rsqrt(variance + eps)
-
+    def forward(ctx, x, weight, bias, mean, variance, count, eps, group):
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        inverse_std = torch.rsqrt(variance + eps).to(dtype)
+        mean, variance = mean.to(dtype), variance.to(dtype)
         ctx.save_for_backward(x, weight, mean, inverse_std, count)
         ctx.group = group
-        ctx.mark_non_differentiable(count, mean, variance)
-        output = values - mean.to(values.dtype).view(shape)
-        output *= inverse_std.to(values.dtype).view(shape)
-        if weight is not None:
-            output = torch.addcmul(bias.view(shape), output, weight.view(shape))
-        return output.to(x.dtype), count, mean, variance
+        if not x.numel():
+            return torch.empty_like(x)
+        return torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output, *_):
+    def backward(ctx, grad_output):
         x, weight, mean, inverse_std, count = ctx.saved_tensors
-        shape, dims = _channel_shape(x), _reduced_dims(x)
-        grad = _at_least_float32(grad_output)
-        mean, inverse_std = mean.to(grad.dtype).view(shape), inverse_std.to(grad.dtype).view(shape)
-        normalised = (_at_least_float32(x) - mean) * inverse_std
-        local_sums = torch.stack([grad.sum(dims), (grad * normalised).sum(dims)])
-
-        grad_input = grad_weight = grad_bias = None
-        if weight is not None:  # this rank's part, like any parameter's gradient: the engine averages it
-            grad_bias, grad_weight = local_sums.to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            sums = local_sums.clone()
-            dist.all_reduce(sums, group=ctx.group)
-            average, projection = (sums / count).to(grad.dtype)
-            grad_input = (grad - average.view(shape) - normalised * projection.view(shape)) * inverse_std
-            if weight is not None:
-                grad_input *= weight.view(shape)
-            grad_input = grad_input.to(x.dtype)
-        return grad_input, grad_weight, grad_bias, None, None
+        sums = [torch.zeros_like(mean)] * 2
+        if x.numel():
+            unit = torch.ones_like(mean) if weight is None else weight  # its type decides the sums'
+            backward = torch.ops.aten.native_batch_norm_backward
+            mask = [False, True, True]
+            sums = backward(grad_output, x, unit, None, None, mean, inverse_std, True, 0.0, mask)[1:]
+        # This rank's part, like any parameter's gradient: the engine averages it.
+        grad_weight, grad_bias = sums if weight is not None else (None, None)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, grad_bias, None, None, None, None, None
+        projection, average = (_summed(torch.cat(sums), ctx.group) / count).to(mean.dtype).chunk(2)
+        # (grad - average - (x - mean) / std * projection) * weight / std, in two passes
+        factor = inverse_std if weight is None else inverse_std * weight
+        slope = factor * inverse_std * projection
+        shape = _channel_shape(x)
+        grad = torch.addcmul((slope * mean - factor * average).view(shape), x, slope.view(shape), value=-1)
+        grad = grad.addcmul_(grad_output, factor.view(shape)).to(x.dtype)
+        return grad, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _channel_shape(x):
-    return [1, x.size(1)] + [1] * (x.dim() - 2)
+    return [1, -1] + [1] * (x.dim() - 2)
 
 
 def _reduced_dims(x):
@@ -155,13 +153,13 @@ def _at_least_float32(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
-class PortableSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over all ranks' samples for any backend, inputs of 2 or more dimensions (B, C, ...).
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over all ranks' samples on any device, inputs of 2 or more dimensions (B, C, ...).
 
     Outputs, gradients and running statistics are those of one process with the whole batch, uneven and empty
-    shares included; running statistics are identical on all ranks. fp16 and bf16 inputs are normalised in
-    fp32, fp64 stays fp64. Crosses ranks: one all-gather of 2C+1 numbers forward, one all-reduce of 2C
-    backward; none in eval mode.
+    shares included; running statistics are identical on all ranks. Statistics of fp16 and bf16 inputs are fp32,
+    fp64 stays fp64. Crosses ranks: one all-reduce of 2C+1 numbers forward, one of 2C backward; none in eval
+    mode. No shape depends on a value, the host waits for nothing, and the compiler sees one graph.
     """
 
     group = None  # the default process group
@@ -185,12 +183,10 @@ class PortableSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training or world_size(self.group) == 1:
             return super().forward(input)
         self._check_input_dim(input)
-        output, *statistics = _SyncBatchNormFunction.apply(
-            input, self.weight, self.bias, self.eps, self.group
-        )
+        count, mean, variance = _global_statistics(input.detach(), self.group)
         if self.track_running_stats:
-            self._update_running_statistics(*statistics)
-        return output
+            self._update_running_statistics(count, mean, variance)
+        return _Normalise.apply(input, self.weight, self.bias, mean, variance, count, self.eps, self.group)
 
     @torch.no_grad()
     def _update_running_statistics(self, count, mean, variance):
@@ -198,15 +194,18 @@ class PortableSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
-        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         unbiased = variance * (count / (count - 1).clamp(min=1))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        for running, now in ((self.running_mean, mean), (self.running_var, unbiased)):
+            cumulative = self.momentum is None
+            momentum = self.num_batches_tracked.to(running).reciprocal() if cumulative else self.momentum
+            running.lerp_(now.to(running.dtype), momentum)
 
 
-class _PortableThenLayers(_ThenLayers, PortableSyncBatchNorm):
-    pass
+class _ThenLayers(SyncBatchNorm):
+    """Normalise, then what the layer holds: timm's dropout and activation."""
 
-
-class _CudaThenLayers(_ThenLayers, nn.SyncBatchNorm):
-    pass
+    def forward(self, input):
+        output = super().forward(input)
+        for layer in self.children():
+            output = layer(output)
+        return output

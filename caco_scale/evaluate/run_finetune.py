@@ -139,7 +139,7 @@ class FineTuned:
         model = Classifier(
             weights.backbone.requires_grad_(True), weights.num_features, num_classes, task.seed
         )
-        self.model = convert_sync_batchnorm(model.to(task.device, task.dtype), task.device.type)
+        self.model = convert_sync_batchnorm(model.to(task.device, task.dtype))
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.SGD(self.parameters, momentum=MOMENTUM, nesterov=True)
         for p in self.parameters:  # there from the start, so that a resume finds where to load it

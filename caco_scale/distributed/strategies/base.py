@@ -39,7 +39,7 @@ class Strategy:
         self.device = accelerator.device
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         assert self.world_size == collectives.world_size(), "accelerate and torch see different processes"
-        self.module: Any = convert_sync_batchnorm(model, self.device.type).to(self.device)
+        self.module: Any = convert_sync_batchnorm(model).to(self.device)
 
     def __call__(self, views: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Queries of all views and keys of the two global views: see ``QueryKeyModel.forward``."""
