@@ -277,6 +277,7 @@ def test_any_batch_of_any_epoch_is_that_of_the_whole_epoch_laid_out():
                 )
         start, stop = sorted(rng.sample(range(len(whole) + 1), 2))
         assert np.array_equal(order.part(epoch, start, stop), whole[start:stop])
+        assert order.part(epoch, start, start).tolist() == []
         assert np.array_equal(order.epoch(epoch), whole)
 
 

@@ -229,7 +229,8 @@ class Order:
     def _steps(self, epoch, steps, lanes):
         """Sample ids of some steps of an epoch, of each from some lanes: by step, then lane; int64."""
         part, length, num_windows = self._lanes
-        place, end, found = steps.start * part, steps.stop * part, []
+        place, end = steps.start * part, steps.stop * part
+        found = [np.empty((len(lanes), 0), np.int64)]  # a mixture may ask for none
         while place < end:  # window by window
             window = ((place + 1) * num_windows - 1) // length
             a, b = (length * w // num_windows for w in (window, window + 1))
