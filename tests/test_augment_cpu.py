@@ -1,8 +1,10 @@
 """The compiled augmentation equals torch's on random images and parameters and on the edges; how it is missed."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,8 @@ def build(folder, **environment):
         "env",
         *(f"{name}={value}" for name, value in environment.items()),
         sys.executable,
-        "setup.py",
+        "-c",
+        "import setuptools; setuptools.setup()",
         "-q",
         "build_ext",
         f"--build-lib={folder}",
@@ -182,6 +185,12 @@ def test_without_a_compiler_it_installs_and_torch_augments_which_a_line_says(tmp
     assert reason in augmentation_note(demo, cpu)
     assert "pip install" in augmentation_note(demo, cpu)
     assert augmentation_note(fp64, cpu) is augmentation_note(demo, torch.device("cuda")) is None
+
+
+def test_pyproject_knows_the_source_of_the_compiled_code():
+    source = (ROOT / "caco_scale/data/augment_cpu.c").read_bytes()
+    (extension,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    assert dict(extension["define-macros"])["SOURCE_SHA256"] == f'"{hashlib.sha256(source).hexdigest()}"'
 
 
 def test_a_broken_library_is_not_used(tmp_path):

@@ -2,7 +2,7 @@
  *
  * Every row goes through the colours while it is in the nearest cache. Contrast needs the mean of the whole image as it
  * stands there, and blur the rows around: only they make another pass. Plain loops that compilers turn into vector
- * instructions; no Python in here, it is called through ctypes (augment_cpu.py). setup.py builds it.
+ * instructions; no Python in here, it is called through ctypes (augment_cpu.py). pyproject.toml builds it.
  *
  * Shapes: n images, h and w pixels, c channels, k size of the blur kernels.
  */
