@@ -137,8 +137,11 @@ def batches(
         UserError: no such set, a batch that does not divide; while iterating: damaged data, a worker that died.
     """
     rank, world_size = _place(rank, world_size)
-    places: dict[str, Any] = {"shards": os.fspath(data)} if not isinstance(data, Mapping) else {}
-    places = places or {"mix": tuple(f"{place}={weight}" for place, weight in data.items())}
+    places: dict[str, Any]
+    if isinstance(data, Mapping):
+        places = {"mix": tuple(f"{place}={weight}" for place, weight in data.items())}
+    else:
+        places = {"shards": os.fspath(data)}
     images = Data(
         **places,
         channels=channels,
