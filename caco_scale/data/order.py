@@ -30,9 +30,9 @@ from caco_scale.errors import UserError
 MASK = 0xFFFFFFFFFFFFFFFF
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MAX_AUTO_LANES = 64
-MOST_KEPT = (
-    1 << 22
-)  # places of laid out windows that a process keeps; those in use at once, however long, it does
+MOST_MIXED = 1 << 16  # places that are permuted at a time
+# Places of laid out windows that a process keeps; those in use at once, however long, it does.
+MOST_KEPT = 1 << 22
 # What a stream of counters is for; one number each, so that no two uses share random numbers.
 SHARDS, ROTATION, WINDOWS, VIEWS = 1, 2, 3, 4
 
@@ -176,6 +176,7 @@ class Order:
         """Begin with nothing laid out."""
         self._rows: OrderedDict[int, _Row] = OrderedDict()  # by epoch
         self._windows: OrderedDict[tuple[int, int, range], NDArray[np.integer]] = OrderedDict()
+        self._kept = 0  # places in these
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_rows", "_windows")}
@@ -248,13 +249,15 @@ class Order:
             return self._windows[key]
         found = np.empty((len(lanes), b - a), np.min_scalar_type(b - a))
         seed = key64(self.seed, epoch, WINDOWS)
-        for row, lane in enumerate(lanes):  # one by one: what argsort makes is four times as large
-            first = lane * self._lanes.length
-            counters = np.arange(first + a, first + b, dtype=np.uint64)
-            found[row] = np.argsort(mix64(counters ^ seed), kind="stable")
+        starts = _column(lanes).astype(np.uint64) * np.uint64(self._lanes.length)
+        together = max(1, MOST_MIXED // (b - a))  # what argsort makes is four times as large as what is kept
+        for row in range(0, len(lanes), together):
+            counters = starts[row : row + together] + np.arange(a, b, dtype=np.uint64)
+            found[row : row + together] = np.argsort(mix64(counters ^ seed), axis=1, kind="stable")
         self._windows[key] = found
-        while len(self._windows) > 2 and sum(w.size for w in self._windows.values()) > MOST_KEPT:
-            self._windows.popitem(last=False)
+        self._kept += found.size
+        while len(self._windows) > 2 and self._kept > MOST_KEPT:
+            self._kept -= self._windows.popitem(last=False)[1].size
         return found
 
     def _row(self, epoch):
