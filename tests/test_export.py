@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ import caco_scale
 from caco_scale.checkpoint.read import load_tensors
 from caco_scale.checkpoint.state import State
 from caco_scale.checkpoint.write import Checkpointer
+from caco_scale.data.pixels import RGB8
 from caco_scale.errors import UserError
 from caco_scale.export import write as export
 from caco_scale.export.__main__ import main
@@ -314,6 +316,29 @@ def test_a_file_that_does_not_give_the_features_back_never_appears(run, tmp_path
     with pytest.raises(UserError, match="does not give the trained features back"):
         export.export(run, tmp_path / "w", "torchvision")
     assert os.listdir(tmp_path) == []
+
+
+class Sum(torch.nn.Module):
+    """Features whose last digits in float32 are those of the order of a sum. The weights may differ, too."""
+
+    def __init__(self, reverse=False, weight=1.0):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([weight]))
+        self.reverse = reverse
+
+    def forward(self, images):
+        values = images.flatten(1)[:, :64] * self.weight
+        values = torch.cat([values, torch.full_like(values[:, :1], 1e5)], dim=1)
+        total = sum((values.flip(1) if self.reverse else values).unbind(1))
+        return (total - 1e5)[:, None] * 1000
+
+
+def test_rounding_of_large_features_is_no_difference_of_weights():
+    weights = SimpleNamespace(backbone=Sum(), pixels=RGB8, size=32, config={}, arch="own:net")
+    said = export._compared(Sum(reverse=True), weights, "")
+    assert "in float64" in said, said
+    with pytest.raises(UserError, match=r"does not give the trained features back .* in float64"):
+        export._compared(Sum(reverse=True, weight=1.0001), weights, "")
 
 
 def damage(name, data=None, cut=None):

@@ -167,7 +167,10 @@ def _import_all():
 
     for package in map(importlib.import_module, ("caco_scale", "data_prep")):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not module.name.endswith("__main__") and ".examples" not in module.name:
+            own = module.name.rpartition(".")[
+                2
+            ]  # of _augment_cpu, which is no module of Python, ctypes has the code
+            if not own.startswith("_") and ".examples" not in module.name:
                 importlib.import_module(module.name)
     for name in ("torch.utils.tensorboard", "accelerate.commands.launch", "torch.distributed.run"):
         importlib.import_module(name)
