@@ -1,5 +1,6 @@
 """Fixtures that several files share."""
 
+import multiprocessing.forkserver
 import os
 import signal
 
@@ -9,6 +10,8 @@ from s3_server import BUCKET, CannotStart, SwiftServer, credentials
 
 from caco_scale.run.signals import STOP_SIGNALS
 
+PRELOADED = ["gloo", "torch.distributed.checkpoint", "caco_scale.data.loader", "data_prep.shard"]
+
 
 def pytest_configure(config):
     """GPUs are for ``-m gpu``: the other tests start several processes, perhaps more than this machine has GPUs."""
@@ -17,6 +20,9 @@ def pytest_configure(config):
     # What the tests start gets a user's signals: a job in the background has SIGINT ignored, one under nohup SIGHUP.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A process of the tests has one fork server, of whoever needs it first: it is to suit all of them.
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    multiprocessing.forkserver.set_forkserver_preload = lambda names: None
 
 
 # The files that take longest, first: a long one at the end would leave the other processes of the tests without work.

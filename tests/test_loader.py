@@ -293,8 +293,10 @@ def test_a_read_of_this_process_that_hangs_has_an_end():
 
 
 def test_a_stop_ends_the_wait_for_workers():
-    payloads = stream([a_payload_and_then_silence], workers=1, stop=lambda: "SIGTERM")
+    asked = []
+    payloads = stream([a_payload_and_then_silence], workers=1, stop=lambda: asked)
     assert next(payloads) == {"payload": 1}
+    asked.append("SIGTERM")
     with pytest.raises(StoppedWaiting):
         next(payloads)
 
