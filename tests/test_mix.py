@@ -181,6 +181,7 @@ def test_batches_of_ones_own_loop_are_those_of_the_mixture(places):
         caco_scale.batches({str(places[0]): -1.0}, **options)
 
 
+@pytest.mark.long
 def test_a_mixture_is_trained_on_and_resumed_by_another_number_of_processes(places, tmp_path):
     flags = {**SMALL, "data.shards": "", "data.mix": [f"{places[0]}=0.7", f"{places[1]}=0.3"]}
     flags |= {"run.dir": tmp_path / "run", "data.audit": tmp_path / "audit", "bank.size": 16}
