@@ -31,6 +31,7 @@ from caco_scale import config as configuration
 from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.store import open_store
 from caco_scale.data.thumbnails import data_uri
+from caco_scale.embed.show import MOST_PICTURES, Picture, Row, write_page
 from caco_scale.errors import UserError
 from caco_scale.report import pictures
 from caco_scale.report.__main__ import main, write_report
@@ -684,6 +685,7 @@ def test_the_page_opens_whole_in_a_real_browser(browser, pages, which, width, da
     sizes = browser.evaluate("[...document.images].map((image) => image.naturalWidth)")
     assert len(sizes) >= 100
     assert min(sizes) == 32
+    assert min(browser.evaluate("[...document.images].map((image) => image.width)")) >= 32  # CSS pixels
     charts = browser.evaluate(
         "[...document.querySelectorAll('.chart svg')].map((e) => e.getBoundingClientRect().height)"
     )
@@ -695,6 +697,25 @@ def test_the_page_opens_whole_in_a_real_browser(browser, pages, which, width, da
     assert [url for url in browser.requests if not url.startswith("data:")] == [
         Path(pages[which]).absolute().as_uri()
     ]
+    assert browser.errors == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_page_of_rows_of_pictures_opens_whole_in_a_real_browser(browser, tmp_path, width):
+    uri = data_uri(np.zeros((32, 32, 3), np.uint8))
+    name = "a folder, älter/" + "x" * 120 + ".jpg"
+    pictures = [Picture(name, f"{1 - i / 100:.4f}", uri, i % 2 == 1) for i in range(MOST_PICTURES + 1)]
+    path = tmp_path / "near.html"
+    write_page(
+        path, f"Nearest images in {name}", [f"Among images of {name}."], [Row(name, name, pictures)] * 2
+    )
+    browser.open(path, width)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(CUT_OFF) == []
+    assert min(browser.evaluate("[...document.images].map((image) => image.width)")) >= 64  # CSS pixels
+    ends = "[document.querySelector('main').getBoundingClientRect().bottom, document.body.scrollHeight]"
+    last, page = browser.evaluate(ends)
+    assert last < page - 20  # the last row does not touch the end of the page
     assert browser.errors == []
 
 

@@ -203,11 +203,12 @@ def _table(file, rows, labels, groups, names, keys) -> Iterator[dict[str, Any]]:
 
 
 def _page(file, rows, labels, groups, names, total, flags):
+    sizes = [len(group) for group in groups]
     groups = [group[:MOST_PICTURES] for group in groups]
     indexes = file.integers("index")
     uris, note = pictures_of(file, [int(indexes[r]) for g in groups for r in g], flags.data, flags.cache_dir)
     found = []
-    for number, group in enumerate(groups, 1):
+    for number, (group, size) in enumerate(zip(groups, sizes, strict=True), 1):
         kinds = [class_name(file, int(labels[row])) for row in group]
         pictures = [
             Picture(
@@ -220,13 +221,13 @@ def _page(file, rows, labels, groups, names, total, flags):
                 zip(group.tolist(), kinds, _cosines(rows, group), strict=True)
             )
         ]
-        found.append(Row(f"group {number}", names[int(group[0])], pictures))
+        found.append(Row(f"group {number}", f"{size:,} images · {names[int(group[0])]}", pictures))
     lines = [
         f"{total:,} groups whose images a cosine of {flags.above:g} or more of their {file.name} joins, of "
         f"{file.num_rows:,} images of {file.about['data']}; below each the cosine with the one that is kept; red: of "
         "another class than it."
     ]
-    if total > len(groups) or any(len(group) == MOST_PICTURES for group in groups):
+    if total > len(groups) or max(sizes, default=0) > MOST_PICTURES:
         lines.append(f"At most {MOST_ROWS} groups and {MOST_PICTURES} images of each are shown.")
     return [*lines, *([note] if note else [])], found
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
+from caco_scale import __version__
 from caco_scale.atomic import write_atomically
 from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.pixels import Pixels, picture_note
@@ -34,7 +35,8 @@ PAGE = """\
 <title>{{ title }} · caco_scale</title>
 <link rel="icon" href="data:,">
 <style>{{ style|safe }}
-.rows { grid-template-columns: 1fr; } .thumbs { grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); }
+main { padding-top: 8px; }
+.rows { grid-template-columns: 1fr; } .thumbs { grid-template-columns: repeat(auto-fill, minmax(78px, 1fr)); }
 .first img { outline: 2px solid var(--accent); }
 </style>
 </head>
@@ -58,6 +60,7 @@ PAGE = """\
 {% endfor %}
 </div>
 </main>
+<footer>caco_scale {{ version }} · python -m caco_scale.embed · this page loads nothing from anywhere</footer>
 </body>
 </html>
 """
@@ -125,7 +128,9 @@ def write_page(path: str, title: str, lines: Sequence[str], rows: Sequence[Row])
     """An HTML page that needs nothing but itself."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     style = (resources.files("caco_scale.report") / "page.css").read_text()
-    page = environment.from_string(PAGE).render(title=title, lines=lines, rows=rows, style=style)
+    page = environment.from_string(PAGE).render(
+        title=title, lines=lines, rows=rows, style=style, version=__version__
+    )
     write(path, page.encode())
 
 

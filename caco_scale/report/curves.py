@@ -216,9 +216,9 @@ def _draw(panel, runs, lines, resumes, end):
         axes = figure.add_axes((0.125, 0.14, 0.86, 0.81))
         axes.grid(axis="y", color="#030303", linewidth=0.8)
         axes.set_axisbelow(True)
-        _references(axes, panel, runs)
         for number, (run, line, epochs) in enumerate(zip(runs, lines, resumes, strict=True)):
             _line(axes, f"#04040{number}", run, line, epochs, is_alone=len(runs) == 1)
+        _references(axes, panel, runs, lines)
         if panel.from_zero:
             axes.set_ylim(bottom=0)
         axes.set_xlim(-0.015 * end, 1.015 * end)
@@ -246,15 +246,18 @@ def _line(axes, colour, run, line, resumed_at, is_alone):
     )
 
 
-def _references(axes, panel, runs):
-    """Horizontal lines that the figure is to be compared with, each once."""
+def _references(axes, panel, runs, lines):
+    """Horizontal lines that the figure is to be compared with, each once; their words on the side with fewer points."""
     if panel.reference is None:
         return
+    ends = np.concatenate([line["mean"][-max(1, len(line["mean"]) // 4) :] for line in lines])
+    near = 0.12 * np.ptp(axes.get_ylim())
     for value, words in dict.fromkeys(filter(None, map(panel.reference, runs))):
         axes.axhline(value, color="#020202", linewidth=1, linestyle=(0, (4, 3)), alpha=0.8)
+        is_below = np.sign(ends[np.abs(ends - value) < near] - value).sum() > 0
         axes.annotate(
-            words, (0.995, value), xycoords=("axes fraction", "data"), xytext=(0, 3),
-            textcoords="offset points", ha="right", va="bottom", fontsize=8.5, color="#020202",
+            words, (0.995, value), xycoords=("axes fraction", "data"), xytext=(0, -3 if is_below else 3),
+            textcoords="offset points", ha="right", va="top" if is_below else "bottom", fontsize=8.5, color="#020202",
         )  # fmt: skip
 
 

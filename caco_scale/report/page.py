@@ -61,11 +61,13 @@ def build_page(runs: Sequence[Run], pictures: Sequence[Pictures]) -> str:
 
 def _words(value):
     """A value of a config or an environment as text."""
+    if value in (None, "", (), [], {}):
+        return "—"
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, (list, tuple)):
         return " ".join(_words(item) for item in value)
-    return "—" if value in (None, "") else str(value)
+    return str(value)
 
 
 def _heading(run):
