@@ -19,7 +19,8 @@ from caco_scale.atomic import write_atomically
 from caco_scale.data.addresses import is_remote
 from caco_scale.data.folders import ImageFolder
 from caco_scale.data.object_store import ObjectExists, Remote
-from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo
+from caco_scale.data.shard_table import ShardInfo
+from caco_scale.data.shards import MANIFEST_NAME, Manifest
 from caco_scale.data.splits import some_names
 from caco_scale.data.store import open_store
 from caco_scale.errors import UserError

@@ -9,7 +9,8 @@ from caco_scale.atomic import write_atomically
 from caco_scale.data.addresses import is_remote
 from caco_scale.data.object_store import Remote
 from caco_scale.data.shard_index import INDEX_SUFFIXES, ShardIndex
-from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo
+from caco_scale.data.shard_table import ShardInfo, ShardTable
+from caco_scale.data.shards import MANIFEST_NAME, Manifest
 from caco_scale.data.store.base import Store
 
 
@@ -29,7 +30,7 @@ def add_checksums(store: Store, place: str) -> tuple[Manifest, int]:
         assert isinstance(index, ShardIndex), "of a whole set"
         checksums = store.learn_checksums(number)
         shards[number] = _written(shards[number], index.with_checksums(checksums), write)
-    manifest = replace(store.manifest, shards=tuple(shards))
+    manifest = replace(store.manifest, shards=ShardTable(shards))
     if missing:
         write(MANIFEST_NAME, manifest.to_json().encode())
     return manifest, len(missing)

@@ -10,7 +10,8 @@ from caco_scale.data.addresses import is_remote, local_path
 from caco_scale.data.folders import is_image
 from caco_scale.data.object_store import Remote
 from caco_scale.data.shard_index import INDEX_SUFFIXES
-from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo, expand_braces, plain_name
+from caco_scale.data.shard_table import ShardInfo, ShardTable
+from caco_scale.data.shards import MANIFEST_NAME, Manifest, expand_braces, plain_name
 from caco_scale.data.small_files import open_regular
 from caco_scale.data.store import open_store
 from caco_scale.data.tars import Notes, index_tar
@@ -86,7 +87,7 @@ def index(
         class_counts=tuple(labels[label] for label in classes),
         num_samples=sum(shard.num_samples for shard in shards),
         num_bytes=sum(shard.num_bytes for shard in shards),
-        shards=tuple(shards),
+        shards=ShardTable(shards),
         fixed=[],
         rejected=[],
         build=build,

@@ -15,7 +15,8 @@ from caco_scale.data.folders import ImageFolder
 from caco_scale.data.object_store import Remote
 from caco_scale.data.order import permutation
 from caco_scale.data.pixels import Pixels
-from caco_scale.data.shards import Manifest, ShardInfo
+from caco_scale.data.shard_table import ShardInfo, ShardTable
+from caco_scale.data.shards import Manifest
 from caco_scale.errors import UserError
 from data_prep.destination import FULL_DISK, free_space
 from data_prep.progress import BuildProgress
@@ -151,12 +152,12 @@ def _start_worker():
 
 def manifest_of(records: list[dict], folder: ImageFolder, what: dict) -> Manifest:
     """The manifest of a build by the records of its shards. UserError where not one image could be used."""
-    shards = tuple(ShardInfo(**record["info"]) for record in records)
+    shards = ShardTable(ShardInfo(**record["info"]) for record in records)
     counts = np.zeros(len(folder.classes), np.int64)
     fixed = [note for record in records for note in record["fixed"]]
     lost = [note for record in records for note in record["rejected"]]
     rejected = [{"key": None, "source": name, "reason": reason} for name, reason in folder.skipped] + lost
-    num_samples = sum(shard.num_samples for shard in shards)
+    num_samples = sum(shards.counts)
     if not num_samples:
         last = rejected[-1]
         raise UserError(
@@ -167,7 +168,7 @@ def manifest_of(records: list[dict], folder: ImageFolder, what: dict) -> Manifes
     for image in folder.images:
         if image.class_name:
             counts[labels[image.class_name]] += image.name not in lost
-    num_bytes = sum(shard.num_bytes for shard in shards)
+    num_bytes = sum(shards.sizes)
     return Manifest(
         folder.classes,
         tuple(counts.tolist()),

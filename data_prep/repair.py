@@ -7,7 +7,8 @@ from pathlib import Path
 
 from caco_scale.atomic import write_atomically
 from caco_scale.data.shard_index import ShardIndex
-from caco_scale.data.shards import Manifest, ShardInfo
+from caco_scale.data.shard_table import ShardInfo
+from caco_scale.data.shards import Manifest
 from caco_scale.data.store import open_store
 from caco_scale.data.store.local import LocalStore
 from caco_scale.errors import UserError

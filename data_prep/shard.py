@@ -18,7 +18,8 @@ from caco_scale.data.folders import Image
 from caco_scale.data.object_store import Remote
 from caco_scale.data.pixels import CorruptSample, Pixels
 from caco_scale.data.shard_index import INDEX_SUFFIXES, ShardIndex
-from caco_scale.data.shards import BLOCK, ShardInfo
+from caco_scale.data.shard_table import ShardInfo
+from caco_scale.data.shards import BLOCK
 from data_prep.destination import (
     STATE_DIR,
     file_sha256,

@@ -11,7 +11,8 @@ from PIL import Image
 from webdataset import TarWriter
 
 from caco_scale.data.shard_index import INDEX_SUFFIXES
-from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo
+from caco_scale.data.shard_table import ShardInfo, ShardTable
+from caco_scale.data.shards import MANIFEST_NAME, Manifest
 from caco_scale.data.tars import index_tar
 
 
@@ -78,7 +79,7 @@ def write_manifest(path, shards, classes, class_counts):
         class_counts=class_counts,
         num_samples=sum(shard.num_samples for shard in shards),
         num_bytes=sum(shard.num_bytes for shard in shards),
-        shards=tuple(shards),
+        shards=ShardTable(shards),
         fixed=[],
         rejected=[],
         build={},

@@ -18,6 +18,7 @@ from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.object_store import Remote, RetryPolicy
 from caco_scale.data.order import Order
 from caco_scale.data.shard_index import ShardIndex, checksum, hash_spans
+from caco_scale.data.shard_table import ShardTable
 from caco_scale.data.shards import MANIFEST_NAME, Manifest
 from caco_scale.data.store import open_store
 from caco_scale.data.store.base import DamagedShard
@@ -308,11 +309,11 @@ def test_a_set_of_both_kinds(old):
     """Shards that an older version had built when the build was stopped keep their indexes."""
     store = open_store(old)
     manifest = store.manifest
-    one = replace(manifest, num_samples=16, num_bytes=0, shards=manifest.shards[:1])
+    one = replace(manifest, num_samples=16, num_bytes=0, shards=ShardTable(manifest.shards[:1]))
     store.manifest = one
     added, count = adding.add_checksums(store, str(old))
     assert count == 1
-    mixed = replace(manifest, shards=added.shards + manifest.shards[1:])
+    mixed = replace(manifest, shards=ShardTable([*added.shards, *manifest.shards[1:]]))
     (old / MANIFEST_NAME).write_text(mixed.to_json())
     assert Manifest.from_json(mixed.to_json()) == mixed
     assert "3 of its 4 shards" in open_store(old).unchecked
@@ -324,7 +325,7 @@ def test_verify_notices_checksums_that_are_not_the_tars(new):
     store = open_store(new)
     wrong = store.index(0).with_checksums(store.index(0).checksums ^ np.uint64(1))
     info = adding._written(store.manifest.shards[0], wrong, adding.writer(str(new)))
-    manifest = replace(store.manifest, shards=(info, *store.manifest.shards[1:]))
+    manifest = replace(store.manifest, shards=ShardTable([info, *store.manifest.shards[1:]]))
     (new / MANIFEST_NAME).write_text(manifest.to_json())
     with pytest.raises(UserError, match="the checksums of its index are not those of the tar"):
         verify(new, full=True, workers=1)
@@ -364,7 +365,7 @@ def made_old(folder, store):
         (folder / name).write_bytes(data)
         sha256 = hashlib.sha256(data).hexdigest()
         shards.append(replace(info, index_name=name, index_num_bytes=len(data), index_sha256=sha256))
-    (folder / MANIFEST_NAME).write_text(replace(store.manifest, shards=tuple(shards)).to_json())
+    (folder / MANIFEST_NAME).write_text(replace(store.manifest, shards=ShardTable(shards)).to_json())
 
 
 def test_a_set_in_a_bucket_gets_its_checksums_there(old, s3):

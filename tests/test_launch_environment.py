@@ -9,7 +9,7 @@ import pytest
 from launch import environment
 
 from caco_scale.distributed import environment as launched
-from caco_scale.distributed.environment import place_of
+from caco_scale.distributed.environment import place_of, share_of_node
 from caco_scale.distributed.launch import launched_strategy
 from caco_scale.errors import UserError, is_loss_of_peers
 
@@ -236,3 +236,13 @@ def test_a_peer_that_is_killed_is_one_line():
     assert len(lines) == 1, errors
     assert lines[0].startswith("error: another process of this launch has ended or does not answer")
     assert "Traceback" not in errors
+
+
+def test_the_share_of_a_node():
+    names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    shares = {("3", "4"): (3, 4), ("0", "8"): (0, 8), ("0", "1"): (0, 1)}
+    for values, share in shares.items():
+        assert share_of_node(dict(zip(names, values, strict=True)), world_size=8) == share
+    # What another launch has left, or half of it: this process looks at everything itself.
+    for found, world_size in (({}, 8), ({"LOCAL_RANK": "3"}, 8), ({"LOCAL_WORLD_SIZE": "4"}, 1)):
+        assert share_of_node(found, world_size) == (0, 1)

@@ -104,6 +104,9 @@ def test_a_fork_server_child_reads_and_a_forked_one_refuses(uploaded, expected):
 def test_a_web_server(shards, expected, tmp_path, ranges):
     with WebServer(Path(shards).parent, ranges) as server:
         store = open_store(f"{server.url}/train", str(tmp_path / "cache"))
+        store.counters.take()
+        store.check((1, 3))  # of 4 shards the second
+        assert store.counters.take()["requests"] == 2
         store.check()
         assert contents(store) == expected
         store = open_store(f"{server.url}/train", "none", retry_policy=QUICK)
@@ -224,6 +227,9 @@ def test_an_object_that_was_replaced_is_named_with_the_repair_command(shards, s3
     folder.delete(["000001.tar"])
     with pytest.raises(UserError, match=r"000001\.tar does not exist"):
         store.check()
+    before = store.counters.take()
+    store.check((1, 2))  # one listing tells all sizes, and process 0 of the node has it
+    assert "requests" not in store.counters.take(), before
 
 
 def wait_until_fetched(store):

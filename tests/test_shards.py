@@ -1,7 +1,9 @@
 """The format of shard sets: indexes, foreign tars, damaged tars, manifests."""
 
+import hashlib
 import io
 import json
+import pickle
 import tarfile
 from dataclasses import asdict, replace
 
@@ -11,11 +13,8 @@ import webdataset as wds
 from shard_sets import write_tar
 
 from caco_scale.data.shard_index import INDEX_MAGICS, ShardIndex, read_sample
-from caco_scale.data.shards import (
-    Manifest,
-    ShardInfo,
-    plain_name,
-)
+from caco_scale.data.shard_table import MAX_KEPT, ShardInfo, ShardTable
+from caco_scale.data.shards import Manifest, plain_name
 from caco_scale.data.tars import index_tar
 from caco_scale.errors import UserError
 
@@ -163,12 +162,44 @@ def test_an_index_cannot_hold_objects(tmp_path):
 
 SHARD = ShardInfo("000000.tar", 3, 10240, "ab" * 32, "000000.idx", 300, "cd" * 32)
 NOTE = {"key": "000000.tar/00000003", "source": "cat/x.jpg", "reason": "empty file"}
-MANIFEST = Manifest(("cat", "dog"), (1, 2), 3, 10240, (SHARD,), [], [NOTE], {"seed": 0})
+MANIFEST = Manifest(("cat", "dog"), (1, 2), 3, 10240, ShardTable([SHARD]), [], [NOTE], {"seed": 0})
 
 
 def test_manifest_round_trip():
     assert Manifest.from_json(MANIFEST.to_json()) == MANIFEST
     assert Manifest.from_json(MANIFEST.to_json()).to_json() == MANIFEST.to_json()
+
+
+def many_shards(number):
+    """So many, no two alike."""
+    for n in range(number):
+        sha256 = [hashlib.sha256(b"%d %d" % (n, part)).hexdigest() for part in (0, 1)]
+        yield ShardInfo(f"train-{n:06d}.tar", n % 7, n << 20, sha256[0], f"train-{n:06d}.idx2", n, sha256[1])
+
+
+def test_a_table_of_shards_is_the_tuple_of_them():
+    infos = tuple(many_shards(MAX_KEPT + 500))
+    table = ShardTable(infos)
+    for one in (table, pickle.loads(pickle.dumps(table)), ShardTable(table)):
+        assert one == infos
+        assert one == table
+        assert one != infos[:-1]
+        assert len(one) == len(infos)
+        assert [one[n] for n in range(len(infos))] == list(infos)
+        assert one[-1] == infos[-1]
+        assert one[3:9] == infos[3:9]
+        assert infos[7] in one
+        assert one.counts == [info.num_samples for info in infos]
+        assert one.sha256s == [info.sha256 for info in infos]
+        with pytest.raises(IndexError):
+            one[len(infos)]
+    assert list(ShardTable([])) == ShardTable([]).counts == ShardTable([]).sha256s == []
+
+
+def test_what_a_loader_worker_gets_of_many_shards_is_small():
+    table = ShardTable(many_shards(1000))
+    list(map(table.__getitem__, range(1000)))  # what was asked for stays behind
+    assert len(pickle.dumps(table)) < 110 * len(table)  # 64 of them are the hashes
 
 
 @pytest.mark.parametrize(
@@ -223,4 +254,6 @@ def test_unsafe_shard_names(name):
         plain_name(name)
     for field in ("name", "index_name"):
         with pytest.raises(UserError, match="unsafe shard name"):
-            Manifest.from_json(replace(MANIFEST, shards=(replace(SHARD, **{field: name}),)).to_json())
+            Manifest.from_json(
+                replace(MANIFEST, shards=ShardTable([replace(SHARD, **{field: name})])).to_json()
+            )

@@ -7,6 +7,7 @@ import pickle
 import shutil
 
 import pytest
+from shard_sets import make_shard_set
 
 from caco_scale.data.shard_index import read_sample
 from caco_scale.data.shards import MANIFEST_NAME
@@ -50,6 +51,27 @@ def test_reads_samples(shards):
     labels = [int(sample["cls"]) for sample in samples]
     assert labels == store.index(0).labels.tolist()
     assert store.index(0) is store.index(0)
+
+
+def test_processes_of_a_node_share_out_the_check(tmp_path):
+    train = make_shard_set(tmp_path / "train", num_images=50, samples_per_shard=10)
+    store = open_store(train)
+    for shard, info in enumerate(store.manifest.shards):
+        path = os.path.join(train, info.name)
+        os.rename(path, path + ".away")
+        complain = [process for process in range(3) if raises(store.check, (process, 3))]
+        assert complain == [shard % 3]
+        assert raises(store.check, (0, 1))
+        os.rename(path + ".away", path)
+    assert not raises(store.check, (0, 1))
+
+
+def raises(check, *arguments):
+    try:
+        check(*arguments)
+    except UserError:
+        return True
+    return False
 
 
 def test_a_file_address_and_a_home_directory(shards, monkeypatch):

@@ -147,7 +147,7 @@ def read_batches(
     if not cold:
         for shard in range(len(store.manifest.shards)):
             store.fetch(shard)
-    order = Order([shard.num_samples for shard in store.manifest.shards], seed=0, global_batch_size=batch)
+    order = Order(store.manifest.shards.counts, seed=0, global_batch_size=batch)
     views = [
         ViewSpec(size, (0.2, 1.0), blur_p=1.0),
         ViewSpec(size, (0.2, 1.0), blur_p=0.1, solarize_p=0.2),

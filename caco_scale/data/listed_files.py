@@ -23,7 +23,8 @@ from caco_scale.atomic import atomic_file
 from caco_scale.data.order import permutation
 from caco_scale.data.own_files import nameless_file
 from caco_scale.data.shard_index import ShardIndex, smallest
-from caco_scale.data.shards import Manifest, ShardInfo
+from caco_scale.data.shard_table import ShardInfo, ShardTable
+from caco_scale.data.shards import Manifest
 from caco_scale.errors import UserError, one_line
 
 FOLDER_ORDER = 79  # sets the order of a set's files apart from other orders
@@ -175,7 +176,7 @@ class ListedFiles:
             class_counts=tuple(counts.tolist()),
             num_samples=len(self),
             num_bytes=int(self.sizes.sum()),
-            shards=tuple(infos),
+            shards=ShardTable(infos),
             fixed=[],
             rejected=[{"name": name, "reason": reason} for name, reason in self.about["skipped"]],
             build={},

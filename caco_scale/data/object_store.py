@@ -204,16 +204,21 @@ class Remote:
         except MissingObject:
             return None
 
+    @property
+    def can_list(self) -> bool:
+        """Does one request tell many sizes?"""
+        return self.scheme not in ("http", "https")
+
     def sizes(self, names: list[str]) -> dict[str, int | None]:
         """``{name: size or None}`` of many objects: by listing, or one by one on a web server."""
-        if self.scheme in ("http", "https"):
+        if not self.can_list:
             return dict(zip(names, self.concurrently(self.size, names), strict=True))
         there = self.listing()
         return {name: there.get(name) for name in names}
 
     def listing(self, folder: str | None = None) -> dict[str, int]:
         """``{name: size}`` of the objects directly below the address, or below a folder of it."""
-        if self.scheme in ("http", "https"):
+        if not self.can_list:
             raise UserError(f"{self.url}: a web server cannot be listed, give a pattern {{000..012}}.tar")
         import obstore
 

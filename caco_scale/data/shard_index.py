@@ -31,14 +31,25 @@ def smallest(values):
     return values.astype("<i8")
 
 
-class _Keys(Sequence):
-    """Sample keys kept as one string and offsets: a list of str at a tenth of the memory."""
+class JoinedStrings(Sequence):
+    """Strings kept as one string and where each ends: a list of str at a tenth of the memory."""
 
     def __init__(self, joined, ends):
         self.joined, self.ends = joined, ends
 
+    @classmethod
+    def of(cls, strings):
+        """Those of a list."""
+        return cls("".join(strings), smallest(np.cumsum([len(one) for one in strings])))
+
     def __len__(self):
         return len(self.ends)
+
+    def __iter__(self):
+        start = 0
+        for end in self.ends.tolist():
+            yield self.joined[start:end]
+            start = end
 
     def __getitem__(self, position):
         if isinstance(position, slice):
@@ -71,7 +82,7 @@ class ShardIndex:
         checksums: NDArray[np.uint64] | None = None,
     ):
         self._joined, self._extensions, self._arrays = keys, tuple(extensions), arrays
-        self.keys, self.checksums = _Keys(keys, arrays["key_ends"]), checksums
+        self.keys, self.checksums = JoinedStrings(keys, arrays["key_ends"]), checksums
 
     @classmethod
     def from_samples(

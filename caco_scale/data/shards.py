@@ -6,14 +6,13 @@ in training. The manifest names the shards with counts, sizes and hashes, and is
 with one is complete.
 """
 
-import hashlib
 import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 
 from caco_scale.data.pixels import BITS, MOST_CHANNELS, RGB8, Pixels
-from caco_scale.data.shard_index import INDEX_SUFFIXES
+from caco_scale.data.shard_table import ShardInfo, ShardTable
 from caco_scale.data.small_files import what_instead
 from caco_scale.errors import UserError, one_line
 
@@ -25,7 +24,8 @@ MAX_VALUES = 16_000_000  # of a manifest, that it cannot take all memory
 MAX_NUMBER = 1 << 60
 MIN_INDEX_BYTES = 8  # of a sample
 MAX_LABEL = 1_000_000  # a manifest counts the images of every class up to the highest label
-SHA256 = r"[0-9a-f]{64}"
+SHA256 = re.compile(r"[0-9a-f]{64}")
+USUAL_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # plain beyond doubt
 LISTS = {"classes": str, "class_counts": int, "shards": dict, "fixed": dict, "rejected": dict}
 BUILD_WORDS = {"shards_at", "pattern", "image"}  # what a manifest's "build" may say that is read again
 BLOCK = 512  # bytes of a tar block
@@ -36,6 +36,8 @@ def plain_name(name: str, fix: str = "in the manifest: make the shard set again"
 
     ``fix``: where it stands and what to do about it.
     """
+    if isinstance(name, str) and USUAL_NAME.fullmatch(name):
+        return name
     bad = not isinstance(name, str) or not name or name.startswith((".", "-"))
     # What is not UTF-8 in a name of a file comes as U+DC80 to U+DCFF.
     if bad or any(
@@ -81,28 +83,6 @@ def _check_pixels(build):
 
 
 @dataclass(frozen=True)
-class ShardInfo:
-    """One shard: its tar and its index, with sizes in bytes and sha256 in hex."""
-
-    name: str
-    num_samples: int
-    num_bytes: int
-    sha256: str
-    index_name: str
-    index_num_bytes: int
-    index_sha256: str
-
-    @property
-    def has_checksums(self) -> bool:
-        """Has its index a checksum for every sample?"""
-        return self.index_name.endswith(INDEX_SUFFIXES[True])
-
-    def is_index(self, data: bytes) -> bool:
-        """Are these the bytes of its index?"""
-        return hashlib.sha256(data).hexdigest() == self.index_sha256
-
-
-@dataclass(frozen=True)
 class Manifest:
     """A shard set: classes in label order, counts, shards, and which images were fixed or rejected, why."""
 
@@ -110,7 +90,7 @@ class Manifest:
     class_counts: tuple[int, ...]
     num_samples: int
     num_bytes: int
-    shards: tuple[ShardInfo, ...]
+    shards: ShardTable
     fixed: list[dict]
     rejected: list[dict]
     build: dict
@@ -125,7 +105,9 @@ class Manifest:
     def to_json(self) -> str:
         """The text of ``manifest.json``; equal manifests give equal text."""
         version = VERSIONS[any(shard.has_checksums for shard in self.shards)]
-        return json.dumps({"format": FORMAT, "version": version, **asdict(self)}, indent=1) + "\n"
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["shards"] = [asdict(shard) for shard in self.shards]
+        return json.dumps({"format": FORMAT, "version": version, **values}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
@@ -160,7 +142,7 @@ class Manifest:
                 if not isinstance(values["build"][name], str) or not values["build"][name].isprintable():
                     raise TypeError(f"{values['build'][name]!r} is no {name}")
             _check_pixels(values["build"])
-            values["shards"] = tuple(ShardInfo(**shard) for shard in values["shards"])
+            values["shards"] = _checked([ShardInfo(**shard) for shard in values["shards"]])
             values["classes"], values["class_counts"] = (
                 tuple(values["classes"]),
                 tuple(values["class_counts"]),
@@ -187,30 +169,37 @@ class Manifest:
             raise UserError(f"{where}: {error}") from None
 
     def _consistent(self):
-        numbers = [self.num_samples, self.num_bytes, *self.class_counts]
-        for shard in self.shards:
-            plain_name(shard.name), plain_name(shard.index_name)
-            # The cache makes them the names of files.
-            for sha256 in (shard.sha256, shard.index_sha256):
-                if not re.fullmatch(SHA256, sha256):
-                    raise TypeError(f"{sha256!r} of {shard.name} is not a sha256")
-            numbers += [shard.num_samples, shard.num_bytes, shard.index_num_bytes]
-        wrong = [number for number in numbers if type(number) is not int or not 0 <= number < MAX_NUMBER]
-        if wrong:
-            raise TypeError(f"{wrong[0]!r} is not a number of samples or bytes")
-        names = [name for shard in self.shards for name in (shard.name, shard.index_name)]
-        if len(set(names)) < len(names):
-            twice = next(name for name, number in Counter(names).items() if number > 1)
-            raise TypeError(f"{twice!r} is named twice")
-        for shard in self.shards:
-            if shard.num_samples > min(shard.num_bytes // BLOCK, shard.index_num_bytes // MIN_INDEX_BYTES):
-                raise TypeError(
-                    f"{shard.name} cannot have {shard.num_samples:,} samples in {shard.num_bytes:,} bytes, "
-                    f"with {shard.index_num_bytes:,} of its index"
-                )
+        _check_numbers([self.num_samples, self.num_bytes, *self.class_counts])
         return (
-            sum(shard.num_samples for shard in self.shards) == self.num_samples
-            and sum(shard.num_bytes for shard in self.shards) == self.num_bytes
+            sum(self.shards.counts) == self.num_samples
+            and sum(self.shards.sizes) == self.num_bytes
             and len(self.classes) == len(self.class_counts)
             and sum(self.class_counts) <= self.num_samples
         )
+
+
+def _checked(shards):
+    """The shards of a manifest. UserError for an unsafe name, TypeError for what cannot be."""
+    for shard in shards:
+        plain_name(shard.name), plain_name(shard.index_name)
+        # The cache makes them the names of files.
+        for sha256 in (shard.sha256, shard.index_sha256):
+            if not SHA256.fullmatch(sha256):
+                raise TypeError(f"{sha256!r} of {shard.name} is not a sha256")
+        _check_numbers((shard.num_samples, shard.num_bytes, shard.index_num_bytes))
+        if shard.num_samples > min(shard.num_bytes // BLOCK, shard.index_num_bytes // MIN_INDEX_BYTES):
+            raise TypeError(
+                f"{shard.name} cannot have {shard.num_samples:,} samples in {shard.num_bytes:,} bytes, "
+                f"with {shard.index_num_bytes:,} of its index"
+            )
+    names = [name for shard in shards for name in (shard.name, shard.index_name)]
+    if len(set(names)) < len(names):
+        twice = next(name for name, number in Counter(names).items() if number > 1)
+        raise TypeError(f"{twice!r} is named twice")
+    return ShardTable(shards)
+
+
+def _check_numbers(numbers):
+    for number in numbers:
+        if type(number) is not int or not 0 <= number < MAX_NUMBER:
+            raise TypeError(f"{number!r} is not a number of samples or bytes")

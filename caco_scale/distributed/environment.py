@@ -116,6 +116,15 @@ def place_of(environment: Mapping[str, str], on_cpu: bool, asked_world_size: int
     return ALONE
 
 
+def share_of_node(environment: Mapping[str, str], world_size: int) -> tuple[int, int]:
+    """(local rank, processes of this node) of one of ``world_size``; (0, 1) where the launch does not say both."""
+    local_rank, local_size = (
+        number(environment, TORCH.local_rank, 0, 0),
+        number(environment, TORCH.local_size, 1),
+    )
+    return (local_rank, local_size) if local_rank < local_size <= world_size else (0, 1)
+
+
 def is_on_one_node(environment: Mapping[str, str]) -> bool:
     """Do all processes of this launch see the same disks, as its variables say? Without a doubt only."""
     sizes = [

@@ -224,7 +224,7 @@ def worker_rate(config: Config, manifest: Any, corrupt: dict[str, str] | None = 
     from caco_scale.data.order import Order
     from caco_scale.training.assemble import open_training, view_specs
 
-    sizes = [shard.num_samples for shard in manifest.shards]
+    sizes = manifest.shards.counts
     batch = min(MEASURED_IMAGES, sum(sizes))
     order = Order(sizes, seed=config.run.seed, global_batch_size=batch)
     store = open_training(configuration.replace(config, data__cache_dir="none"))

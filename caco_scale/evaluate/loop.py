@@ -167,7 +167,7 @@ class LabelledImages:
 
     def __init__(self, task: Task, store: Store, labels: np.ndarray, batch_size: int):
         self.task, self.store, self.labels = task, store, labels
-        counts = [shard.num_samples for shard in store.manifest.shards]
+        counts = store.manifest.shards.counts
         self.order = Order(counts, seed=task.seed, global_batch_size=batch_size)
         self.undecodable: dict[str, str] = {}
 

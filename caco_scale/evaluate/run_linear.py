@@ -180,7 +180,7 @@ class CentreCrops:
     """
 
     def __init__(self, task: Task, store: Store, labels: np.ndarray, batch_size: int, features: Features):
-        counts = [shard.num_samples for shard in store.manifest.shards]
+        counts = store.manifest.shards.counts
         self.order = Order(counts, seed=task.seed, global_batch_size=batch_size)
         self.undecodable = {image.name: image.error for image in features.undecodable}
         self._features, self._labels, self._device = features.features, torch.from_numpy(labels), task.device

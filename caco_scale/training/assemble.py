@@ -80,8 +80,8 @@ def training_order(config: Config, store: Store) -> Order:
     options: dict[str, Any] = {"seed": config.run.seed, "global_batch_size": data.global_batch_size}
     options |= {"lanes": data.lanes, "window": data.window}
     if not isinstance(store, MixedStore):
-        return Order([shard.num_samples for shard in store.manifest.shards], **options)
-    counts = [[shard.num_samples for shard in one.manifest.shards] for one in store.stores]
+        return Order(store.manifest.shards.counts, **options)
+    counts = [one.manifest.shards.counts for one in store.stores]
     weights = [weight for _, weight in mixed(config)]
     return MixedOrder([one.url for one in store.stores], counts, weights, **options)
 
@@ -122,7 +122,7 @@ class TrainingData:
         self.counters = Counters()  # what both stores and their workers did
         self.store = open_training(config, self.counters, listings)
         self.order = training_order(config, self.store)
-        self.fingerprint = self.order.fingerprint([shard.sha256 for shard in self.store.manifest.shards])
+        self.fingerprint = self.order.fingerprint(self.store.manifest.shards.sha256s)
         self.val_store = open_validation(config, self.counters, listings)
         self.batch_size = share_size(data.global_batch_size, world_size)
         self.micro_batch_size = data.micro_batch_size or self.batch_size

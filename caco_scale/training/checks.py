@@ -21,6 +21,7 @@ from caco_scale.config import Config
 from caco_scale.data.labels import lacking_classes, with_classes_of
 from caco_scale.data.listed_files import Listings
 from caco_scale.data.order import share_size
+from caco_scale.data.store.base import ALL
 from caco_scale.distributed.collectives import assert_equal_on_all_ranks
 from caco_scale.distributed.recompute import recompute_blocks
 from caco_scale.distributed.strategies.build import check_combination
@@ -48,6 +49,7 @@ class Start:
         micro_batch_size: b, of :func:`check_batch`; 0 before.
         data: of :func:`check_data`; None before, or where the demo's is not built yet.
         listings: of the run's sets, where it keeps them; None: nowhere.
+        share_of_node: which of the processes of this node this is, and of how many: they share out the shards' files.
         resumed: of :func:`check_resume`: the checkpoint that the run goes on from; None: a fresh start.
     """
 
@@ -61,6 +63,7 @@ class Start:
     micro_batch_size: int = 0
     data: TrainingData | None = None
     listings: Listings | None = None
+    share_of_node: tuple[int, int] = ALL
     resumed: Path | None = None
 
 
@@ -166,7 +169,7 @@ def check_data(start: Start) -> str | None:
     if configuration.makes_its_data(start.config) and not Path(shards, "manifest.json").exists():
         return f"the demo's data will be built in {Path(shards).parent}"
     data = TrainingData(start.config, start.rank, start.world_size, start.listings)
-    data.store.check()
+    data.store.check(start.share_of_node)
     room = data.make_room()
     start.data, order = data, data.order
     url = data.store.url
@@ -181,7 +184,7 @@ def check_evaluation(start: Start) -> str | None:
     if start.data is None or start.data.val_store is None:
         return None
     manifest, val_store, k = start.data.store.manifest, start.data.val_store, start.config.eval.knn_k
-    val_store.check()
+    val_store.check(start.share_of_node)
     unlabelled = manifest.num_samples - sum(manifest.class_counts)
     if unlabelled:
         raise UserError(

@@ -12,6 +12,7 @@ from caco_scale.config import Config
 from caco_scale.config.fit import auto_fields
 from caco_scale.data.workers import start_fork_server
 from caco_scale.distributed.collectives import assert_equal_on_all_ranks, gather_objects
+from caco_scale.distributed.environment import share_of_node
 from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.errors import UserError
 from caco_scale.run.directory import RunDirectory
@@ -73,6 +74,7 @@ def _run(config, signals, on_metrics, beginning):
         accelerator.print(line)
     start = Start(config, name, accelerator.process_index, accelerator.num_processes, accelerator.device)
     start.listings = listings
+    start.share_of_node = share_of_node(os.environ, accelerator.num_processes)
     refuse_to_start(start, BEFORE_DATA)
     make_data(config, accelerator)
     if config.data.workers:

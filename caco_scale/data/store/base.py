@@ -23,12 +23,14 @@ from caco_scale.data.order import first_ids, locate
 from caco_scale.data.pixels import RGB8, CorruptSample, Pixels
 from caco_scale.data.samples import NoImage, image_in
 from caco_scale.data.shard_index import Samples, ShardIndex, hash_spans, read_sample
-from caco_scale.data.shards import MANIFEST_NAME, Manifest, ShardInfo
+from caco_scale.data.shard_table import ShardInfo
+from caco_scale.data.shards import MANIFEST_NAME, Manifest
 from caco_scale.data.small_files import what_instead
 from caco_scale.errors import UserError, quoted
 
 MAX_OPEN_FILES = 128
 LOOKED_AT = 16  # images
+ALL = (0, 1)  # the share of a process that is alone on its node
 MAX_INDEXES = 1024  # about 50 kB each for shards of 1,000 samples
 
 
@@ -124,17 +126,19 @@ class Store:
         """Which images are there and are none of the set, in words; empty where none is."""
         return ""
 
-    def check(self) -> None:
+    def check(self, share: tuple[int, int] = ALL) -> None:
         """Compare what is there with the manifest. UserError names the first wrong, and a set without an image.
 
-        Of a set whose manifest does not say which pixels its images have, a few are looked at.
+        share: (i, n): process i of n on this node looks at every n-th shard, from the i-th on. All n call this.
+        Of a set whose manifest does not say which pixels its images have, process 0 looks at a few.
         """
         if self.manifest.num_samples == 0:
             raise UserError(f"{self.url} holds no images: give a set with at least one")
-        self._check_files()
-        self._check_pixels()
+        self._check_files(share)
+        if share[0] == 0:
+            self._check_pixels()
 
-    def _check_files(self):
+    def _check_files(self, share):
         raise NotImplementedError
 
     def take_pixels(self, wanted: Pixels | None, flag: str) -> None:
@@ -170,14 +174,14 @@ class Store:
 
     def fingerprint(self) -> str:
         """sha256 (hex) of what the manifest says of the content."""
-        parts = [self.manifest.classes, [shard.sha256 for shard in self.manifest.shards]]
+        parts = [self.manifest.classes, self.manifest.shards.sha256s]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     # Where samples are
 
     @cached_property
     def _first(self) -> NDArray[np.int64]:
-        return first_ids([shard.num_samples for shard in self.manifest.shards])
+        return first_ids(self.manifest.shards.counts)
 
     def locate(self, ids: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Samples by their numbers in the set: ids (n,) -> (shard (n,), position in the shard (n,))."""
@@ -314,7 +318,7 @@ class InPlaceStore(Store):
     def unchecked(self) -> str:
         return ""
 
-    def _check_files(self):
+    def _check_files(self, share):
         """They were looked at, or compared with their listing, when the store was opened."""
 
     def learn_checksums(self, shard: int) -> None:

@@ -1,6 +1,7 @@
 """A shard set in a directory."""
 
 import io
+import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -48,9 +49,9 @@ class LocalStore(Store):
         super()._begin(counters)
         self._files: OrderedDict[int, io.FileIO] = OrderedDict()
 
-    def _check_files(self):
-        """Compare the size of every shard and index with the manifest."""
-        for shard in self.manifest.shards:
+    def _check_files(self, share):
+        """Compare the size of every shard and index of the share with the manifest."""
+        for shard in itertools.islice(self.manifest.shards, share[0], None, share[1]):
             sizes = (shard.name, shard.num_bytes), (shard.index_name, shard.index_num_bytes)
             for name, expected in sizes:
                 path = os.path.join(self.shards_at if name == shard.name else self.path, name)

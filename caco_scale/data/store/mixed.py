@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from caco_scale.data.counters import Counters
 from caco_scale.data.object_store import Remote
 from caco_scale.data.shard_index import Samples
+from caco_scale.data.shard_table import ShardTable
 from caco_scale.data.shards import Manifest
-from caco_scale.data.store.base import Store
+from caco_scale.data.store.base import ALL, Store
 from caco_scale.data.store.subset import ChosenSamples
 
 
@@ -76,9 +77,9 @@ class MixedStore(Store):
     def left_out(self) -> str:
         return "; ".join(filter(None, (store.left_out for store in self.stores)))
 
-    def check(self) -> None:
+    def check(self, share: tuple[int, int] = ALL) -> None:
         for store in self.stores:
-            store.check()
+            store.check(share)
 
     def _load_index(self, shard: int) -> Samples:
         number, there = self._of(shard)
@@ -131,7 +132,7 @@ def _joined(manifests: Sequence[Manifest]) -> Manifest:
         class_counts=tuple(counts[name] for name in classes),
         num_samples=sum(manifest.num_samples for manifest in manifests),
         num_bytes=sum(manifest.num_bytes for manifest in manifests),
-        shards=tuple(
+        shards=ShardTable(
             replace(info, name=f"{number}:{info.name}")
             for number, manifest in enumerate(manifests)
             for info in manifest.shards

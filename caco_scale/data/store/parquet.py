@@ -23,7 +23,8 @@ from caco_scale.data.parquet_columns import Columns, find_columns, holds_images
 from caco_scale.data.parquet_files import check_claims, check_complete, chosen, files_by_split
 from caco_scale.data.scan import THREADS, hidden
 from caco_scale.data.shard_index import ShardIndex, smallest
-from caco_scale.data.shards import Manifest, ShardInfo
+from caco_scale.data.shard_table import ShardInfo, ShardTable
+from caco_scale.data.shards import Manifest
 from caco_scale.data.splits import some_names
 from caco_scale.data.store.base import InPlaceStore
 from caco_scale.errors import UserError, one_line, quoted
@@ -139,7 +140,7 @@ class ParquetStore(InPlaceStore):
             class_counts=tuple(counts.tolist()),
             num_samples=sum(group.num_rows for group in self._groups),
             num_bytes=sum(group.num_bytes for group in self._groups),
-            shards=tuple(infos),
+            shards=ShardTable(infos),
             fixed=[],
             rejected=[],
             build={},

@@ -92,12 +92,19 @@ class RemoteStore(Store):
     def remote(self) -> Remote:
         return self._remote
 
-    def _check_files(self):
-        """Compare the size of every shard and index with the manifest, and look who else is in the cache."""
+    def _check_files(self, share):
+        """Compare the size of every shard and index of the share with the manifest, and look who else is in the cache.
+
+        A listing tells all sizes at once: process 0 of the node asks for it, and the others have nothing to do.
+        """
         if self.cache is not None:
-            self.cache.check(shard.sha256 for shard in self.manifest.shards)
-        expected = {}
-        for shard in self.manifest.shards:
+            self.cache.check(self.manifest.shards.sha256s)
+        expected, (process, processes) = {}, share
+        if self.remote.can_list:
+            if process:
+                return
+            processes = 1
+        for shard in itertools.islice(self.manifest.shards, process, None, processes):
             expected[shard.name] = shard.num_bytes
             if not self.local_index:
                 expected[shard.index_name] = shard.index_num_bytes

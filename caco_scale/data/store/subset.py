@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from caco_scale.data.object_store import Remote
 from caco_scale.data.shard_index import Samples
+from caco_scale.data.shard_table import ShardTable
 from caco_scale.data.store.base import Store
 
 PREFETCH_SHARE = 0.5  # of a shard's images that must be wanted before fetching all of it pays
@@ -25,7 +26,7 @@ class Subset(Store):
         infos = store.manifest.shards
         self._positions = np.split(positions, np.searchsorted(shards, np.arange(1, len(infos))))
         kept = zip(infos, self._positions, strict=True)
-        shards = tuple(replace(info, num_samples=len(here)) for info, here in kept)
+        shards = ShardTable(replace(info, num_samples=len(here)) for info, here in kept)
         self.url, self.pixels, self._store = store.url, store.pixels, store
         self.manifest = replace(store.manifest, num_samples=len(ids), shards=shards)
         self._begin(None)
