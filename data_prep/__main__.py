@@ -86,7 +86,7 @@ class Build(FromSource):
     bits: Annotated[int, EIGHT_OR_SIXTEEN] = 0
     """Bits of each channel, 8 or 16; 0 = found, or 8 with --channels."""
     rgb: Switch = False
-    """Make 8-bit RGB JPEGs of all images, whatever they are."""
+    """Make 8-bit RGB JPEGs of all images, as Pillow shows them."""
     part: Annotated[str | None, shown("I/N")] = None
     """Build every N-th shard only, from the I-th: N processes with I = 1 to N share a build, on any nodes."""
     dry_run: Switch = False

@@ -1,10 +1,11 @@
 """Of which kind the images of a source are: photographs, or images that keep their channels and bits."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import numpy as np
 
-from caco_scale.data.decode import look
+from caco_scale.data.decode import decode, look
 from caco_scale.data.folders import ImageFolder
 from caco_scale.data.pixels import RGB8, CorruptSample, Pixels
 from caco_scale.errors import UserError
@@ -24,7 +25,7 @@ def kind_of(
     others as it meets them. channels, bits: what all images must have and keep (one of them 0: what the first has).
     tell: is given a line where images are kept. UserError: images of several kinds, pages that may be channels.
     """
-    found = _looks(source, folders)
+    found, as_rgb = _looks(source, folders)
     if channels or bits:
         first = found[0][1].pixels if found else RGB8
         wanted = Pixels(channels or first.channels, bits or first.bits)
@@ -35,7 +36,7 @@ def kind_of(
                 f"{name} has {it.pixels}, not {wanted}: give --channels {it.pixels.channels} --bits {it.pixels.bits}, "
                 "leave both out to have them found, or give --rgb to make 8-bit RGB of all"
             )
-        return _told(wanted, tell)
+        return _told(wanted, as_rgb, tell)
     if not found:
         return None
     name, first = found[0]
@@ -55,23 +56,32 @@ def kind_of(
     kind = next(iter(kinds))
     if kind is None and all(it.pixels.channels == 1 and it.format != "JPEG" for _, it in found):
         kind = Pixels(1, 8)
-    return kind and _told(kind, tell)
+    return kind and _told(kind, as_rgb, tell)
 
 
-def _told(pixels, tell):
-    rest = "" if pixels == RGB8 else f"; train on them with {pixels.flags}, or build with --rgb for 8-bit RGB"
+def _told(pixels, as_rgb, tell):
+    rest = "" if pixels == RGB8 else f"; train on them with {pixels.flags}"
+    rest += ", or build with --rgb for 8-bit RGB" if rest and as_rgb else ""
     tell(f"images of {pixels}, kept to the last bit{rest}")
     return pixels
 
 
 def _looks(source, folders):
-    """[(name, Look)] of images that are spread over a source, those that can be looked at."""
+    """[(name, Look)] of images spread over a source, of those that can be looked at; does the first open as RGB?"""
     images = [image for folder in folders for image in folder.images]
     chosen = np.unique(np.linspace(0, len(images) - 1, min(LOOKED_AT, len(images))).round().astype(int))
-    found = []
+    found, first = [], b""
     for number in chosen.tolist():
-        try:
-            found.append((images[number].name, look(source.read(images[number].file))))
-        except CorruptSample:
-            continue
-    return found
+        data = source.read(images[number].file)
+        with suppress(CorruptSample):
+            found.append((images[number].name, look(data)))
+            first = first or data
+    return found, bool(first) and _opens_as_rgb(first)
+
+
+def _opens_as_rgb(data):
+    try:
+        decode(data)
+    except CorruptSample:
+        return False
+    return True

@@ -53,6 +53,9 @@ def test_world_size_arithmetic():
     assert "34 to 32 on a rank" in doctor.bank_rows(config, 3)
     (refused,) = failures(doctor.found(checks.check_batch, start_of(config, 7)))
     assert "cannot be divided by 7 processes" in refused
+    more = replace(config, data__micro_batch_size=128)  # than a process has: all at once
+    (whole,) = doctor.found(checks.check_batch, start_of(more, 3))
+    assert "3 process(es) x 32 images; peak lr" in whole.text
     config = replace(config, data__micro_batch_size=15)
     (refused,) = failures(doctor.found(checks.check_batch, start_of(config, 3)))
     assert "does not divide the 32 images" in refused

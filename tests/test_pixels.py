@@ -187,6 +187,7 @@ def test_a_set_keeps_its_source_to_the_last_bit(tmp_path, ending, channels, bits
     ((path, manifest, _),) = build(src, tmp_path / "set", samples_per_shard=4, workers=0, tell=lines.append)
     assert (manifest.build["channels"], manifest.build["bits"]) == (channels, bits)
     assert f"images of {kind}, kept to the last bit; train on them with {kind.flags}" in lines[-1]
+    assert ("--rgb" in lines[-1]) == (ending != "npy")  # of which nobody knows how to show them
     verify(path, full=True, workers=0)
     store = open_store(path, pixels=kind)
     for shard, info in enumerate(manifest.shards):
@@ -213,8 +214,9 @@ def test_a_set_keeps_its_source_to_the_last_bit(tmp_path, ending, channels, bits
     with pytest.raises(UserError, match=f"have {kind}, not 7 channels of 16 bits: give {kind.flags}"):
         folder.check()
     if (channels, bits) != (1, 8):  # grey photographs may be read as RGB, deep images not
-        with pytest.raises(UserError, match=f"{kind.flags}, or make 8-bit RGB of them with"):
+        with pytest.raises(UserError, match=f"give {kind.flags}") as error:
             open_store(src, pixels=RGB8).check()
+        assert ("or make 8-bit RGB of them with" in str(error.value)) == (channels <= 4)
 
 
 def test_a_mixture_is_an_error_or_a_flag(tmp_path):

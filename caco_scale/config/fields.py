@@ -92,7 +92,7 @@ class Data:
     global_batch_size: IntOrAuto[Size] = 1024
     """Images per optimizer step over all processes; auto = by the number of images (config/fit.py)."""
     micro_batch_size: Free[Count] = 0
-    """Images per forward on one process (gradient accumulation); 0 = the process's whole share."""
+    """Images per forward on one process (gradient accumulation); 0, or more than it has = its whole share."""
     workers: Free[Workers] = 4
     """Loader processes per training process; 0 = load in the training process."""
     max_corrupt: Free[Share] = 0.001

@@ -125,7 +125,7 @@ class TrainingData:
         self.fingerprint = self.order.fingerprint(self.store.manifest.shards.sha256s)
         self.val_store = open_validation(config, self.counters, listings)
         self.batch_size = share_size(data.global_batch_size, world_size)
-        self.micro_batch_size = data.micro_batch_size or self.batch_size
+        self.micro_batch_size = min(data.micro_batch_size or self.batch_size, self.batch_size)
         self.room, self.room_note = 0, None  # of :meth:`make_room`
 
     def make_room(self) -> str | None:

@@ -138,7 +138,7 @@ def check_batch(start: Start) -> str:
     """How the global batch is shared out."""
     total, processes = start.config.data.global_batch_size, start.world_size
     share = share_size(total, processes)
-    micro = start.config.data.micro_batch_size or share
+    micro = min(start.config.data.micro_batch_size or share, share)
     if share % micro:
         raise UserError(
             f"data.micro_batch_size {micro} does not divide the {share} images that each of {processes} process(es) "

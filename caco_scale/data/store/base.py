@@ -31,6 +31,7 @@ from caco_scale.errors import UserError, quoted
 MAX_OPEN_FILES = 128
 LOOKED_AT = 16  # images
 ALL = (0, 1)  # the share of a process that is alone on its node
+MOST_SHOWN = 4  # channels, of which RGB can be made
 MAX_INDEXES = 1024  # about 50 kB each for shards of 1,000 samples
 
 
@@ -43,11 +44,9 @@ def _other_pixels(url, there, wanted, flag):
     if flag.startswith("--"):  # of a command whose encoder decides
         return f"{words}images such as the encoder was trained on, or an encoder of images with {there}"
     words += there.flags if "." in flag else f"channels={there.channels}, bits={there.bits}"
-    return (
-        f"{words}, or make 8-bit RGB of them with `python -m data_prep build --rgb`"
-        if wanted == RGB8
-        else words
-    )
+    if wanted == RGB8 and there.channels <= MOST_SHOWN:
+        words += ", or make 8-bit RGB of them with `python -m data_prep build --rgb`"
+    return words
 
 
 class Store:
