@@ -20,6 +20,7 @@ from oracle import enqueue, oracle_step, random_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from caco_scale.benchmark.counts import Counts
 from caco_scale.distributed import collectives
 from caco_scale.errors import UserError
 from caco_scale.flags.choices import BANK_EXCHANGES as EXCHANGES
@@ -412,6 +413,24 @@ def disagreement_is_an_error_on_every_rank(rank, world_size):
         ShardedBank(20 + last, 8)
 
 
+def agreeing_once(rank, world_size):
+    """What is new is compared with the other ranks, on any; what was there last is not."""
+    queries, keys, rows, velocity = random_inputs(12, 20, 8)
+    bank = make_bank(rows, velocity)
+    exchanges = []
+    for temperature in (0.08, 0.08, 0.1, 0.1, 0.08):
+        with Counts() as counts:
+            bank.contrast(queries, keys, temperature, agree_once=True)
+        exchanges.append(counts.exchanges)
+    assert exchanges == [2, 0, 2, 0, 2]
+    with pytest.raises(UserError, match="temperature must be the same"):
+        bank.contrast(queries, keys, 0.1 + 0.1 * rank, agree_once=True)
+    with Counts() as counts:
+        bank.contrast(queries, keys)
+        bank.contrast(queries, keys)
+    assert counts.exchanges == 4
+
+
 def bank_of_a_subgroup(rank, world_size):
     group = dist.new_group([0, world_size - 1])
     if rank in (0, world_size - 1):
@@ -420,7 +439,7 @@ def bank_of_a_subgroup(rank, world_size):
             assert_step(make_bank(*inputs[2:], exchange, group=group), inputs)
 
 
-ONLY_SEVERAL_RANKS = [disagreement_is_an_error_on_every_rank, bank_of_a_subgroup]
+ONLY_SEVERAL_RANKS = [disagreement_is_an_error_on_every_rank, agreeing_once, bank_of_a_subgroup]
 
 
 def run_scenarios(rank, world_size):

@@ -8,15 +8,19 @@ import sys
 
 import pytest
 import torch
+from gloo import run_ranks
 from launch import finished
 from oracle import oracle_step, random_inputs
 
 from caco_scale.benchmark import paper
 from caco_scale.benchmark.__main__ import main
+from caco_scale.benchmark.counts import count_step
 from caco_scale.benchmark.dense import DenseBank, pair_list
 from caco_scale.benchmark.measure import in_turn
+from caco_scale.config import load_recipe, replace
 from caco_scale.errors import UserError
 from caco_scale.method.contrast import pair_weights
+from caco_scale.training.assemble import build_encoder
 
 
 def run(tmp_path, *words):
@@ -62,6 +66,39 @@ def test_the_step_benchmark_takes_a_recipe_and_flags_and_both_steps_have_the_sam
     assert sum(saved["shares"].values()) == pytest.approx(1, abs=0.01)
 
 
+def counted(rank, world_size, crops):
+    flags = {"data__global_batch_size": 8, "bank__size": 64, "views__num_local_crops": crops}
+    flags |= {"views__local_size": 16, "precision__compute": "fp32"}
+    counts = count_step(replace(load_recipe("demo"), **flags))
+    return counts.waits, counts.exchanges, dict(counts.collectives), dict(counts.operations)
+
+
+def norms_of_the_demo():
+    modules = build_encoder(load_recipe("demo")).modules()
+    return sum(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in modules)
+
+
+def test_the_host_waits_once_in_a_step_of_two_processes_and_they_meet_no_more_than_they_must():
+    """What is counted here grows with a network's layers and a step's views, and with nothing else."""
+    norms = norms_of_the_demo()
+    for waits, exchanges, collectives, operations in run_ranks(counted, 2, 0):
+        assert waits == ["_local_scalar_dense"]
+        assert exchanges == 1  # a byte
+        # Every norm in four forwards and two backwards, the bank's four, and DDP's two buckets.
+        assert sum(collectives.values()) == 6 * norms + 4 + 2
+        assert operations["other"] <= 8  # the buffers' copies among them
+
+
+@pytest.mark.long
+def test_the_counts_benchmark_takes_a_recipe_and_flags(tmp_path):
+    flags = ["--data.global_batch_size", 4, "--bank.size", 50, "--processes", 1, 2]
+    one, two = run(tmp_path, "counts", "demo", *flags)["rows"]
+    assert (one["waits"], one["collectives"], one["exchanges"]) == (1, 0, 0)
+    assert (two["waits"], two["exchanges"]) == (1, 1)
+    assert one["query"] == one["key"] > norms_of_the_demo()
+    assert one["operations"] < two["operations"]
+
+
 @pytest.mark.long
 def test_the_bytes_of_the_sharded_bank_do_not_grow_with_it_and_are_those_of_the_formula(tmp_path):
     words = ["--ranks", 2, "--samples", 24, "--dim", 16, "--sizes", 100, 1000, "--rounds", 1]
@@ -97,9 +134,6 @@ def test_the_dense_peer_is_the_oracle(num_views, by_autograd):
 
 
 def test_the_run_on_paper_counts_this_projects_encoder():
-    from caco_scale.config import load_recipe
-    from caco_scale.training.assemble import build_encoder
-
     encoder = build_encoder(load_recipe("caco_r50_800ep"))
     norms = [
         m.num_features for m in encoder.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
@@ -119,6 +153,10 @@ def test_the_run_on_paper_counts_this_projects_encoder():
         (["bank", "--sizes", "3"], "unknown flag --sizes"),
         (["step", "dmo"], "did you mean demo?"),
         (["step", "demo", "--bank.sise", "3"], "--bank.size"),
+        (
+            ["counts", "demo", "--processes", "7", "--data.global_batch_size", "8"],
+            "--processes 7 does not divide",
+        ),
     ],
 )
 def test_a_typo_is_one_line(words, said, capsys):

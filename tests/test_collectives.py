@@ -29,6 +29,8 @@ def test_without_a_process_group():
     assert torch.equal(collectives.reduce_scatter_rows(x), x)
     assert torch.equal(collectives.exchange_row_blocks(x, 3), x)
     assert collectives.gather_objects("a") == ["a"]
+    assert collectives.gather_if_any("a", True) == ["a"]
+    assert collectives.gather_if_any("a", False) is None
     assert collectives.all_max(3) == 3
     collectives.assert_equal_on_all_ranks({"batch size": 4}, "test")
     with pytest.raises(UserError, match=r"^too small$"):
@@ -54,6 +56,9 @@ def exchange_everything(rank, world_size):
         assert torch.equal(collectives.all_gather_shards(whole.T[start:stop], size), whole.T)
 
     assert collectives.gather_objects({"rank": rank}) == [{"rank": r} for r in range(world_size)]
+    assert collectives.gather_if_any(rank, False) is None
+    for teller in range(world_size):
+        assert collectives.gather_if_any(rank, rank == teller) == [*range(world_size)]
     assert collectives.all_max(-rank) == 0
     return True
 

@@ -11,10 +11,11 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from gloo import run_ranks
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from caco_scale.benchmark.counts import Counts
 from caco_scale.checkpoint.contents import training_state
 from caco_scale.checkpoint.state import Block
+from caco_scale.distributed.buffers import BufferSnapshot
 from caco_scale.distributed.strategies.ddp import DataParallel
 from caco_scale.method.bank import ShardedBank
 from caco_scale.method.model import Encoder, QueryKeyModel
@@ -141,37 +142,6 @@ def test_a_step_that_is_not_finite_moves_nothing_on_every_rank_alike(world_size)
                 torch.testing.assert_close(torch.as_tensor(value), expected[name], rtol=1e-9, atol=1e-12)
 
 
-class Waits(TorchDispatchMode):
-    """Counts the operations whose result the host must know: on a GPU each waits for all that was queued."""
-
-    NAMES = (
-        "_local_scalar_dense",
-        "nonzero",
-        "equal",
-        "is_nonzero",
-        "masked_select",
-        "_unique2",
-        "unique_dim",
-    )
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    @classmethod
-    def _should_skip_dynamo(cls):
-        return False  # else it imports torch.compile, for 3 seconds
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__.split(".")[0]
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
-        )
-        if name in self.NAMES or by_mask:
-            self.seen.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("optimizer", ["lars", "sgd"])
 @pytest.mark.parametrize("rule", ["caco", "moco"])
 def test_the_host_waits_for_the_device_once_a_step_to_know_whether_it_was_finite(rule, optimizer):
@@ -180,9 +150,68 @@ def test_the_host_waits_for_the_device_once_a_step_to_know_whether_it_was_finite
     train_step(*step, [views(slice(None))], hp)
     for micro_batches in (1, 3):
         batches = [views(slice(i, i + 12 // micro_batches)) for i in range(0, 12, 12 // micro_batches)]
-        with Waits() as waits:
+        with Counts() as counts:
             train_step(*step, batches, hp)
-        assert waits.seen == ["_local_scalar_dense"]
+        assert counts.waits == ["_local_scalar_dense"]
+
+
+class Keeper(nn.Module):
+    """Moves one buffer in place, replaces one, grows one, and makes one that was not there."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("moved", "replaced", "grown"):
+            self.register_buffer(
+                name, torch.zeros(2, dtype=torch.int64 if name == "moved" else torch.float64)
+            )
+        self.register_buffer("made", None)
+
+    def forward(self, x):
+        self.moved += 1
+        self.replaced = self.replaced + 1
+        self.grown = torch.ones(len(self.grown) + 1)
+        self.made = torch.ones(1)
+        return x
+
+
+def test_buffers_are_again_what_they_were_however_a_forward_moved_them():
+    module = nn.Sequential(Keeper(), nn.BatchNorm1d(3))
+    snapshot = BufferSnapshot(module)
+    for _ in range(3):
+        snapshot.keep()
+        with Counts() as counts:
+            snapshot.keep()
+        assert counts.operations.total() <= 4  # one for each type, and one more for what has grown
+        before = {name: (b, b.clone()) for name, b in module.named_buffers()}
+        module(torch.randn(4, 3))
+        snapshot.restore()
+        after = dict(module.named_buffers())
+        assert after.keys() == before.keys()
+        assert all(after[name] is b and torch.equal(b, copied) for name, (b, copied) in before.items())
+        module(torch.randn(4, 3))  # a step that moves them
+
+
+def step_of_two(rank, world_size):
+    step = make()
+    rows = slice(rank * 6, rank * 6 + 6)
+    for _ in range(2):  # the second lays out DDP's buckets, the bank has agreed in the first
+        train_step(*step, [views(rows)], HP)
+    counted = []
+    for size in (6, 6, 3, 3):
+        micro_batches = list(zip(*(view.split(size) for view in views(rows)), strict=True))
+        with Counts() as counts:
+            train_step(*step, micro_batches, HP)
+        counted.append((counts.waits, sum(counts.collectives.values()), counts.exchanges))
+    return counted
+
+
+def test_two_ranks_exchange_no_facts_between_hosts_in_a_step_and_wait_once():
+    # Collectives: BatchNorm of 4 forwards and 2 backwards, the bank's (in float64 the nearest row takes two), DDP's.
+    once = (["_local_scalar_dense"], 6 + 5 + 1, 0)
+    for first, second, new_shape, accumulated in run_ranks(step_of_two, 2):
+        assert first == second == once
+        assert new_shape[2] == 2  # agreed on by an exchange of objects, at the first micro-batch
+        assert accumulated == (once[0], 2 * 11 + 1, 0)
 
 
 @pytest.mark.gpu
@@ -213,7 +242,7 @@ def test_the_encoder_the_bank_and_the_key_move_in_this_order(monkeypatch):
     real, _ = make()
 
     class Recorder:
-        module = real.module
+        module, buffers = real.module, real.buffers
         micro_step = real.micro_step
 
         def __call__(self, images):

@@ -4,15 +4,19 @@ import contextlib
 import io
 import json
 import shutil
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
+from gloo import run_ranks
 from launch import SMALL, SWITCH
 from run_directories import change_values
 from shard_sets import make_shard_set
 
 from caco_scale import config as configuration
+from caco_scale.benchmark.counts import Counts
 from caco_scale.checkpoint.folder import latest, read_values
 from caco_scale.checkpoint.read import load_tensors
 from caco_scale.errors import UserError
@@ -21,6 +25,7 @@ from caco_scale.run.files import read_json_lines
 from caco_scale.run.stopping import Requests
 from caco_scale.run.telemetry import Telemetry
 from caco_scale.training.corrupt import CorruptImages
+from caco_scale.training.loop import Loop
 from caco_scale.training.skipped import SkippedSteps
 from caco_scale.training.trainer import Outcome, run
 
@@ -98,6 +103,72 @@ def test_requests_name_the_first_reason_and_remember_what_a_save_takes(directory
     resumed.load_state_dict(json.loads(json.dumps(requests.state_dict())))
     assert resumed.job_end.seconds == {"save": 2.5, "evaluation": 0.0}
     resumed.load_state_dict({})  # of a checkpoint before there was such a thing
+
+
+class Told:
+    """A loop's parts, of which this rank is told something."""
+
+    def __init__(self, stop=None, save=False, counts=None, logs=False):
+        self.requests = SimpleNamespace(look=lambda due: (stop, save))
+        self.evaluations = SimpleNamespace(due=lambda step: False)
+        self.checkpointer = SimpleNamespace(failed=False)
+        self.data = SimpleNamespace(counters=SimpleNamespace(take=lambda: counts or {}))
+        self.corrupt = SimpleNamespace(record=lambda step, entries: self.seen.extend(entries))
+        self.read, self.step, self.seen, self._logs = Counter(), 4, [], lambda step: logs and step == 5
+
+    def _note_complete_save(self):
+        pass
+
+
+def agree(rank, world_size):
+    found = []
+    for told, corrupt in (
+        (Told(), []),
+        (Told(counts={"reads": 2}), []),  # kept for the step before the next line
+        (Told(counts={"reads": 2 + rank}, logs=True), []),
+        (Told(), [{"key": f"{rank}"}]),
+        (Told("SIGTERM" if rank else None), []),
+        (Told(save=rank == 0), []),
+    ):
+        with Counts() as counts:
+            answer = Loop._agree(told, SimpleNamespace(corrupt=corrupt))
+        found.append((answer, dict(told.read), [entry["key"] for entry in told.seen], counts.exchanges))
+    return found
+
+
+def test_after_a_step_ranks_exchange_a_byte_and_what_any_of_them_was_told():
+    nothing = (None, False)
+    assert (
+        run_ranks(agree, 2)
+        == [
+            [
+                (nothing, {}, [], 1),
+                (nothing, {}, [], 1),
+                (nothing, {"reads": 5}, [], 3),
+                (nothing, {}, ["0", "1"], 3),
+                (("SIGTERM", False), {}, [], 3),
+                ((None, True), {}, [], 3),
+            ]
+        ]
+        * 2
+    )
+
+
+def start_with_another_setting(rank, world_size):
+    complaints = []
+    for change in ({"bank__size": 7 + rank}, {"run__log_every": 2 + rank}):
+        with pytest.raises(UserError) as error:
+            run(configuration.replace(configuration.load_recipe("demo"), **change))
+        complaints.append(str(error.value))
+    return complaints
+
+
+def test_processes_that_were_started_with_different_settings_end_with_the_field_and_its_values():
+    for complaints in run_ranks(start_with_another_setting, 2):
+        assert complaints == [
+            "start: the bank.size must be the same on every rank, but is 7 on rank 0, 8 on rank 1",
+            "start: the run.log_every must be the same on every rank, but is 2 on rank 0, 3 on rank 1",
+        ]
 
 
 # ----------------------------------------------------------------------------------------------------------

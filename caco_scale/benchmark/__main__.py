@@ -1,6 +1,6 @@
 """Measure against straightforward peers, in one run: a table, the machine, one JSON object on the last line.
 
-    python -m caco_scale.benchmark {bank,step,scale,loader} [--save DIR]
+    python -m caco_scale.benchmark {bank,step,counts,scale,loader} [--save DIR]
 
 Every figure that matters is a ratio, so that it can be repeated on any machine.
 """
@@ -86,6 +86,30 @@ class Step(Benchmark):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Counted(Benchmark):
+    """Operations, host waits and collectives of a recipe's training step, counted on CPU: no clock."""
+
+    takes_recipe: ClassVar[bool] = True
+
+    processes: tuple[PositiveInt, ...] = (1, 2)
+    """Numbers of processes, which divide the batch."""
+
+    def run(self, config: Config) -> tuple[str, Measured]:
+        import torch
+
+        from caco_scale.benchmark.counts import measure
+        from caco_scale.training.assemble import resolve_precision
+        from caco_scale.training.checks import Start, check_temperatures
+
+        device, batch = torch.device("cpu"), config.data.global_batch_size
+        config = resolve_precision(config, device)
+        check_temperatures(Start(config, "ddp", 0, 1, device))
+        if uneven := [number for number in self.processes if batch % number]:
+            raise UserError(f"--processes {uneven[0]} does not divide --data.global_batch_size {batch:,}")
+        return "what one training step asks for, augmentation aside", measure(config, self.processes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scale(Benchmark):
     """Bytes that the bank sends as rows and ranks grow (gloo), and a run on paper."""
 
@@ -131,7 +155,13 @@ class Loader(Benchmark):
         return "two views per image, one process", measure(self.images, self.rounds, self.batch, self.size)
 
 
-COMMANDS: dict[str, type[Any]] = {"bank": Bank, "step": Step, "scale": Scale, "loader": Loader}
+COMMANDS: dict[str, type[Any]] = {
+    "bank": Bank,
+    "step": Step,
+    "counts": Counted,
+    "scale": Scale,
+    "loader": Loader,
+}
 
 
 @exit_on_user_error
@@ -141,7 +171,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     name, rest = pick(listed, sys.argv[1:] if arguments is None else arguments, prog, __doc__ or "")
     kind, more = COMMANDS[name], []
     if getattr(kind, "takes_recipe", False):  # its flags stand beside the recipe's
-        config, options = parse(rest, f"{prog} {name}", Step)
+        config, options = parse(rest, f"{prog} {name}", kind)
         if fields := auto_fields(config):
             raise UserError(
                 f"{', '.join(fields)}: auto needs a set of images, and none is read here: give numbers"

@@ -16,6 +16,9 @@ from caco_scale.config import Config
 
 if TYPE_CHECKING:  # torch is imported by the contenders, in their processes
     from caco_scale.data.loader import Batch
+    from caco_scale.distributed.strategies.base import Strategy
+    from caco_scale.method.bank import ShardedBank
+    from caco_scale.optim.schedule import HyperParameters
 
 LR, BANK_LR, KEY_MOMENTUM = 0.01, 3.0, 0.99
 
@@ -98,22 +101,30 @@ def draw_batch(config: Config) -> Batch:
     return Batch(step=0, epoch=0, keys=[str(i) for i in ids], crops=crops, params=params, corrupt=[])
 
 
-def prepare_ours(config: Config, steps: int, device: str) -> Contender:
-    """A function that trains ``steps`` steps as ``pretrain`` would in one process."""
-    from caco_scale.data.to_device import on_device
+def build_ours(config: Config, device: str) -> tuple[Strategy, ShardedBank, HyperParameters]:
+    """What a step of ``pretrain`` under DDP consists of, in the processes of the environment."""
     from caco_scale.distributed.launch import start_processes
     from caco_scale.method.bank import ShardedBank
     from caco_scale.optim.schedule import HyperParameters
-    from caco_scale.run.profiling import PartsClock
-    from caco_scale.training.assemble import MicroBatches, build_augment, build_strategy, parameter_dtype
-    from caco_scale.training.step import train_step
+    from caco_scale.training.assemble import build_strategy, parameter_dtype
 
-    accelerator, dtype = start_processes(), parameter_dtype(config)
-    strategy = build_strategy(config, "ddp", accelerator)
-    bank = ShardedBank(config.bank.size, config.model.embedding_dim, device=device, dtype=dtype)
+    strategy = build_strategy(config, "ddp", start_processes())
+    dim, dtype = config.model.embedding_dim, parameter_dtype(config)
+    bank = ShardedBank(config.bank.size, dim, device=device, dtype=dtype)
     temperatures = {"temperature": config.loss.temperature, "bank_temperature": config.bank.temperature}
     rates = {"lr": LR, "bank_lr": BANK_LR, "key_momentum": KEY_MOMENTUM}
     hp = HyperParameters(step=0, rule="caco", in_warmup=False, is_switch=False, **temperatures, **rates)
+    return strategy, bank, hp
+
+
+def prepare_ours(config: Config, steps: int, device: str) -> Contender:
+    """A function that trains ``steps`` steps as ``pretrain`` would in one process."""
+    from caco_scale.data.to_device import on_device
+    from caco_scale.run.profiling import PartsClock
+    from caco_scale.training.assemble import MicroBatches, build_augment, parameter_dtype
+    from caco_scale.training.step import train_step
+
+    (strategy, bank, hp), dtype = build_ours(config, device), parameter_dtype(config)
     batch, augment = draw_batch(config), build_augment(config)
     micro = config.data.micro_batch_size or config.data.global_batch_size
 

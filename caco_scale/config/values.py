@@ -90,6 +90,23 @@ def differences(saved: Config, config: Config) -> list[str]:
     ]
 
 
+# Free at a resume, but what decides when ranks meet, and over what.
+MET_OVER = (
+    *("run.max_steps", "run.max_skipped", "run.log_every", "run.save_every", "eval.knn_every"),
+    *("data.micro_batch_size", "bank.exchange", "model.checkpoint_activations", "precision.compile"),
+)
+
+
+def same_on_all_ranks(config: Config) -> dict[str, Any]:
+    """The fields in which the processes of a run must not differ: ``{"bank.size": 65536, ...}``."""
+    values = flatten(config)
+    return {
+        name: values[name]
+        for name, kind in rules.field_types(Config).items()
+        if name in MET_OVER or not rules.is_free(kind)
+    }
+
+
 def _shown(value):
     return "nothing" if value in ("", ()) else value
 

@@ -136,6 +136,16 @@ def gather_objects(value: T, group: Group = None) -> list[T]:
     return values
 
 
+def gather_if_any(value: T, told: bool, group: Group = None) -> list[T] | None:
+    """As :func:`gather_objects` where ``told`` is true on any rank, else None: then one exchange of a byte is all."""
+    if world_size(group) > 1:
+        own = torch.tensor([told], dtype=torch.uint8)
+        each = list(torch.zeros(world_size(group), 1, dtype=torch.uint8))
+        dist.all_gather(each, own, group=_host_group(_resolve(group)))
+        told = any(byte.numpy()[0] for byte in each)
+    return gather_objects(value, group) if told else None
+
+
 def from_rank_0(function: Callable[[], T]) -> T:
     """What ``function`` gives on rank 0, which alone calls it, on every rank. Between hosts only.
 

@@ -45,7 +45,7 @@ from caco_scale.method.contrast import (
     MIN_TEMPERATURE,
     Contrast,
     GlobalLoss,
-    check_arguments,
+    complaint,
     pair_weights,
     softmax_at_positive,
     tangent_,
@@ -112,6 +112,7 @@ class ShardedBank:
         self.rows = initial_rows(*self.rows_range, dim, seed, dtype, device)
         self.velocity = torch.zeros_like(self.rows)
         self.pointer = 0
+        self._agreed: dict[str, object] = {}  # what all ranks brought to the last contrast that asked
         self.assignments = torch.zeros(len(self.rows), dtype=torch.int64, device=device)
 
     # ---- the whole bank
@@ -179,13 +180,13 @@ class ShardedBank:
         bank_temperature: float = 0.08,
         rule: BankRule = "caco",
         weight: float = 1.0,
+        agree_once: bool = False,
     ) -> Contrast:
         """Contrast queries with the bank: the loss for the encoder, and the gradient for the bank itself.
 
-        Changes nothing in the bank; :meth:`step` does. Collective. Crosses ranks: the (B, V+2, D) embeddings,
-        the positives, the softmax statistics and the queries' gradient, in four collectives (rule caco,
-        float32; one small one more for each further block of queries) and none in the backward; before them,
-        between hosts, a small check that all brought the same shapes.
+        Changes nothing in the bank; :meth:`step` does. Collective. Crosses ranks: the (B, V+2, D) embeddings, the
+        positives, the softmax statistics and the queries' gradient, in four collectives (rule caco, float32; one more
+        for each further block of queries), none in the backward; before, between hosts, a check that all mean the same.
 
         Args:
             queries: per view (B, D), unit norm, the two global views first; B the same on every rank.
@@ -196,6 +197,7 @@ class ShardedBank:
                 as adco and caco, but the rows are a queue of keys. "nnclr": that nearest row against the queries
                 of the batch. "inbatch": the query against the keys of the batch, without the bank.
             weight: of this call in the step: 1 / micro-steps under gradient accumulation.
+            agree_once: no check of what this rank brought last time too; for a loop in which it changes on all at once.
 
         After ``result.loss.backward()`` a rank's query gradient, in the queries' dtype, is R times its part
         of the global gradient: DDP, DeepSpeed and FSDP average over ranks. Embeddings or rows that are not
@@ -206,7 +208,7 @@ class ShardedBank:
 
         Source: arXiv:2203.14370 (CaCo), 2011.08435 (AdCo), 1911.05722 (MoCo), 2104.14548 (NNCLR).
         """
-        self._check(queries, keys, temperature, bank_temperature, rule, weight)
+        self._check(queries, keys, temperature, bank_temperature, rule, weight, agree_once)
         with torch.no_grad(), torch.autocast(self.rows.device.type, enabled=False):
             own = torch.stack([x.to(self.rows.dtype) for x in (*queries, *keys)], dim=1)
             block = collectives.all_gather_rows(own, self.group)
@@ -387,13 +389,12 @@ class ShardedBank:
 
     # ---- asking for the right thing
 
-    def _check(self, queries, keys, temperature, bank_temperature, rule, weight):
+    def _check(self, queries, keys, temperature, bank_temperature, rule, weight, agree_once=False):
         """One clear line on every rank for a wrong argument on any: otherwise the collectives would hang."""
-        facts = {"number of views": len(queries), "batch size": len(queries[0]) if queries else 0}
-        facts |= {"rule": rule, "temperature": temperature, "bank temperature": bank_temperature}
-        error = None
-        try:
-            check_arguments(queries, keys, self.rows, temperature, bank_temperature, rule)
-        except UserError as wrong:
-            error = str(wrong)
-        collectives.assert_equal_on_all_ranks({**facts, "weight": weight}, "contrast", self.group, error)
+        count, size = len(queries), len(queries[0]) if queries else 0
+        facts = {"number of views": count, "batch size": size, "rule": rule, "weight": weight}
+        facts |= {"temperature": temperature, "bank temperature": bank_temperature}
+        error = complaint(queries, keys, self.rows, temperature, bank_temperature, rule)
+        if error or not agree_once or facts != self._agreed:
+            collectives.assert_equal_on_all_ranks(facts, "contrast", self.group, error)
+            self._agreed = facts

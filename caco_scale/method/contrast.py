@@ -102,15 +102,23 @@ class GlobalLoss(torch.autograd.Function):
         return None, None, *((grad_loss * dq).to(dq.dtype) for dq in ctx.saved_tensors)
 
 
-def check_arguments(
+def complaint(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
     rows: Tensor,
     temperature: float,
     bank_temperature: float,
     rule: BankRule,
-) -> None:
-    """Raise a UserError that says what is wrong with this rank's arguments of a contrast with ``rows`` (S, D)."""
+) -> str | None:
+    """What is wrong with this rank's arguments of a contrast with ``rows`` (S, D); None: nothing."""
+    try:
+        _check_arguments(queries, keys, rows, temperature, bank_temperature, rule)
+    except UserError as wrong:
+        return str(wrong)
+    return None
+
+
+def _check_arguments(queries, keys, rows, temperature, bank_temperature, rule):
     one_of(rule, BANK_RULES, "bank rule")
     if len(queries) < 2 or len(keys) != 2:
         counts = f"{len(queries)} and {len(keys)}"

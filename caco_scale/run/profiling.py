@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 
@@ -18,7 +18,21 @@ PARTS = ("data", "augmentation", "query", "key", "bank", "backward", "optimizer"
 COMMUNICATION = ("nccl:", "gloo:")  # torch's names for collectives in a trace
 SKIPPED_STEPS = 3  # compile, fill caches, settle: not what later steps are like
 
-_clock: "PartsClock | None" = None  # the PartsClock that measures now, or None
+
+class PartMeter(Protocol):
+    """Measures the parts of a step."""
+
+    def measure(self, name: str) -> contextlib.AbstractContextManager: ...
+
+
+_clock: PartMeter | None = None  # who measures now
+
+
+def measure_parts_by(meter: PartMeter | None) -> None:
+    """From here on ``meter`` is told of every part; None: nobody."""
+    global _clock
+    assert meter is None or _clock is None, "one clock at a time"
+    _clock = meter
 
 
 @contextlib.contextmanager
@@ -44,14 +58,12 @@ class PartsClock:
         self._spans = []
 
     def __enter__(self) -> Self:
-        global _clock
-        assert _clock is None, "one clock at a time"
-        _clock, self._start = self, self._now()
+        measure_parts_by(self)
+        self._start = self._now()
         return self
 
     def __exit__(self, *_: object) -> None:
-        global _clock
-        _clock = None
+        measure_parts_by(None)
         self._spans.append(("total", self._start, self._now()))
 
     @contextlib.contextmanager

@@ -24,7 +24,7 @@ from caco_scale.data.folders import in_words
 from caco_scale.data.loader import Batch, batch_bytes, cache_is_large_enough
 from caco_scale.data.to_device import on_device
 from caco_scale.data.workers import StoppedWaiting, small_shared_memory
-from caco_scale.distributed.collectives import gather_objects
+from caco_scale.distributed.collectives import gather_if_any
 from caco_scale.distributed.strategies.base import Strategy
 from caco_scale.errors import UserError
 from caco_scale.method.model import synchronise_key
@@ -221,9 +221,12 @@ class Loop:
         self.records.trained_on(batch)
         self.skipped.count(self.step, result.moved)
         self.health.after_step(self.step)
-        every = self.config.run.log_every
-        if every and (self.step % every == 0 or self.step == self.end):
+        if self._logs(self.step):
             self._log(hp, result)
+
+    def _logs(self, step):
+        every = self.config.run.log_every
+        return bool(every) and (step % every == 0 or step == self.end)
 
     def _log(self, hp: HyperParameters, result: StepResult) -> None:
         saved = self.checkpointer.completed
@@ -243,13 +246,19 @@ class Loop:
         self.records.telemetry.log(self.step, figures)
 
     def _agree(self, batch: Batch) -> tuple[str | None, bool]:
-        """What any rank has seen, every rank knows: requests, images that do not decode, a save that failed.
+        """What any rank was told, every rank knows: requests, images that do not decode, a save that failed.
+
+        Where none was told anything, which is most steps, that is all they exchange.
 
         Returns: why to stop (a signal's name, STOP, SLURM_JOB_END_TIME) or None; whether a checkpoint is asked for.
         """
         self._note_complete_save()
-        own = self.requests.look(self.evaluations.due(self.step))
-        seen = gather_objects((own, batch.corrupt, self.checkpointer.failed, self.data.counters.take()))
+        own, failed = self.requests.look(self.evaluations.due(self.step)), self.checkpointer.failed
+        counts = self.data.counters.take() if self._logs(self.step + 1) else {}  # what the next line shows
+        told = bool(any(own) or batch.corrupt or failed or counts)
+        seen = gather_if_any((own, batch.corrupt, failed, counts), told)
+        if seen is None:
+            return None, False
         requests, corrupt, failed, counters = zip(*seen, strict=True)
         if any(failed):
             self.checkpointer.wait()  # raises

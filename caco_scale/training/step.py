@@ -50,7 +50,7 @@ def train_step(
 
     Crosses ranks: queries, keys and per-row statistics (the bank), gradients (the strategy), BatchNorm statistics.
     """
-    buffers = BufferSnapshot(strategy.module)
+    strategy.buffers.keep()
     contrasts = []
     for micro_step, views in enumerate(micro_batches, start=1):
         with strategy.micro_step(is_last=micro_step == len(micro_batches)):
@@ -63,6 +63,7 @@ def train_step(
                     bank_temperature=hp.bank_temperature,
                     rule=hp.rule,
                     weight=1 / len(micro_batches),
+                    agree_once=True,  # the start has seen to it that a step is the same on all ranks
                 )
             with part("backward"):
                 strategy.backward(contrast.loss)
@@ -77,19 +78,6 @@ def train_step(
         with part("ema"):  # 3. the key encoder follows the query encoder
             ema_update(strategy.module.query, strategy.module.key, hp.key_momentum)
     else:
-        buffers.restore()
+        strategy.buffers.restore()
     probability = torch.stack([contrast.positive_probability for contrast in contrasts]).mean()
     return StepResult(loss, moved, probability, queries[0].detach())
-
-
-class BufferSnapshot:
-    """BatchNorm buffers before a step: its forward has moved them by the time its gradients are known."""
-
-    def __init__(self, module: torch.nn.Module):
-        self._buffers = list(module.buffers())
-        self._before = [buffer.clone() for buffer in self._buffers]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for buffer, before in zip(self._buffers, self._before, strict=True):
-            buffer.copy_(before)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from caco_scale import config as configuration
 from caco_scale.checkpoint.folder import read_values
 from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.config import Config
@@ -75,6 +76,7 @@ def _run(config, signals, on_metrics, beginning):
     start = Start(config, name, accelerator.process_index, accelerator.num_processes, accelerator.device)
     start.listings = listings
     start.share_of_node = share_of_node(os.environ, accelerator.num_processes)
+    assert_equal_on_all_ranks(configuration.same_on_all_ranks(config), "start")
     refuse_to_start(start, BEFORE_DATA)
     make_data(config, accelerator)
     if config.data.workers:
@@ -83,6 +85,7 @@ def _run(config, signals, on_metrics, beginning):
     refuse_to_start(start, OF_DATA)
     data = start.data
     assert data is not None
+    assert_equal_on_all_ranks({"data set (its fingerprint)": data.fingerprint}, "start")
     schedule = build_schedule(config, data.order.steps_per_epoch)
     end = min(schedule.total_steps, config.run.max_steps or schedule.total_steps)
     disk = Patience(

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from caco_scale.distributed import collectives
+from caco_scale.distributed.buffers import BufferSnapshot
 from caco_scale.distributed.partition import FlatPartition, gather_whole
 from caco_scale.distributed.syncbn import convert_sync_batchnorm
 
@@ -26,6 +27,7 @@ class Strategy:
         device, rank, world_size: of this process.
         module: the :class:`~caco_scale.method.model.QueryKeyModel` itself; some strategies partition its parameters.
         optimizer: of the query encoder's parameters; some strategies give it partitioned tensors.
+        buffers: of ``module``, for the way back from a step that was not finite.
         partitions: what the optimizer's flat tensors are made of; None: it has none.
         partitioned_gradients: whether each rank holds other gradients, and has to ask whether all are finite.
     """
@@ -40,6 +42,7 @@ class Strategy:
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         assert self.world_size == collectives.world_size(), "accelerate and torch see different processes"
         self.module: Any = convert_sync_batchnorm(model).to(self.device)
+        self.buffers = BufferSnapshot(self.module)
 
     def __call__(self, views: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Queries of all views and keys of the two global views: see ``QueryKeyModel.forward``."""
