@@ -11,7 +11,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, SMALL, by, environment, final_state, launch, planned_keys, relative_difference
+from launch import (
+    ROOT,
+    SMALL,
+    by,
+    environment,
+    final_state,
+    finished,
+    launch,
+    planned_keys,
+    relative_difference,
+)
 from PIL import Image
 from run_directories import save_run
 from shard_sets import make_shard_set, smooth_image
@@ -234,6 +244,25 @@ for change in ({"bank.lr": 1.0}, {"bank.momentum": 0.5}):
 run = caco_scale.pretrain(**flags, run__max_steps=6)
 print(json.dumps([[str(error) for error in said], run.step]))
 """
+
+
+TWICE = """
+import json, sys, caco_scale
+flags = json.loads(sys.argv[1])
+for name in ("first", "second"):
+    print(caco_scale.pretrain("demo", **flags, run__dir=name))
+"""
+
+
+@pytest.mark.long
+def test_a_script_trains_twice_under_zero_and_the_second_run_is_the_first_to_the_last_bit(shards, tmp_path):
+    (tmp_path / "script.py").write_text(TWICE)
+    flags = {**SMALL, "data.shards": str(shards), "precision.compute": "fp32"}
+    words = [sys.executable, "-m", "accelerate.commands.launch", *by("zero2", 1)["launcher"], "script.py"]
+    done = finished([*words, json.dumps(flags)], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = (final_state(tmp_path / name)[0] for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_refused_call_leaves_the_run_free_for_the_next(shards, tmp_path):

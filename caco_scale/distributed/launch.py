@@ -227,13 +227,15 @@ def _start_deepspeed(on_cpu, options, place):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import_deepspeed()
     from accelerate import DeepSpeedPlugin
+    from accelerate.state import AcceleratorState
 
     config = deepspeed_config(os.environ)
     with only_what_is_handed_on(place):
-        plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
-        # Only a word for DeepSpeed's log: the loader gives the batches.
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
-        accelerator = Accelerator(deepspeed_plugin=plugin, **options)
+        if not AcceleratorState._shared_state:  # a second run of one process has the first one's plugin
+            options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
+            # Only a word for DeepSpeed's log: the loader gives the batches.
+            options["deepspeed_plugin"].deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        accelerator = Accelerator(**options)
     if accelerator.distributed_type.value != "DEEPSPEED":
         raise UserError(
             f"the launcher asks for DeepSpeed but accelerate trains with {accelerator.distributed_type.value}: launch "
