@@ -82,28 +82,33 @@ class MixedOrder(Order):
         uppers = [(2 * u.numerator * images + u.denominator) // (2 * u.denominator) for u in self._upper]
         return [upper - lower for lower, upper in zip([0, *uppers], uppers, strict=False)]
 
-    def _draws(self, step):
-        """(ids (N,), the epoch of its own set in which each is drawn (N,)) of a global batch."""
-        ids, rounds, places = [], [], []
+    def _pieces(self, step):
+        """[(set, epoch of its own, from, up to there)] that a global batch is made of, and how they are spread (N,)."""
+        pieces, places = [], []
         before, after = self.drawn(step), self.drawn(step + 1)
         for number, (start, stop) in enumerate(zip(before, after, strict=True)):
-            length, first = self._lengths[number], int(self._first_of_set[number])
+            length = self._lengths[number]
             for epoch in range(start // length, -(-stop // length)):
-                a, b = max(start - epoch * length, 0), min(stop - epoch * length, length)
-                ids.append(self._parts[number].part(epoch, a, b) + first)
-                rounds.append(np.full(b - a, epoch))
+                first = epoch * length
+                pieces.append((number, epoch, max(start - first, 0), min(stop - first, length)))
             places.append((np.arange(stop - start) + 0.5) / max(1, stop - start))
-        spread = np.argsort(np.concatenate(places), kind="stable")
-        return np.concatenate(ids)[spread], np.concatenate(rounds)[spread]
+        return pieces, np.argsort(np.concatenate(places), kind="stable")
 
     def batch(self, step: int) -> NDArray[np.int64]:
-        return self._draws(step)[0]
+        pieces, spread = self._pieces(step)
+        ids = [
+            self._parts[number].part(epoch, a, b) + int(self._first_of_set[number])
+            for number, epoch, a, b in pieces
+        ]
+        return np.concatenate(ids)[spread]
 
     def share(self, step: int, rank: int, world_size: int) -> NDArray[np.int64]:
         return rank_share(self.batch(step), rank, world_size)
 
     def rounds(self, step: int) -> NDArray[np.int64]:
-        return self._draws(step)[1]
+        pieces, spread = self._pieces(step)
+        epochs, counts = zip(*((epoch, b - a) for _, epoch, a, b in pieces), strict=True)
+        return np.repeat(epochs, counts)[spread]
 
     def epoch(self, epoch: int) -> NDArray[np.int64]:
         first = epoch * self.steps_per_epoch
