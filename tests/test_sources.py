@@ -12,9 +12,11 @@ from shard_sets import encode, index_shard, smooth_image, write_manifest
 from webdataset import TarWriter
 
 from caco_scale.checkpoint.folder import latest
+from caco_scale.data.listed_files import Listings
 from caco_scale.data.loader import train_batches
 from caco_scale.data.order import Order
 from caco_scale.data.store import open_store
+from caco_scale.data.store import parquet as store_of_parquet
 from caco_scale.data.store.folder import split_folders
 from caco_scale.data.views import ViewSpec
 from caco_scale.errors import UserError
@@ -164,6 +166,23 @@ def test_groups_of_rows_are_the_shards_of_a_set_of_several_files(folder, tmp_pat
     line = refused(tmp_path / "hf")
     assert "has not all files of train: 2 of 3 files; missing: 1" in line
     assert f"`python -m data_prep build --format parquet {tmp_path}/hf SHARDS`" in line
+
+
+def test_a_run_reads_the_labels_of_parquet_files_once(folder, tmp_path, monkeypatch):
+    images, read = [(folder / name).read_bytes() for name in NAMES[:4]], []
+    for number in range(2):
+        write_parquet(tmp_path / f"hf/train-{number:05d}-of-00002.parquet", images, [2, 0, None, number])
+    look = store_of_parquet._look
+    monkeypatch.setattr(
+        store_of_parquet, "_look", lambda path, columns: read.append(path) or look(path, columns)
+    )
+    listings = Listings(tmp_path / "run", main=True)
+    first, again = (open_store(tmp_path / "hf", listings=listings) for _ in range(2))
+    assert len(read) == 2
+    assert again.manifest == first.manifest
+    assert again.index(1).labels.tolist() == [2, 0, -1, 1]
+    open_store(tmp_path / "hf", listings=Listings(tmp_path / "run", main=True))
+    assert len(read) == 4, "another start reads them again"
 
 
 def test_a_split_is_given_as_a_folder_would_be(folder, tmp_path):

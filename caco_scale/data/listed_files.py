@@ -11,7 +11,7 @@ fixed random order, cut into blocks of 1,000 that take the place of shards.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import IO, Any
 
@@ -268,6 +268,13 @@ class Listings:
     ):
         self._folder, self._main, self._before, self.say = Path(folder), main, before, say
         self._settled: set[str] = set()
+        self._read: dict[Hashable, Any] = {}
+
+    def once(self, asked: Hashable, read: Callable[[], Any]) -> Any:
+        """What ``read`` gives, once for all stores that ask the same: the start of a run opens a set twice."""
+        if asked not in self._read:
+            self._read[asked] = read()
+        return self._read[asked]
 
     def get(self, kind: str, place: str, read: Callable[[bool], Rows]) -> ListedFiles:
         """The listing of the set of this kind at ``place``.

@@ -85,6 +85,25 @@ class Columns:
             )
         return classes
 
+    def class_places(
+        self, labels: Iterable[int | str | None]
+    ) -> tuple[list[str], dict[int | str | None, int]]:
+        """(classes in their order, {label: its place among them}); None, "" and numbers below 0 are no label.
+
+        UserError: as :meth:`class_folders`, and a label beyond the names of classes.
+        """
+        known = {label for label in labels if label not in (None, "")}
+        known = {label for label in known if isinstance(label, str) or label >= 0}
+        numbers = [label for label in known if not isinstance(label, str)]
+        if self.names and numbers and max(numbers) >= len(self.names):
+            raise UserError(
+                f"label {max(numbers)} of {len(self.names)} classes in {self.label!r}: correct it"
+            )
+        names = self.class_folders(known) if known else {}
+        classes = sorted(set(names.values()))
+        places = {name: place for place, name in enumerate(classes)}
+        return classes, {label: places[name] for label, name in names.items()}
+
 
 def find_columns(files: Sequence[str], image_column: str | None, label_column: str | None) -> Columns:
     """The columns of images and labels, the same in all files.

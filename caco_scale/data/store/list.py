@@ -187,23 +187,15 @@ def _place(url, number):
 
 def _classes(numbers):
     """(classes in their order, the place among them of every label by its number of ``numbers``; -1: of none)."""
-    labels = {
-        label: number for label, number in numbers.items() if label not in (None, "") and not _below_0(label)
-    }
-    kinds = {label: _number(label) for label in labels}
-    if any(kind is None for kind in kinds.values()):
-        kinds = {label: str(label) for label in labels}
-    names = Columns("", False, "label", None).class_folders(kinds.values())
-    classes = sorted(set(names.values()))
-    places, order = np.full(max(1, len(numbers)), -1, np.int32), {name: i for i, name in enumerate(classes)}
-    for label, number in labels.items():
-        places[number] = order[names[kinds[label]]]
+    labels = {label: _number(label) for label in numbers if label not in (None, "", "-1")}
+    if None in labels.values():
+        labels = {label: str(label) for label in labels}
+    classes, place_of = Columns("", False, "label", None).class_places(labels.values())
+    places = np.full(max(1, len(numbers)), -1, np.int32)
+    for label, meant in labels.items():
+        places[numbers[label]] = place_of.get(meant, -1)
     return classes, places
 
 
 def _number(label):
     return int(label) if isinstance(label, int) or (isinstance(label, str) and label.isdecimal()) else None
-
-
-def _below_0(label):
-    return label == "-1" or (isinstance(label, int) and label < 0)

@@ -92,7 +92,7 @@ class ParquetStore(InPlaceStore):
         self.url = url
         self._begin(counters or Counters())
         try:
-            self._open(path, split)
+            self._open(path, split, listings)
         except UserError as error:
             if "--" not in str(error):
                 raise
@@ -103,7 +103,7 @@ class ParquetStore(InPlaceStore):
             ) from None
         listed(listings, "parquet", local_path(url), partial(_rows, self._files, self._sizes))
 
-    def _open(self, path, split):
+    def _open(self, path, split, listings):
         if os.path.isfile(path):
             self.path, self._files = os.path.dirname(path), [os.path.basename(path)]
         else:
@@ -118,13 +118,11 @@ class ParquetStore(InPlaceStore):
         places = [os.path.join(self.path, file) for file in self._files]
         self._columns = find_columns(places, None, None)
         self._sizes = [os.path.getsize(place) for place in places]
-        with ThreadPoolExecutor(THREADS) as pool:
-            looked = list(pool.map(partial(_look, columns=self._columns), places))
-        groups = [_Group(n, *group) for n, (found, _) in enumerate(looked) for group in found]
-        self._groups = [group for group in groups if group.num_rows]
+        read = partial(_groups_and_labels, places, self._columns)
+        asked = (*places, *self._sizes, self._columns)
+        self._groups, classes, self._labels = listings.once(asked, read) if listings else read()
         if not self._groups:
             raise UserError(f"{self.url} has no rows: give parquet files with images")
-        classes, self._labels = _numbered(self._columns, [labels for _, labels in looked])
         self.manifest = self._describe(classes)
 
     def _describe(self, classes):
@@ -258,18 +256,14 @@ def _look(path: str, columns: Columns) -> tuple[list[tuple[int, int, int, int]],
         raise UserError(f"{path} cannot be read as images with labels: {one_line(error)}") from None
 
 
-def _numbered(columns: Columns, labels: Sequence[list]) -> tuple[list[str], list[np.ndarray]]:
-    """(classes, the place of each row's label among them by file); none, -1 and "" are no label."""
-    known = {label for of_file in labels for label in set(of_file)} - {None, ""}
-    known = {label for label in known if isinstance(label, str) or label >= 0}
-    if not known:
-        return [], [np.full(len(of_file), -1, np.int32) for of_file in labels]
-    if columns.names and max(known) >= len(columns.names):
-        raise UserError(
-            f"label {max(known)} of {len(columns.names)} classes in {columns.label!r}: correct it"
-        )
-    names = columns.class_folders(known)
-    classes = sorted(set(names.values()))
-    places = {name: place for place, name in enumerate(classes)}
-    numbers = {label: places[name] for label, name in names.items()}
-    return classes, [np.array([numbers.get(x, -1) for x in of_file], np.int32) for of_file in labels]
+def _groups_and_labels(
+    places: Sequence[str], columns: Columns
+) -> tuple[list[_Group], list[str], list[np.ndarray]]:
+    """(the groups with rows, classes, the place of each row's label among them by file; -1: none) of some files."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        looked = list(pool.map(partial(_look, columns=columns), places))
+    groups = [_Group(n, *group) for n, (found, _) in enumerate(looked) for group in found]
+    labels = [of_file for _, of_file in looked]
+    classes, place_of = columns.class_places({label for of_file in labels for label in set(of_file)})
+    numbers = [np.array([place_of.get(x, -1) for x in of_file], np.int32) for of_file in labels]
+    return [group for group in groups if group.num_rows], classes, numbers
