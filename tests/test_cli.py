@@ -11,13 +11,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from launch import ROOT, SMALL, environment
 from shard_sets import make_shard_set
 
 from caco_scale.__main__ import dispatch
 from caco_scale.commands import table as commands
 from caco_scale.commands.completion import script
-from caco_scale.config import parse
+from caco_scale.config import Config, parse
+from caco_scale.config.values import flatten
 from caco_scale.embed.__main__ import with_command
 from caco_scale.errors import UserError
 from caco_scale.flags import read as flags
@@ -253,12 +255,21 @@ def test_the_program_trains_with_loader_processes(tmp_path):
     assert (tmp_path / "run/DONE").exists()
 
 
-# ---- the README's commands
+# ---- the pages' commands and names
+
+
+def pages():
+    """The text of the pages and of the recipes' headers, with lines that end in a backslash joined."""
+    names = ["README.md", "CONTRIBUTING.md", "slurm/README.md", "caco_scale/examples/README.md"]
+    texts = [(ROOT / name).read_text() for name in names]
+    for recipe in sorted((ROOT / "caco_scale/recipes").glob("*.yaml")):
+        texts.append("\n".join(re.findall("^#(.*)", recipe.read_text(), re.MULTILINE)))
+    return re.sub(r" *\\\n *", " ", "\n".join(texts))
 
 
 def written_commands():
-    """Every command of the README's blocks and lines, as the words after ``caco``."""
-    text = (ROOT / "README.md").read_text() + (ROOT / "slurm/README.md").read_text()
+    """Every command of the pages' blocks and lines, as the words after ``caco``."""
+    text = pages()
     module = r"(?:python -m|launch [^\n`]*?-m) (caco_scale[\w.]*|data_prep) ([^\n`#|;]*)"
     pattern = module + r"|\b(caco|caco-shards) ([^\n`#|;]*)"
     found = []
@@ -272,6 +283,29 @@ def written_commands():
         if words and words[0] in commands.COMMANDS:
             found.append(words)
     return found
+
+
+def test_the_fields_and_files_that_the_pages_name_are_there():
+    text, known = pages(), flatten(Config())
+    sections = "|".join({name.split(".")[0] for name in known})
+    named = re.findall(rf"--((?:{sections})\.[a-z_]+)", text)
+    # `run.path` is of the front door's Run, `model.safetensors` a file.
+    others = sections.replace("run|", "").replace("|run", "")
+    named += re.findall(rf"`((?:{others})\.(?!safetensors)[a-z_]+)(?=[`=])", text)
+    assert len(set(named)) > 50
+    assert set(named) - known.keys() == set()
+    paths = re.findall(r"(?<![\w./])((?:caco_scale|data_prep|ds_configs|slurm|tests|\.ci)/[\w./-]*\w)", text)
+    assert len(set(paths)) > 20
+    assert {path for path in paths if not (ROOT / path).exists()} <= {"slurm/site.sh"}  # the user's own
+
+
+def test_the_launchers_that_the_pages_name_are_read():
+    parser = launch_command_parser()
+    found = set(re.findall(r"accelerate launch ((?:--\w+ \S+ )*-m caco_scale[\w.]*)", pages()))
+    assert len(found) > 5
+    for words in found:
+        given = parser.parse_args(re.sub(r"\$\w+", "1", words).split())
+        assert given.config_file is None or (ROOT / given.config_file).exists(), words
 
 
 def test_the_readmes_commands_are_read(monkeypatch, tmp_path):
