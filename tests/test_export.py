@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 import yaml
@@ -29,6 +30,7 @@ from run_directories import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
+from weight_files import noise
 
 import caco_scale
 from caco_scale.checkpoint.read import load_tensors
@@ -555,6 +557,23 @@ for name in sys.argv[1:]:
         torch.save(model(transform(Image.open("image.png").convert("RGB"))[None]), f"{name}.features")
 assert not any(module.split(".")[0] == "caco_scale" for module in sys.modules)
 """
+
+
+@pytest.mark.parametrize(("arch", "channels"), [("resnet18", 1), ("timm/test_vit", 5)])
+def test_a_hugging_face_directory_for_other_than_three_channels_is_timms_own_model(tmp_path, arch, channels):
+    built = noise(build_backbone(arch, channels=channels)[0], 3)
+    torch.save(built.state_dict(), tmp_path / "bare.pth")
+    export.export(tmp_path / "bare.pth", tmp_path / "hub", "huggingface", arch=arch)
+    model = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True, num_classes=0).eval()
+    again = load_weights(tmp_path / "hub")
+    assert again.pixels.channels == channels
+    assert again.mean == again.std == (0.5,) * channels
+    size = again.size if "vit" in arch else 64
+    images = torch.randn(2, channels, size, size)
+    with torch.no_grad():
+        wanted = built(images)
+        for found in (model(images), again.backbone(images)):
+            assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1)
 
 
 def test_a_hugging_face_directory_is_timms_own_model_and_transform(tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from weight_files import (
 
 from caco_scale.checkpoint.state import State
 from caco_scale.checkpoint.write import Checkpointer
+from caco_scale.data.pixels import Pixels
 from caco_scale.errors import UserError
 from caco_scale.evaluate.task import Task, _introduce
 from caco_scale.export import write as export
@@ -327,6 +328,19 @@ def test_what_a_file_does_not_say_is_assumed_and_said(tmp_path, capsys):
     assert (again.encoder, again.assumed) == ("single", ("size", "mean", "std"))
     stem = load_weights(save(build_backbone("resnet18", "cifar")[0].state_dict(), tmp_path / "cifar.pth"))
     assert (stem.size, stem.assumed) == (32, ("size", "mean", "std"))
+
+
+@pytest.mark.parametrize(("arch", "channels"), [(None, 1), (None, 5), ("timm/test_vit", 2)])
+def test_the_first_layer_of_bare_weights_says_for_how_many_channels_they_are(tmp_path, arch, channels):
+    built = build_backbone(arch or "resnet18", "imagenet", channels=channels)[0]
+    torch.save(noise(built, 3).state_dict(), tmp_path / "bare.pth")
+    weights = load_weights(tmp_path / "bare.pth", arch=arch)
+    assert weights.pixels == Pixels(channels)
+    assert weights.mean == weights.std == (0.5,) * channels
+    assert {"mean", "std"} <= set(weights.assumed)
+    images = torch.randn(2, channels, 160, 160)
+    with torch.no_grad():
+        assert torch.equal(weights.backbone(images), built(images))
 
 
 def test_an_evaluation_says_what_it_assumes_unless_it_was_told(tmp_path, capsys):

@@ -10,6 +10,7 @@ from torch import nn
 
 from caco_scale.checkpoint.folder import read_values
 from caco_scale.checkpoint.read import load_tensors
+from caco_scale.config import NEUTRAL
 from caco_scale.config.yaml_file import Typed, read_yaml
 from caco_scale.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from caco_scale.data.pixels import BITS, MOST_CHANNELS, RGB8, Pixels
@@ -49,12 +50,12 @@ class Weights:
     ``projector`` is None where the source has none that fits. ``kind``: what the source was taken for. ``encoder``:
     query or key, or ``single``: the only one of a file that does not say which. ``size`` (pixels), ``mean``, ``std``:
     of the images that it was trained on; ``assumed``: those of the three that the source does not say and that are
-    guesses (224 pixels, 32 for the stem ``cifar``; ImageNet's colours). ``resize``: the shorter side before the centre
-    crop of its evaluations (0: :func:`~caco_scale.data.views.usual_resize`). ``pixels``: channels and bits of its
-    images. ``unmatched``: the keys of the source that went nowhere, none of the backbone's among them; ``missing``:
-    tensors of the backbone that it lacks (BatchNorm's counts of batches). ``sha256``: of the backbone's tensors.
-    ``file``: that was read, None of a run. ``metadata``: recipe, step, epoch, ... as far as the source says;
-    ``config``: of a run, as nested plain values.
+    guesses (224 pixels, 32 for the stem ``cifar``; ImageNet's colours, 0.5 of other than three channels). ``resize``:
+    the shorter side before the centre crop of its evaluations (0: :func:`~caco_scale.data.views.usual_resize`).
+    ``pixels``: channels and bits of its images. ``unmatched``: the keys of the source that went nowhere, none of the
+    backbone's among them; ``missing``: tensors of the backbone that it lacks (BatchNorm's counts of batches).
+    ``sha256``: of the backbone's tensors. ``file``: that was read, None of a run. ``metadata``: recipe, step, epoch,
+    ... as far as the source says; ``config``: of a run, as nested plain values.
     """
 
     path: str
@@ -135,7 +136,9 @@ def _load_run(path, which, arch, stem, wanted):
         projector=projector,
         unmatched=() if projector is not None else tuple(f"{which}.projector.{name}" for name in rest),
         sha256=digest(backbone),
-        **_images({**views, "resize": (config.get("eval") or {}).get("resize") or 0}, arch, stem),
+        **_images(
+            {**views, "resize": (config.get("eval") or {}).get("resize") or 0}, arch, stem, pixels.channels
+        ),
         metadata={"recipe": config.get("recipe", ""), "step": values["step"], "epoch": values.get("epoch")},
         config=config,
     )
@@ -211,7 +214,9 @@ def _load_file(path, file, about, which, arch, stem, wanted):
     state = renamed_for(named, state)
     expected = expected_shapes(named, stem or "imagenet", options, pixels.channels) if named else ()
     state, heads = split_heads(state, expected)
-    arch, stem = find_architecture(path, state, named, stem, options, pixels.channels)
+    arch, stem, channels = find_architecture(path, state, named, stem, options, pixels.channels)
+    if channels != pixels.channels:  # what says nothing of its images says nothing of their bits
+        pixels = Pixels(channels)
     backbone, num_features = fill_backbone(arch, stem, options, state, str(path), pixels.channels)
     projector = fill_projector(num_features, within(heads, "fc."), str(path))
     unused = [name for name in heads if projector is None or not name.startswith("fc.")]
@@ -231,7 +236,7 @@ def _load_file(path, file, about, which, arch, stem, wanted):
         file=file,
         sha256=digest(backbone),
         metadata={key: metadata[key] for key in FACTS if key in metadata},
-        **_images(_views_of(path, metadata, pixels.channels), arch, stem),
+        **_images(_views_of(path, metadata, pixels.channels), arch, stem, pixels.channels),
     )
 
 
@@ -286,12 +291,13 @@ def _views_of(path, metadata, channels):
     return views
 
 
-def _images(views, arch, stem):
+def _images(views, arch, stem, channels):
     """Size, mean, std and resize of :class:`Weights`, and which of the first three nothing says."""
+    neutral = (NEUTRAL,) * channels
     usual = {
         "size": 32 if arch == "tiny" or stem == "cifar" else 224,
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
+        "mean": IMAGENET_MEAN if channels == 3 else neutral,
+        "std": IMAGENET_STD if channels == 3 else neutral,
     }
     known = {name: views[name] for name in (*usual, "resize") if name in views}
     known |= {name: tuple(known[name]) for name in ("mean", "std") if name in known}

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from caco_scale.data.pixels import MOST_CHANNELS
 from caco_scale.errors import UserError
 from caco_scale.flags.choices import ENCODERS
 from caco_scale.method.encoders import ARCHITECTURES
@@ -202,8 +203,10 @@ def find_architecture(
     stem: str | None,
     options: tuple[str, ...] = (),
     channels: int = 3,
-) -> tuple[str, str]:
-    """The (arch, stem) whose names and shapes are exactly those of the state dict.
+) -> tuple[str, str, int]:
+    """The (arch, stem, channels) whose names and shapes are exactly those of the state dict.
+
+    ``channels``: of the images, as far as the file says it; where it says nothing, 3, the first layer does.
 
     UserError names the nearest, what differs, and what would load it: a tensor that is left out changes the features.
     """
@@ -214,7 +217,11 @@ def find_architecture(
         expected = expected_shapes(*candidate, options, channels)
         missing, extra, wrong = differences(expected, state)
         if not (missing or extra or wrong):
-            return candidate
+            return *candidate, channels
+        if not (missing or extra) and len(wrong) == 1 and channels == 3:
+            other = _other_channels(expected[wrong[0]], tuple(state[wrong[0]].shape))
+            if other and not any(differences(expected_shapes(*candidate, options, other), state)):
+                return *candidate, other
         distance = bool(missing or wrong), 2 * len(missing) + len(extra) + len(wrong)
         if best is None or distance < best[0]:
             best = distance, candidate, missing, extra, wrong, expected
@@ -236,6 +243,13 @@ def find_architecture(
         f"{path} {fits} "
         f"{'; '.join(filter(None, parts))}: {_what_loads_it(state, arch, stem, nearest[0], extra)}"
     )
+
+
+def _other_channels(expected, found):
+    """Of how many channels a first layer is that is for 3 otherwise; 0: it differs in more."""
+    is_first = len(expected) == len(found) == 4 and expected[1] == 3
+    same = is_first and (expected[0], *expected[2:]) == (found[0], *found[2:])
+    return found[1] if same and 1 <= found[1] <= MOST_CHANNELS else 0
 
 
 def _candidates(arches, stems, arch):
