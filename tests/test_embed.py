@@ -17,11 +17,13 @@ import timm
 import torch
 from feature_files import exact_cosines, write_file
 from gloo import run_ranks, set_environment
+from run_directories import make_config, save_checkpoint, trained_model, write_records
 from safetensors.numpy import load_file
 from shard_sets import encode, make_shard_set, smooth_image
 from test_knn import NORMALISATION
 from weight_files import authors_checkpoint, encoder, torchvision_state
 
+from caco_scale import config as configuration
 from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.store import open_store
 from caco_scale.embed import extract
@@ -280,6 +282,25 @@ def test_neighbours_of_a_key_of_a_source_and_of_image_files_as_a_table_and_a_pag
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     main(["neighbours", str(target), "--query", "ant/0.png", "--k", "1"])
     assert "ant/0b.png" in capsys.readouterr().out
+
+
+def test_image_files_are_encoded_by_a_backbone_of_ones_own_where_it_is_named(place, tmp_path, capsys):
+    arch = "own_nets:net"
+    config = make_config(model__arch=arch, model__stem="imagenet", views__size=16)
+    write_records(tmp_path / "run", config)
+    values = {"epoch": 5.0, "config": configuration.to_dict(config)}
+    save_checkpoint(tmp_path / "run", trained_model(arch, "imagenet"), 40, **values)
+    target, query = tmp_path / "f.npz", place / "photos/cat/7.png"
+    run_command(words(place, target, "--arch", arch, data="photos", weights=tmp_path / "run"))
+    near = ("neighbours", target, "--query", query, "--k", 1)
+    line = refused(capsys, *near)
+    assert f"is the backbone of {arch}, code of its own: give --arch {arch} to run it" in line
+    main([str(word) for word in (*near, "--arch", arch, "--to", tmp_path / "near.csv")])
+    with open(tmp_path / "near.csv", newline="") as file:
+        [row] = csv.DictReader(file)
+    assert (row["source"], float(row["cosine"]) > 0.999999) == ("cat/7.png", True)
+    line = refused(capsys, *near, "--arch", "own_nets:Unused")
+    assert "f.npz" in line or "own_nets:Unused" in line
 
 
 # ---- duplicates

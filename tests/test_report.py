@@ -632,6 +632,22 @@ def test_runs_of_one_name_get_as_much_of_their_paths_as_tells_them_apart(tmp_pat
     assert [r.name for r in read_runs([tmp_path / "a/x/run"])] == ["run"]
 
 
+def test_pictures_by_a_backbone_of_ones_own_come_where_it_is_named(shards, tmp_path, capsys):
+    arch, folder = "own_nets:net", tmp_path / "run"
+    config = make_config(
+        data__shards=shards[0], data__val_shards=shards[1], model__arch=arch, model__stem="imagenet"
+    )
+    write_records(folder, config)
+    values = {"epoch": 5.0, "config": configuration.to_dict(config)}
+    save_checkpoint(folder, trained_model(arch, "imagenet"), 40, **values)
+    main([str(folder), "--images", "16"])
+    assert f"code of its own: give --arch {arch} to run it" in capsys.readouterr().err
+    assert not Page(folder / "report.html").images
+    main([str(folder), "--images", "16", "--arch", arch])
+    assert "No pictures" not in capsys.readouterr().err
+    assert len(Page(folder / "report.html").images) > 100
+
+
 # ----------------------------------------------------------------------------------------------------
 # In a real browser
 
