@@ -20,6 +20,7 @@ from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.distributed.recompute import recompute_blocks
 from caco_scale.distributed.strategies.build import build_strategy
+from caco_scale.distributed.syncbn import convert_sync_batchnorm
 from caco_scale.method.bank import ShardedBank
 from caco_scale.method.encoders import TinyResNet, build_backbone
 from caco_scale.method.model import Encoder, QueryKeyModel, synchronise_key
@@ -50,6 +51,8 @@ DEFAULTS = {
     "evaluate": False,
     "zero": {},  # DeepSpeed settings that differ from the launch's
     "plain_lars": False,  # LARS as it would be if nobody told it what its flat tensors are made of
+    "crops": 0,  # local crops of half the pixels beside the two views
+    "at_once": False,  # in one forward
     "recompute": False,  # the blocks' activations in the backward
     "arch": None,  # a backbone by name instead of the smooth one below
     "gain": False,  # parameters of one element, of which most ranks hold nothing; "alone": nothing else trains
@@ -87,7 +90,10 @@ def build(case, strategy_name, accelerator):
         backbone, num_features = build_backbone(case["arch"])
     projector = smoothen(build_projector(num_features, 32, case["dim"]))
     predictor = smoothen(build_predictor(case["dim"], 32)) if case["predictor"] else None
-    model = QueryKeyModel(Encoder(backbone, projector, predictor))
+    encoder = Encoder(backbone, projector, predictor)
+    if case["at_once"]:
+        convert_sync_batchnorm(encoder, alone=True)
+    model = QueryKeyModel(encoder, crops_at_once=case["at_once"])
     if case["gain"] == "alone":
         for name, parameter in model.query.named_parameters():
             parameter.requires_grad_(name in ("backbone.gain", "backbone.offset"))
@@ -114,6 +120,11 @@ def views_of(case, step, rank, world_size):
     generator = torch.Generator().manual_seed(1000 + step)
     both = [
         images + 0.2 * torch.randn(images.shape, generator=generator, dtype=torch.float64) for _ in range(2)
+    ]
+    small = torch.nn.functional.interpolate(images, size=(pixels // 2, pixels // 2), mode="bilinear")
+    both += [
+        small + 0.2 * torch.randn(small.shape, generator=generator, dtype=torch.float64)
+        for _ in range(case["crops"])
     ]
     if step == case["bad_loss_step"]:
         both[0][-1] = float("nan")

@@ -1,5 +1,6 @@
 """Compiled encoders and augmentation: one graph for each size of view, and none for what comes after."""
 
+import copy
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from caco_scale.data.augment import IMAGENET_STD, augment
 from caco_scale.data.order import sample_keys
 from caco_scale.data.views import ViewSpec, draw_colour
 from caco_scale.distributed.strategies.build import compile_encoders
+from caco_scale.distributed.syncbn import convert_sync_batchnorm
 from caco_scale.method.model import Encoder, QueryKeyModel
 from caco_scale.training.assemble import build_augment
 
@@ -30,6 +32,22 @@ def test_multi_crop_compiles_each_encoder_once_for_each_size():
     for _ in range(2):
         model(views)
     assert counter.frame_count == 3
+
+
+def test_crops_at_once_compile_once_too_and_give_the_same():
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder = convert_sync_batchnorm(Encoder(backbone, nn.Linear(4, 4)), alone=True)
+    models = [QueryKeyModel(copy.deepcopy(encoder), crops_at_once=at_once) for at_once in (False, True)]
+    counter = CompileCounter()
+    compile_encoders(models[1], backend=counter)
+    views = [torch.rand(2, 3, side, side) for side in (16, 16, 9, 9, 9)]
+    for _ in range(3):
+        eager, compiled = (torch.stack(model(views)[0]) for model in models)
+        torch.testing.assert_close(compiled, eager)
+    assert counter.frame_count == 3
+    for before, after in zip(*(model.buffers() for model in models), strict=True):
+        torch.testing.assert_close(after, before)
 
 
 def drawn(side, seed):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from caco_scale.distributed.syncbn import convert_sync_batchnorm
-from caco_scale.method.encoders import build_backbone
+from caco_scale.method.encoders import build_backbone, takes_views_at_once
 from caco_scale.method.model import Encoder, QueryKeyModel, synchronise_key
 from caco_scale.method.projector import build_predictor, build_projector
 
@@ -186,6 +186,73 @@ def test_ranks_compute_the_gradients_and_buffers_of_one_process(world_size):
             for name, tensor in tensors.items():
                 error = abs(tensor - reference[name]).max()
                 assert error <= 1e-11 * max(abs(reference[name]).max(), 1), (name, error)
+
+
+def train_crops(rank, world_size, at_once, arch="tiny", steps=4):
+    """Losses, parameters and buffers of steps with six local crops, at once or each in a forward of its own."""
+    torch.manual_seed(0)
+    backbone, num_features = build_backbone(arch)
+    encoder = Encoder(backbone, build_projector(num_features, 24, 16), build_predictor(16, 24))
+    if at_once:
+        convert_sync_batchnorm(encoder, alone=True)
+    model = convert_sync_batchnorm(QueryKeyModel(encoder.double(), crops_at_once=at_once))
+    engine = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
+    optimizer, losses = torch.optim.SGD(model.query.parameters(), 0.1, momentum=0.9), []
+    views = make_views((32, 32, *[16] * 6), dtype=torch.float64)
+    for step in range(steps):
+        optimizer.zero_grad()
+        queries, keys = engine([(view * (1 + step)).chunk(world_size)[rank] for view in views])
+        loss = multi_crop_loss(queries, keys)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return losses, {name: x.detach().numpy() for name, x in tensors.items()}
+
+
+def assert_equal_runs(found, expected, tolerance=1e-12):
+    for name, reference in expected[1].items():
+        error = abs(found[1][name] - reference).max()
+        assert error <= tolerance * max(abs(reference).max(), 1), (name, error)
+    assert found[0] == pytest.approx(expected[0], rel=tolerance)
+
+
+def test_crops_at_once_are_crops_apart():
+    apart, at_once = (train_crops(0, 1, way) for way in (False, True))
+    assert_equal_runs(at_once, apart)
+    tracked = at_once[1]["query.backbone.bn1.num_batches_tracked"]
+    assert tracked == apart[1]["query.backbone.bn1.num_batches_tracked"] == 4 * 8
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_crops_at_once_are_crops_apart_on_every_rank(world_size):
+    expected = train_crops(0, 1, False)
+    for found in run_ranks(train_crops, world_size, True):
+        assert_equal_runs(([], found[1]), ([], expected[1]))
+
+
+@pytest.mark.parametrize(
+    "arch",
+    ["resnet18", "mobilenet_v3_small", "timm/test_efficientnet", "timm/test_vit", "timm/test_convnext"],
+)
+def test_crops_at_once_in_other_libraries_networks(arch):
+    assert takes_views_at_once(arch, (), build_backbone(arch)[0])
+    apart, at_once = (train_crops(0, 1, way, arch, steps=2) for way in (False, True))
+    # Their norms of six 1x1 maps each make rounding larger by ten; shared statistics would be off by parts in ten.
+    assert_equal_runs(at_once, apart, 1e-9)
+
+
+def test_what_looks_across_samples_or_draws_numbers_passes_crop_by_crop():
+    def known(arch, *options):
+        return takes_views_at_once(arch, options, build_backbone(arch, "imagenet", options)[0])
+
+    assert known("resnet18", "zero_init_residual=true")
+    assert not known("timm/test_vit", "drop_path_rate=0.1")
+    assert not known("convnext_tiny", "stochastic_depth_prob=0.2")
+    assert not known("timm/test_efficientnet_evos")  # a norm of its own kind over the batch
+    assert not known("own_nets:small")
+    statistics = nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True))
+    assert not takes_views_at_once("tiny", (), statistics)
 
 
 def test_single_process_keeps_plain_batchnorm():

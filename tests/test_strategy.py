@@ -33,6 +33,8 @@ SGD = {"name": "sgd", "optimizer": "sgd", "lr": 0.01}
 ADAMW = {"name": "adamw", "optimizer": "adamw", "lr": 1e-4}
 FEATURES = {"name": "features", "evaluate": True, "steps": 3}
 ACCUMULATE64 = {**ACCUMULATE, "dtype": "float64", "name": "accumulate64"}
+CROPS = {"name": "crops", "crops": 3, "at_once": True, "steps": 5}  # the reference: a forward for each
+CROPS64 = {**CROPS, "name": "crops64", "dtype": "float64"}
 NOT_PERSISTENT = {
     "stage": 3,
     "stage3_param_persistence_threshold": 100,
@@ -79,7 +81,8 @@ def reference(tmp_path_factory):
     first = [{**LARS, "save_at": [0, 2]}, {**LARS64, "save_at": [0, 2]}]
     others = [{**ADAMW, "save_at": [0]}, NOT_FINITE, BAD_LOSS, SGD, FEATURES]
     train(folder, first + others + KIN[:1])
-    train(folder, [starting(case, folder) for case in (ACCUMULATE, ACCUMULATE64)])
+    apart = [starting({**case, "at_once": False}, folder) for case in (CROPS, CROPS64)]
+    train(folder, [starting(case, folder) for case in (ACCUMULATE, ACCUMULATE64)] + apart)
     return folder
 
 
@@ -128,7 +131,7 @@ def check(config, num_processes, cases, reference, folder):
 
 
 def test_two_processes_in_fp64(reference, tmp_path):
-    check("fsdp2", 2, [LARS64, ACCUMULATE64, NOT_FINITE, FEATURES], reference, tmp_path)
+    check("fsdp2", 2, [LARS64, ACCUMULATE64, CROPS64, NOT_FINITE, FEATURES], reference, tmp_path)
 
 
 @pytest.mark.long
@@ -139,7 +142,7 @@ def test_other_rules_on_two_processes(config, cases, kin_reference, tmp_path):
 
 @pytest.mark.parametrize("config", ["zero1", pytest.param("zero3", marks=pytest.mark.long)])
 def test_two_processes_under_zero(config, reference, tmp_path):
-    check(config, 2, [LARS, ACCUMULATE, NOT_FINITE, FEATURES], reference, tmp_path)
+    check(config, 2, [LARS, ACCUMULATE, CROPS, NOT_FINITE, FEATURES], reference, tmp_path)
     whole = report(reference, "lars")["optimizer_state_bytes"]
     each = [report(tmp_path, "lars", rank)["optimizer_state_bytes"] for rank in range(2)]
     assert sum(each) == pytest.approx(whole, rel=1e-3)
@@ -149,8 +152,8 @@ def test_two_processes_under_zero(config, reference, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
 def test_three_processes_and_every_optimizer(config, reference, tmp_path):
-    cases = [LARS, SGD, ADAMW, ACCUMULATE, NOT_FINITE, BAD_LOSS]
-    check(config, 3, cases + [LARS64] * (config in ("ddp", "fsdp2")), reference, tmp_path)
+    cases = [LARS, SGD, ADAMW, ACCUMULATE, CROPS, NOT_FINITE, BAD_LOSS]
+    check(config, 3, cases + [LARS64, CROPS64] * (config in ("ddp", "fsdp2")), reference, tmp_path)
 
 
 def test_plain_lars_fails_where_ours_passes_and_engine_settings_change_nothing(reference, tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from caco_scale.distributed.syncbn import SyncBatchNorm, convert_sync_batchnorm
+from caco_scale.distributed.syncbn import SyncBatchNorm, convert_sync_batchnorm, views_in_batch
 from caco_scale.errors import UserError
 
 # Name -> (layer, shape behind the batch dimension). Three steps each, so that running statistics accumulate.
@@ -88,6 +88,53 @@ def test_equals_batchnorm_of_the_whole_batch(world_size):
                     value = parts[0]
                     assert all(np.array_equal(value, part) for part in parts), (name, key)
                 np.testing.assert_allclose(value, reference, rtol=1e-12, atol=1e-12, err_msg=f"{name}: {key}")
+
+
+NUM_VIEWS = 3
+
+
+def train_views(layer, name, rows, at_once):
+    """As :func:`train`, of three views that pass at once or one after the other: the batches of the steps."""
+    views = [tuple(tensor[rows] for tensor in make_batch(name, step)) for step in range(NUM_VIEWS)]
+    inputs = [x.requires_grad_(True) for x, _ in views]
+    if at_once:
+        with views_in_batch(NUM_VIEWS):
+            outputs = layer(torch.cat(inputs)).chunk(NUM_VIEWS)
+    else:
+        outputs = [layer(x) for x in inputs]
+    loss = sum(
+        (i + 1) * (out.sin() * w).sum() for i, (out, (_, w)) in enumerate(zip(outputs, views, strict=True))
+    )
+    loss.backward()
+    arrays = {f"gradient of {n}": p.grad for n, p in layer.named_parameters()}
+    arrays |= {f"buffer {n}": b for n, b in layer.named_buffers()}
+    for view, (x, out) in enumerate(zip(inputs, outputs, strict=True)):
+        arrays |= {f"output {view}": out, f"input gradient {view}": x.grad}
+    return {key: value.detach().clone().numpy() for key, value in arrays.items()}
+
+
+def rank_train_views(rank, world_size, shares):
+    results = []
+    for share in shares:
+        rows = slice(sum(share[:rank]), sum(share[: rank + 1]))
+        for name in LAYERS:
+            layer = convert_sync_batchnorm(make_layer(name), alone=True)
+            results.append(train_views(layer, name, rows, at_once=True))
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_views_in_one_batch_are_forwards_of_their_own_over_all_ranks(world_size):
+    ranks = run_ranks(rank_train_views, world_size, SHARES[world_size])
+    expected = [train_views(make_layer(name), name, slice(None), at_once=False) for name in LAYERS]
+    for number, results in enumerate(zip(*ranks, strict=True)):
+        for key, reference in expected[number % len(LAYERS)].items():
+            parts = [result[key] for result in results]
+            if key.startswith(("output", "input gradient")):
+                value = np.concatenate(parts)
+            else:
+                value = sum(parts) if key.startswith("gradient") else parts[0]
+            np.testing.assert_allclose(value, reference, rtol=1e-12, atol=1e-12, err_msg=f"{number}: {key}")
 
 
 def rank_number_formats(rank, world_size):
@@ -215,15 +262,17 @@ class Seen(TorchDispatchMode):
 
 def rank_count(rank, world_size):
     layer = convert_sync_batchnorm(nn.BatchNorm2d(4, momentum=None))
-    x = torch.randn(3, 4, 5, 5, requires_grad=True)
+    x = torch.randn(6, 4, 5, 5, requires_grad=True)
     with Seen() as seen:
-        layer(x).sum().backward()
+        layer(x[:3]).sum().backward()
+        with views_in_batch(3):
+            layer(x).sum().backward()
     waits = [n for n in seen.names if n == "mask" or "_local_scalar_dense" in n or "nonzero" in n]
     return sum("all_reduce" in n for n in seen.names), waits
 
 
 def test_a_layer_asks_the_ranks_once_each_way_and_the_host_never():
-    assert run_ranks(rank_count, 2) == [(2, [])] * 2
+    assert run_ranks(rank_count, 2) == [(4, [])] * 2  # one view, then three in one batch
 
 
 def rank_convert(rank, world_size):

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
@@ -40,6 +41,7 @@ ANY_SIZE = (
     {},
 )  # how timm's models take several sizes
 USUAL_SIZES = (224, 32, 64, 96, 128, 160, 192, 256, 288, 320, 384, 448, 512)  # then multiples of 16, 14 and 8
+KNOWN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 MOST_TRIES, MOST_SHOWN = 40, 6  # of sizes
 
 
@@ -72,6 +74,20 @@ def build_backbone(
     if stem == "cifar" and not isinstance(backbone, TinyResNet):
         _use_small_stem(arch, backbone)
     return backbone, _measure(arch, backbone, channels)
+
+
+def takes_views_at_once(arch: str, options: Sequence[str], backbone: nn.Module) -> bool:
+    """Whether several views may pass as one batch: nothing looks across samples but BatchNorm, nothing draws numbers.
+
+    Known of torchvision's, timm's and our own; what others have written passes view by view.
+    """
+    if _is_callable(arch) or _asks_for_chance(read_options(options)):
+        return False
+    return all(
+        type(part) in KNOWN_NORMS or type(part).__name__ == "BatchNormAct2d"
+        for part in backbone.modules()
+        if isinstance(part, _NormBase) or any(name.startswith("running_") for name in part._buffers)
+    )
 
 
 def skeleton(
@@ -232,13 +248,17 @@ def _refuse_options(options, *names):
 
 def _without_chance(backbone, options):
     """Layers that draw random numbers draw none, unless an option asks for them."""
-    if not any("drop" in name or "stochastic" in name for name in options):
+    if not _asks_for_chance(options):
         for module in backbone.modules():
             if "Drop" in type(module).__name__ or type(module).__name__ == "StochasticDepth":
                 for name in ("p", "drop_prob"):
                     if hasattr(module, name):
                         setattr(module, name, 0.0)
     return backbone
+
+
+def _asks_for_chance(options):
+    return any("drop" in name or "stochastic" in name for name in options)
 
 
 def _from_callable(arch, options):

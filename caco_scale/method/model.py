@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from caco_scale.distributed.syncbn import views_in_batch
 from caco_scale.method.ema import ema_update
 from caco_scale.run.profiling import part
 
@@ -55,11 +56,17 @@ class QueryKeyModel(nn.Module):
 
     ``autocast_dtype``: compute in this type inside ``forward``, parameters and outputs stay as they are;
     None: in the parameters' type. ``channels_last``: lays the views out so; never the weights, which
-    DeepSpeed and FSDP2 cannot flatten then.
+    DeepSpeed and FSDP2 cannot flatten then. ``crops_at_once``: all local crops pass the query encoder as one batch,
+    in which nothing but :class:`~caco_scale.distributed.syncbn.SyncBatchNorm` looks across samples.
     """
 
     def __init__(
-        self, encoder: Encoder, *, autocast_dtype: torch.dtype | None = None, channels_last: bool = False
+        self,
+        encoder: Encoder,
+        *,
+        autocast_dtype: torch.dtype | None = None,
+        channels_last: bool = False,
+        crops_at_once: bool = False,
     ):
         super().__init__()
         self.query = encoder
@@ -67,22 +74,30 @@ class QueryKeyModel(nn.Module):
         self.key.predictor = None
         self.autocast_dtype = autocast_dtype
         self.channels_last = channels_last
+        self.crops_at_once = crops_at_once
 
     def forward(self, views: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Queries of every view and keys of the two global views, all unit norm.
 
         ``views``: list of (B, 3, H, W), the two global views first. Returns (list of (B, D) queries, one per
-        view; list of two (B, D) keys without gradient). Every view is a forward of its own: views in one
-        batch would share BatchNorm statistics. Crosses ranks: synchronised BatchNorm's statistics only.
+        view; list of two (B, D) keys without gradient). Every view has BatchNorm statistics of its own: each is a
+        forward of its own but for local crops at once. Crosses ranks: synchronised BatchNorm's statistics only.
         """
         if self.channels_last:
             views = [view.contiguous(memory_format=torch.channels_last) for view in views]
         with self._autocast(views[0].device.type):
             with part("query"):
-                queries = [self.query(view) for view in views]
+                queries = [self.query(view) for view in views[:NUM_GLOBAL_VIEWS]]
+                queries += self._queries_of_crops(views[NUM_GLOBAL_VIEWS:])
             with part("key"), torch.no_grad():
                 keys = [self.key(view) for view in views[:NUM_GLOBAL_VIEWS]]
         return queries, keys
+
+    def _queries_of_crops(self, crops):
+        if not self.crops_at_once or len(crops) < 2:
+            return [self.query(crop) for crop in crops]
+        with views_in_batch(len(crops)):
+            return self.query(torch.cat(crops)).chunk(len(crops))
 
     def _autocast(self, device_type):
         if self.autocast_dtype is None:

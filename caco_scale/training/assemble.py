@@ -31,8 +31,9 @@ from caco_scale.data.views import ViewSpec
 from caco_scale.distributed.recompute import recompute_blocks
 from caco_scale.distributed.strategies import build as strategies
 from caco_scale.distributed.strategies.base import Strategy
+from caco_scale.distributed.syncbn import convert_sync_batchnorm
 from caco_scale.method.bank import ShardedBank
-from caco_scale.method.encoders import build_backbone
+from caco_scale.method.encoders import build_backbone, takes_views_at_once
 from caco_scale.method.model import Encoder, QueryKeyModel
 from caco_scale.method.projector import build_predictor, build_projector
 from caco_scale.optim.build import build_optimizer, init_optimizer_state
@@ -276,12 +277,23 @@ def build_model(config: Config, weights: StartingWeights | None = None) -> Query
     encoder = build_encoder(config)
     if weights is not None:
         weights.fill(encoder.backbone)
+    at_once = crops_at_once(config, encoder.backbone)
+    if at_once:
+        convert_sync_batchnorm(encoder, alone=True)
     model = QueryKeyModel(
         encoder,
+        crops_at_once=at_once,
         autocast_dtype=torch.bfloat16 if config.precision.compute == "bf16" else None,
         channels_last=config.precision.channels_last and torch.cuda.is_available(),
     )
     return model.to(parameter_dtype(config))
+
+
+def crops_at_once(config: Config, backbone: nn.Module) -> bool:
+    """Whether local crops pass the query encoder in one forward; not where memory is saved block by block."""
+    several, model = config.views.num_local_crops > 1, config.model
+    saves = model.checkpoint_activations
+    return several and not saves and takes_views_at_once(model.arch, model.options, backbone)
 
 
 def build_strategy(
