@@ -89,6 +89,14 @@ def test_the_host_waits_once_in_a_step_of_two_processes_and_they_meet_no_more_th
         assert operations["other"] <= 8  # the buffers' copies among them
 
 
+def test_six_local_crops_cost_the_collectives_of_one_and_no_forward_of_six():
+    norms = norms_of_the_demo()
+    (two, _), (eight, _) = (run_ranks(counted, 2, crops) for crops in (0, 6))
+    assert (eight[0], eight[1]) == (["_local_scalar_dense"], 1)
+    assert sum(eight[2].values()) - sum(two[2].values()) == 2 * norms  # once forward, once backward
+    assert eight[3]["query"] < 2 * two[3]["query"]  # of four times as many views
+
+
 @pytest.mark.long
 def test_the_counts_benchmark_takes_a_recipe_and_flags(tmp_path):
     flags = ["--data.global_batch_size", 4, "--bank.size", 50, "--processes", 1, 2]

@@ -215,18 +215,19 @@ class Graphs:
         return sum(name.startswith("_c10d_functional.all_reduce") for name in names)
 
 
-def rank_compile(rank, world_size):
+def rank_compile(rank, world_size, views):
     """Compiled as a whole, with the collectives of its graphs -> equal to eager or not, and the counts."""
     torch.manual_seed(0)
     eager, compiled = (convert_sync_batchnorm(Net().double()) for _ in range(2))
     compiled.load_state_dict(eager.state_dict())
     graphs = Graphs()
     run = torch.compile(compiled, backend=graphs, fullgraph=True)  # a break is an error
-    x = torch.randn(3, 3, 7, 7, dtype=torch.float64)
+    x = torch.randn(3 * views, 3, 7, 7, dtype=torch.float64)
     found = []
     for model in (eager, run):
         images = x.clone().requires_grad_()
-        output = model(images)
+        with views_in_batch(views):
+            output = model(images)
         output.sin().sum().backward()
         found.append([output, images.grad])
     found[0] += [p.grad for p in eager.parameters()] + list(eager.buffers())
@@ -236,8 +237,9 @@ def rank_compile(rank, world_size):
     return len(graphs.forward), graphs.collectives(graphs.forward), graphs.collectives(graphs.backward)
 
 
-def test_a_compiled_encoder_is_one_graph_with_one_collective_a_layer_each_way():
-    assert run_ranks(rank_compile, 2) == [(1, 2, 2)] * 2
+@pytest.mark.parametrize("views", [1, 3])
+def test_a_compiled_encoder_is_one_graph_with_one_collective_a_layer_each_way(views):
+    assert run_ranks(rank_compile, 2, views) == [(1, 2, 2)] * 2
 
 
 class Seen(TorchDispatchMode):
