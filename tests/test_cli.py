@@ -299,6 +299,13 @@ def test_the_fields_and_files_that_the_pages_name_are_there():
     assert {path for path in paths if not (ROOT / path).exists()} <= {"slurm/site.sh"}  # the user's own
 
 
+def test_a_checkout_is_installed_in_place():
+    """What a command imports in a checkout is the checkout, which has the compiled augmentation only so."""
+    installs = re.findall(r"activate && (pip install .*?)(?= && |$)", pages(), re.MULTILINE)
+    assert len(installs) > 2
+    assert [words for words in installs if not words.startswith("pip install -e ")] == []
+
+
 def test_the_launchers_that_the_pages_name_are_read():
     parser = launch_command_parser()
     found = set(re.findall(r"accelerate launch ((?:--\w+ \S+ )*-m caco_scale[\w.]*)", pages()))

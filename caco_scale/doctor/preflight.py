@@ -103,7 +103,7 @@ def run(options):
         if options.rank == 0:
             why = one_line(error)[:200]
             raise UserError(
-                f"cannot listen on {address} port {port}: {why}; give a free --master-port"
+                f"rank 0 cannot listen on {address} port {port}: {why}; run it on that host, with a free --master-port"
             ) from None
         return without_rank_0(options, f"no answer from {address} port {port}")
     if options.rank == 0:

@@ -35,7 +35,7 @@ class Extract(EncoderFlags):
     command: ClassVar[str] = "extract"
 
     data: Annotated[str | None, shown("IMAGES")] = None
-    """Shard set or folder of images, with or without classes (default: the training images of the run)."""
+    """Shard set, image folder, list or parquet files, with or without labels (default: those the run trained on)."""
     to: Annotated[str, shown("FILE")]
     """File to write: .parquet, .npz or .safetensors. Beside it FILE.parts keeps what a killed start has computed."""
     layer: Literal["backbone", "projector", "patches"] = "backbone"

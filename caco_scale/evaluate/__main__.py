@@ -29,8 +29,8 @@ class Evaluation(EncoderFlags):
     command: ClassVar[str]
 
     data: Annotated[str | None, shown("TRAIN")] = None
-    """Training images, one label each (multi-label sets, VOC07, are out of scope): shard set or image folder (default:
-    those of the run)."""
+    """Training images, one label each (multi-label sets, VOC07, are out of scope): shard set, image folder, list or
+    parquet files (default: those of the run)."""
     val: Annotated[str | None, shown("VAL")] = None
     """Validation images (default: those of the run, or the val/ beside train/ in --data)."""
     seed: Annotated[int, SEED] = 0

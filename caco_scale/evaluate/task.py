@@ -250,8 +250,8 @@ def _sources(flags):
     val = of_run.get("val_shards") if val is None and flags.data is None else val
     if not train:
         raise UserError(
-            f"{flags.weights} does not say what it was trained on: give --data TRAIN and --val VAL (shard sets or "
-            "image folders)"
+            f"{flags.weights} does not say what it was trained on: give --data TRAIN and --val VAL (shard sets, "
+            "image folders, lists or parquet files)"
         )
     if not val:
         raise UserError(

@@ -21,7 +21,7 @@ class Export:
     """Export a backbone for use without this program: of a run, of one checkpoint, or of a file of weights."""
 
     run: Positional[Annotated[str, shown("RUN_OR_WEIGHTS")]]
-    """Run directory, one of its checkpoints, or a file of weights."""
+    """Run directory, one of its checkpoints, file of weights, or Hugging Face directory in timm's layout."""
     to: str
     """File to write; its model card goes to FILE.md. With huggingface a directory."""
     format: ExportFormat
