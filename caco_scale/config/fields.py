@@ -226,7 +226,7 @@ class Precision:
     compile: Free[bool] = False
     """Compile the encoders and the augmentation with torch.compile."""
     channels_last: Free[bool] = True
-    """Give the encoders channels_last inputs on CUDA."""
+    """Give the encoders channels_last inputs, with which convolutions are faster. Not with fp64."""
 
 
 @dataclass(frozen=True)

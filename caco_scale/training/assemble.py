@@ -280,13 +280,14 @@ def build_model(config: Config, weights: StartingWeights | None = None) -> Query
     at_once = crops_at_once(config, encoder.backbone)
     if at_once:
         convert_sync_batchnorm(encoder, alone=True)
+    dtype = parameter_dtype(config)
     model = QueryKeyModel(
         encoder,
         crops_at_once=at_once,
         autocast_dtype=torch.bfloat16 if config.precision.compute == "bf16" else None,
-        channels_last=config.precision.channels_last and torch.cuda.is_available(),
+        channels_last=config.precision.channels_last and dtype == torch.float32,  # fp64 gains nothing by it
     )
-    return model.to(parameter_dtype(config))
+    return model.to(dtype)
 
 
 def crops_at_once(config: Config, backbone: nn.Module) -> bool:
