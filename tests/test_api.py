@@ -246,7 +246,7 @@ print(json.dumps([[str(error) for error in said], run.step]))
 """
 
 
-TWICE = """
+TWICE_UNDER_ZERO = """
 import json, sys, caco_scale
 flags = json.loads(sys.argv[1])
 for name in ("first", "second"):
@@ -256,7 +256,7 @@ for name in ("first", "second"):
 
 @pytest.mark.long
 def test_a_script_trains_twice_under_zero_and_the_second_run_is_the_first_to_the_last_bit(shards, tmp_path):
-    (tmp_path / "script.py").write_text(TWICE)
+    (tmp_path / "script.py").write_text(TWICE_UNDER_ZERO)
     flags = {**SMALL, "data.shards": str(shards), "precision.compute": "fp32"}
     words = [sys.executable, "-m", "accelerate.commands.launch", *by("zero2", 1)["launcher"], "script.py"]
     done = finished([*words, json.dumps(flags)], tmp_path)
