@@ -218,6 +218,7 @@ else:
 """
 
 
+@pytest.mark.long
 def test_the_same_script_under_the_launcher_trains_with_all_processes(shards, tmp_path):
     flags = {**SMALL, "data.shards": shards, "run.world_size": 2}
     launcher = ["-m", "accelerate.commands.launch", *by("ddp", 2)["launcher"]]

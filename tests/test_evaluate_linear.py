@@ -351,6 +351,7 @@ def test_a_killed_evaluation_goes_on_and_ends_in_the_same_result(place, tmp_path
         )
 
 
+@pytest.mark.long
 def test_a_stopped_evaluation_saves_at_that_step_and_ends_in_the_same_result(place, tmp_path):
     many = ("--epochs", 10, "--batch_size", 1, "--lr", 20)  # 64 steps an epoch
     options = words("linear", place, *many, "--to", tmp_path / "stopped")

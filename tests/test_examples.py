@@ -63,9 +63,10 @@ def test_every_example_is_tried():
 ON_TWO = ["lars_under_deepspeed", "lars_under_fsdp2"]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ON_TWO)) for name in EXAMPLES]
-)
+MARKS = {"backbone_in_timm": [pytest.mark.long], **{name: [pytest.mark.slow] for name in ON_TWO}}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, [])) for name in EXAMPLES])
 def test_an_example_from_a_wheel_in_an_empty_folder(name, installed, tmp_path):
     if name == "backbone_in_timm":
         pytest.importorskip("timm", reason="timm is an extra: pip install timm")

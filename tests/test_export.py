@@ -142,7 +142,7 @@ def backbones(tmp_path_factory):
     ("exports", "other"),
     [
         ("torchvision", "timm"),
-        ("timm", "nothing else"),
+        pytest.param("timm", "nothing else", marks=pytest.mark.long),
         pytest.param("torchvision's ViT", "timm", marks=pytest.mark.slow),
     ],
 )

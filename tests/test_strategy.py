@@ -156,6 +156,7 @@ def test_three_processes_and_every_optimizer(config, reference, tmp_path):
     check(config, 3, cases + [LARS64, CROPS64] * (config in ("ddp", "fsdp2")), reference, tmp_path)
 
 
+@pytest.mark.long
 def test_plain_lars_fails_where_ours_passes_and_engine_settings_change_nothing(reference, tmp_path):
     """A plain LARS takes ZeRO's flat tensors for biases: neither decay nor trust ratio, silently momentum SGD."""
     cases = [

@@ -328,6 +328,7 @@ def test_a_signal_stops_the_runs_in_good_order(tmp_path, number):
 # ---- the trainer itself
 
 
+@pytest.mark.long
 def test_a_killed_sweep_goes_on_in_the_middle_of_a_run(tmp_path):
     shards = make_shard_set(tmp_path / "set", num_images=96, samples_per_shard=20)
     small = {**SMALL, "run.save_every": 3, "precision.compute": "fp32"}
