@@ -449,6 +449,7 @@ def kill_state(rank, world_size, numel):
     )
 
 
+@pytest.mark.long
 def test_kill_9_at_any_moment_leaves_a_readable_latest(tmp_path):
     # The fork server imports torch once, so that 10 jobs start in seconds.
     context = mp.get_context("forkserver")

@@ -254,6 +254,7 @@ def test_validation_labels_become_positions_of_the_sorted_wnids(kind, tmp_path):
     refused("8 labels for 9 images", "build", val, tmp_path / "x", "--labels", few)
 
 
+@pytest.mark.long
 def test_archives_into_the_bucket_killed_twice_verified_and_trained_on(s3, tmp_path):
     train, _, _ = archives(tmp_path)
     target, remote = f"{s3}/imagenet/train", Remote(f"{s3}/imagenet/train")

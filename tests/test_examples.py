@@ -63,7 +63,8 @@ def test_every_example_is_tried():
 ON_TWO = ["lars_under_deepspeed", "lars_under_fsdp2"]
 
 
-MARKS = {"backbone_in_timm": [pytest.mark.long], **{name: [pytest.mark.slow] for name in ON_TWO}}
+LONG = ["backbone_in_timm", "bank_in_your_loop"]
+MARKS = {name: [pytest.mark.long] for name in LONG} | {name: [pytest.mark.slow] for name in ON_TWO}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, [])) for name in EXAMPLES])

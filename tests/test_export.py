@@ -576,6 +576,7 @@ def test_a_hugging_face_directory_for_other_than_three_channels_is_timms_own_mod
             assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1)
 
 
+@pytest.mark.long
 def test_a_hugging_face_directory_is_timms_own_model_and_transform(tmp_path, monkeypatch):
     from test_weights import save_run as save_seen  # 32 of 40 pixels, mean and deviation of its own
 

@@ -72,7 +72,12 @@ def assert_same_run(folder, from_disk, shards, flags=SMALL):
 
 
 @pytest.mark.parametrize(
-    "faults", [FAULTS, *(pytest.param((fault,), marks=pytest.mark.slow) for fault in FAULTS)], ids="+".join
+    "faults",
+    [
+        pytest.param(FAULTS, marks=pytest.mark.long),
+        *(pytest.param((fault,), marks=pytest.mark.slow) for fault in FAULTS),
+    ],
+    ids="+".join,
 )
 def test_faults_change_nothing_in_a_run(faults, flags, proxy, from_disk, shards, tmp_path):
     proxy.faults = faults

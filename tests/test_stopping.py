@@ -125,6 +125,7 @@ def wait_for(process, condition):
         time.sleep(0.02)
 
 
+@pytest.mark.long
 def test_the_switch_files_of_a_run_on_two_processes(flags, tmp_path):
     flags = {**flags, "run.dir": tmp_path / "run"}
     process = start(flags, num_processes=2)
