@@ -67,8 +67,8 @@ class ShardTable(Sequence[ShardInfo]):
             return tuple(self[i] for i in range(*position.indices(len(self))))
         info = self._kept.get(position)
         if info is None:
-            while len(self._kept) >= MAX_KEPT:
-                self._kept.pop(next(iter(self._kept)), None)  # another thread may have taken it
+            if len(self._kept) >= MAX_KEPT:
+                self._kept.clear()  # whatever other threads ask for meanwhile
             info = self._kept[position] = self._info(range(len(self))[position])
         return info
 
