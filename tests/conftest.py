@@ -4,6 +4,10 @@ import multiprocessing.forkserver
 import os
 import signal
 
+# Before torch and numpy: two processes of the tests with a thread a core each wait for each other in OpenMP's loops, at
+# three times the CPU time of one thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from ceph_server import CephServer
 from s3_server import BUCKET, CannotStart, SwiftServer, credentials
