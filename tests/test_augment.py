@@ -137,8 +137,14 @@ def test_normalise_and_memory_format():
     images = normalise(crops, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), torch.float64)
     assert_close(images, expected, 1e-14)
     assert images.is_contiguous()
-    for images in (normalise(crops, channels_last=True), augment(crops, params, channels_last=True)):
+    for images in (
+        normalise(crops, channels_last=True),
+        augment_by_torch(crops, params, channels_last=True),
+        augment(crops, params, channels_last=True),
+    ):
         assert images.is_contiguous(memory_format=torch.channels_last)
+    assert normalise(crops, dtype=torch.float64, channels_last=True).is_contiguous()
+    assert augment_by_torch(crops, params, dtype=torch.float64, channels_last=True).is_contiguous()
     assert torch.equal(images, augment(crops, params))
 
 

@@ -7,10 +7,15 @@ from timm.layers import EvoNorm2dB0
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from caco_scale.benchmark.step import draw_batch
+from caco_scale.config import Config, replace
+from caco_scale.config.fields import Data, Views
+from caco_scale.data.augment import augment
 from caco_scale.distributed.syncbn import convert_sync_batchnorm
 from caco_scale.method.encoders import build_backbone, takes_views_at_once
 from caco_scale.method.model import Encoder, QueryKeyModel, synchronise_key
 from caco_scale.method.projector import build_predictor, build_projector
+from caco_scale.training.assemble import MicroBatches, parameter_dtype
 
 
 def make_model(dtype=torch.float32, arch="tiny", **options):
@@ -139,17 +144,36 @@ def test_fp64_stays_fp64():
         torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(6).double(), rtol=1e-14, atol=0)
 
 
-def test_channels_last_lays_out_inputs_and_never_weights():
-    model, plain = make_model(torch.float64, channels_last=True), make_model(torch.float64)
-    seen = []
-    model.query.backbone.conv1.register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
-    )
+def test_channels_last_is_the_layout_of_what_passes_and_never_of_weights():
+    model, seen = make_model(torch.float64), []
+    for conv in (module for module in model.query.backbone.modules() if isinstance(module, nn.Conv2d)):
+        conv.register_forward_hook(
+            lambda _, inputs, out: seen.append(out.is_contiguous(memory_format=torch.channels_last))
+        )
     views = make_views(dtype=torch.float64)
-    queries, _ = model(views)
-    assert seen == [True, True]
+    plain, _ = model(views)
+    assert not any(seen)
+    seen.clear()
+    queries, _ = model([view.contiguous(memory_format=torch.channels_last) for view in views])
+    assert seen
+    assert all(seen)
     assert all(p.is_contiguous() for p in model.parameters())
-    torch.testing.assert_close(queries[0], plain(views)[0][0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(queries[0], plain[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("compute", "wanted", "laid_out"), [("fp32", True, True), ("fp32", False, False), ("fp64", True, False)]
+)
+def test_views_are_written_as_convolutions_want_them(compute, wanted, laid_out):
+    config = Config(data=Data(global_batch_size=4), views=Views(size=32, local_size=16, num_local_crops=2))
+    batch, dtype = draw_batch(config), parameter_dtype(replace(config, precision__compute=compute))
+    views = next(iter(MicroBatches(batch, 2, augment, dtype, config.views, wanted)))
+    plain = next(iter(MicroBatches(batch, 2, augment, dtype, config.views)))
+    for view, other in zip(views, plain, strict=True):
+        assert view.dtype == dtype
+        assert view.is_contiguous(memory_format=torch.channels_last) == laid_out
+        assert other.is_contiguous()
+        assert torch.equal(view, other)
 
 
 def multi_crop_loss(queries, keys):

@@ -159,6 +159,8 @@ def count_step(config: Config) -> Counts:
     shapes = [(spec.size, spec.size) for spec in view_specs(config.views, config.data.channels)]
     dtype, channels = parameter_dtype(config), config.data.channels
     views = [torch.randn(size, channels, *shape, dtype=dtype) for shape in shapes]
+    if config.precision.channels_last:  # as the augmentation writes them
+        views = [view.contiguous(memory_format=torch.channels_last) for view in views]
     for _ in range(2):  # the engine has laid out its buckets
         train_step(strategy, bank, [views], hp)
     with Counts() as counts:

@@ -127,12 +127,12 @@ def prepare_ours(config: Config, steps: int, device: str) -> Contender:
     (strategy, bank, hp), dtype = build_ours(config, device), parameter_dtype(config)
     batch, augment = draw_batch(config), build_augment(config)
     micro = config.data.micro_batch_size or config.data.global_batch_size
+    how = config.views, config.precision.channels_last
 
     def run():
         batches = on_device((batch for _ in range(steps)), strategy.device)
         losses = [
-            train_step(strategy, bank, MicroBatches(b, micro, augment, dtype, config.views), hp).loss
-            for b in batches
+            train_step(strategy, bank, MicroBatches(b, micro, augment, dtype, *how), hp).loss for b in batches
         ]
         return functools.partial(with_parts, losses[0])
 

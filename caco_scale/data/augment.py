@@ -6,6 +6,9 @@ which that code is tested; it is for float64, for GPUs, and for where there is n
 samples that use an operation go through it. On a GPU (and under ``torch.compile``) every operation covers the whole
 batch and leaves the samples that do not use it unchanged: static shapes, no look at a value, no wait of the host.
 
+Images come as (B, C, H, W) in memory; with ``channels_last``, in which convolutions are faster, as (B, H, W, C), unless
+they are of float64, which gains nothing by it.
+
 Shapes: B this rank's batch, H = W the crop's side, k blur kernel size. Images are (B, C, H, W) in [0, 1]. Hue,
 saturation and greyscale are of three channels alone; of others contrast is towards the mean of all.
 """
@@ -89,8 +92,10 @@ def _to_float(crops, dtype):
 def _normalised(images, mean, std, channels_last):
     # Channel by channel with plain numbers: a tensor of them would have to travel to the device and make it
     # wait.
-    images = torch.stack([(images[:, c] - mean[c]).div_(std[c]) for c in range(images.shape[1])], dim=1)
-    return images.contiguous(memory_format=torch.channels_last) if channels_last else images
+    channels = [(images[:, c] - mean[c]).div_(std[c]) for c in range(images.shape[1])]
+    if channels_last and images.dtype != torch.float64:
+        return torch.stack(channels, dim=3).permute(0, 3, 1, 2)
+    return torch.stack(channels, dim=1)
 
 
 def _where(use, operation, images, *values):

@@ -89,7 +89,7 @@ def feature_batches(
         module: the module that ``encode`` runs, put in eval mode meanwhile (BatchNorm uses its running
             statistics and leaves them alone); modes, buffers and random states are afterwards as before.
         autocast_dtype: as in training; None: compute in ``dtype``, the type of the images.
-        channels_last: the memory format of the images, as in training.
+        channels_last: of :mod:`~caco_scale.data.augment`, as in training.
         unit_norm: divide every row by its norm.
     """
     device = torch.device(device)

@@ -81,7 +81,7 @@ class Encoding:
             "device": self.device,
             "dtype": self.dtype,
             "autocast_dtype": self.autocast_dtype,
-            "channels_last": self.dtype == torch.float32,
+            "channels_last": True,
         }
 
     def evaluation_batches(self, store: Store, undecodable: list[Undecodable]) -> Iterable:

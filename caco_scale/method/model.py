@@ -55,9 +55,9 @@ class QueryKeyModel(nn.Module):
     own; convert them to synchronised BatchNorm after construction (a process group cannot be copied).
 
     ``autocast_dtype``: compute in this type inside ``forward``, parameters and outputs stay as they are;
-    None: in the parameters' type. ``channels_last``: lays the views out so; never the weights, which
-    DeepSpeed and FSDP2 cannot flatten then. ``crops_at_once``: all local crops pass the query encoder as one batch,
-    in which nothing but :class:`~caco_scale.distributed.syncbn.SyncBatchNorm` looks across samples.
+    None: in the parameters' type. ``crops_at_once``: all local crops pass the query encoder as one batch, in which
+    nothing but :class:`~caco_scale.distributed.syncbn.SyncBatchNorm` looks across samples. Views may be channels_last,
+    which convolutions then keep; the weights never are: DeepSpeed and FSDP2 cannot flatten them then.
     """
 
     def __init__(
@@ -65,7 +65,6 @@ class QueryKeyModel(nn.Module):
         encoder: Encoder,
         *,
         autocast_dtype: torch.dtype | None = None,
-        channels_last: bool = False,
         crops_at_once: bool = False,
     ):
         super().__init__()
@@ -73,7 +72,6 @@ class QueryKeyModel(nn.Module):
         self.key = copy.deepcopy(encoder).requires_grad_(False)
         self.key.predictor = None
         self.autocast_dtype = autocast_dtype
-        self.channels_last = channels_last
         self.crops_at_once = crops_at_once
 
     def forward(self, views: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -83,8 +81,6 @@ class QueryKeyModel(nn.Module):
         view; list of two (B, D) keys without gradient). Every view has BatchNorm statistics of its own: each is a
         forward of its own but for local crops at once. Crosses ranks: synchronised BatchNorm's statistics only.
         """
-        if self.channels_last:
-            views = [view.contiguous(memory_format=torch.channels_last) for view in views]
         with self._autocast(views[0].device.type):
             with part("query"):
                 queries = [self.query(view) for view in views[:NUM_GLOBAL_VIEWS]]

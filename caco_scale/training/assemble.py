@@ -193,13 +193,20 @@ def channel_notes(config: Config) -> list[str]:
 class MicroBatches:
     """A batch's augmented views, one micro-batch at a time: lists of (b, C, H, H), where the batch is.
 
-    ``augment``: of :func:`build_augment`.
+    ``augment``: of :func:`build_augment`. ``channels_last``: of :mod:`~caco_scale.data.augment`.
     """
 
     def __init__(
-        self, batch: Batch, size: int, augment: Callable, dtype: torch.dtype, views: configuration.Views
+        self,
+        batch: Batch,
+        size: int,
+        augment: Callable,
+        dtype: torch.dtype,
+        views: configuration.Views,
+        channels_last: bool = False,
     ):
-        self._batch, self._size, self._augment, self._dtype, self._views = batch, size, augment, dtype, views
+        self._batch, self._size, self._augment = batch, size, augment
+        self._how = {"mean": views.mean, "std": views.std, "dtype": dtype, "channels_last": channels_last}
 
     def __len__(self) -> int:
         return len(self._batch.keys) // self._size
@@ -209,13 +216,7 @@ class MicroBatches:
             rows = slice(start, start + self._size)
             with part("augmentation"):
                 views = [
-                    self._augment(
-                        crops[rows],
-                        {name: p[rows] for name, p in params.items()},
-                        self._views.mean,
-                        self._views.std,
-                        dtype=self._dtype,
-                    )
+                    self._augment(crops[rows], {name: p[rows] for name, p in params.items()}, **self._how)
                     for crops, params in zip(self._batch.crops, self._batch.params, strict=True)
                 ]
             yield views
@@ -280,14 +281,9 @@ def build_model(config: Config, weights: StartingWeights | None = None) -> Query
     at_once = crops_at_once(config, encoder.backbone)
     if at_once:
         convert_sync_batchnorm(encoder, alone=True)
-    dtype = parameter_dtype(config)
-    model = QueryKeyModel(
-        encoder,
-        crops_at_once=at_once,
-        autocast_dtype=torch.bfloat16 if config.precision.compute == "bf16" else None,
-        channels_last=config.precision.channels_last and dtype == torch.float32,  # fp64 gains nothing by it
-    )
-    return model.to(dtype)
+    autocast_dtype = torch.bfloat16 if config.precision.compute == "bf16" else None
+    model = QueryKeyModel(encoder, crops_at_once=at_once, autocast_dtype=autocast_dtype)
+    return model.to(parameter_dtype(config))
 
 
 def crops_at_once(config: Config, backbone: nn.Module) -> bool:

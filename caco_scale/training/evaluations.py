@@ -137,7 +137,7 @@ class Evaluations:
                 self._data.val_store,
                 module=module,
                 autocast_dtype=strategy.module.autocast_dtype,
-                channels_last=strategy.module.channels_last,
+                channels_last=config.precision.channels_last,
                 rank=strategy.rank,
                 world_size=strategy.world_size,
                 size=config.views.size,

@@ -215,6 +215,7 @@ class Loop:
             self.augment,
             parameter_dtype(self.config),
             self.config.views,
+            self.config.precision.channels_last,
         )
         result = train_step(self.strategy, self.bank, micro_batches, hp)
         self.step += 1
