@@ -40,6 +40,11 @@ def one_of(name, names, what):
     return name
 
 
+def with_article(name: str) -> str:
+    """A name as a message has it behind "is" or "returns": ``a str``, ``an int``, ``an efficientnet_b0``."""
+    return f"{'an' if name[:1].lower() in tuple('aeio') else 'a'} {name}"
+
+
 def one_line(error):
     """The message of an exception with every run of white space folded into one blank; without torch's C++ frames."""
     return " ".join(str(error).split("Exception raised from ")[0].split())

@@ -153,7 +153,7 @@ def test_vit_refuses_sizes_that_patches_do_not_tile(vit):
         ("swin_t", "cifar", "'cifar' is for ResNets"),
         ("own_nets:nett", "imagenet", "own_nets has no nett .did you mean net?"),
         ("own_net:net", "imagenet", "there is no module own_net"),
-        ("own_nets:number", "imagenet", "returns a int: return a torch.nn.Module"),
+        ("own_nets:number", "imagenet", "returns an int: return a torch.nn.Module"),
         ("own_nets:broken", "imagenet", "OSError: no weights here .*own_nets.py, line"),
         ("own_nets:Tokens", "imagenet", r"gives .2, 8, 3136. torch.float32 of 2 images: return"),
         ("os:getcwd", "imagenet", "os is Python's own"),

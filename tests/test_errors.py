@@ -8,7 +8,7 @@ import torch
 from launch import SMALL, finished
 from shard_sets import make_shard_set
 
-from caco_scale.errors import exit_on_user_error
+from caco_scale.errors import exit_on_user_error, with_article
 
 
 def pretrain(flags, cwd):
@@ -146,3 +146,10 @@ def test_memory_that_nobody_has_is_one_line(ask, capsys):
     assert error.endswith("caco doctor says what a run needs\n")
     with pytest.raises(RuntimeError, match="another"):
         exit_on_user_error(lambda: (_ for _ in ()).throw(RuntimeError("another")))()
+
+
+@pytest.mark.parametrize(
+    "name", ["an int", "an OrderedDict", "an efficientnet_b0", "a str", "a timm/resnet10t", "a unet"]
+)
+def test_a_name_has_its_article(name):
+    assert with_article(name.split()[1]) == name

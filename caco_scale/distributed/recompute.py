@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from caco_scale.distributed.blocks import find_blocks
-from caco_scale.errors import UserError
+from caco_scale.errors import UserError, with_article
 
 
 class NotRepeatable(UserError):
@@ -62,8 +62,9 @@ def _refuse_changes(block, inputs, before):
     now = _versions(block, inputs)
     if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
         raise NotRepeatable(
-            f"model.checkpoint_activations: the forward of a {type(block).__name__}, or what follows it, changes its "
-            f"{', '.join(changed)}, so that it cannot be repeated: give --model.checkpoint_activations false"
+            f"model.checkpoint_activations: the forward of {with_article(type(block).__name__)}, or what follows it, "
+            f"changes its {', '.join(changed)}, so that it cannot be repeated: "
+            "give --model.checkpoint_activations false"
         )
 
 

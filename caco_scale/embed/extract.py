@@ -21,7 +21,7 @@ from caco_scale.distributed.collectives import gather_objects
 from caco_scale.embed.files import NAMES, check_target, open_features, write_features
 from caco_scale.embed.parts import Parts, part_path, part_ranges, write_part
 from caco_scale.embed.progress import now_and_then
-from caco_scale.errors import UserError
+from caco_scale.errors import UserError, with_article
 from caco_scale.evaluate.features import feature_batches
 from caco_scale.evaluate.listed import originals_of
 from caco_scale.evaluate.results import ResultFolder, not_decoding
@@ -112,7 +112,8 @@ def _task(flags):
         raise UserError(f"{flags.weights} has no projector of ours: drop --layer projector")
     if flags.layer == "patches" and not has_patch_tokens(weights.backbone):
         raise UserError(
-            f"{flags.weights} is a {weights.arch}, which has no tokens of patches, as ViTs have: drop --layer patches"
+            f"{flags.weights} is {with_article(weights.arch)}, which has no tokens of patches, as ViTs have: "
+            "drop --layer patches"
         )
     store = open_store(address, flags.cache_dir, flag="--data", pixels=weights.pixels)
     store.check()

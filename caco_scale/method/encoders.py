@@ -26,7 +26,7 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
 from caco_scale.distributed.recompute import NotRepeatable
-from caco_scale.errors import UserError, did_you_mean, one_line
+from caco_scale.errors import UserError, did_you_mean, one_line, with_article
 from caco_scale.flags.choices import STEMS
 from caco_scale.method.architectures import CALLABLE, unknown
 from caco_scale.method.channels import forward, probes, take_channels
@@ -282,11 +282,13 @@ def _from_callable(arch, options):
         found = getattr(found, part)
     if not callable(found):
         raise UserError(
-            f"model.arch {arch} is a {type(found).__name__}: give a function that returns a torch.nn.Module"
+            f"model.arch {arch} is {with_article(type(found).__name__)}: give a function that returns a torch.nn.Module"
         )
     backbone = found(**options)
     if not isinstance(backbone, nn.Module):
-        raise UserError(f"model.arch {arch} returns a {type(backbone).__name__}: return a torch.nn.Module")
+        raise UserError(
+            f"model.arch {arch} returns {with_article(type(backbone).__name__)}: return a torch.nn.Module"
+        )
     return backbone
 
 
@@ -334,7 +336,7 @@ def _refuse_output(arch, output, has_aux=False):
         "give --model.options aux_logits=false" if has_aux else wanted
     )  # torchvision's GoogLeNet and Inception
     if not isinstance(output, torch.Tensor):
-        raise UserError(f"model.arch {arch} gives a {type(output).__name__}: {wanted}")
+        raise UserError(f"model.arch {arch} gives {with_article(type(output).__name__)}: {wanted}")
     if output.ndim not in (2, 4) or len(output) != 2 or not output.shape[1] or not output.is_floating_point():
         raise UserError(f"model.arch {arch} gives {tuple(output.shape)} {output.dtype} of 2 images: {wanted}")
 

@@ -15,7 +15,7 @@ import torch
 from numpy._core.multiarray import scalar
 from safetensors import SafetensorError, safe_open
 
-from caco_scale.errors import UserError, one_line
+from caco_scale.errors import UserError, one_line, with_article
 from caco_scale.weights.claims import FalseClaim, check_pickles, check_zip
 
 METADATA_KEY = "caco_scale"
@@ -58,7 +58,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     except Exception as error:
         raise _unreadable(path, error) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: save model.state_dict()")
+        what = with_article(type(content).__name__)
+        raise UserError(f"{path} holds {what}, not a state dict: save model.state_dict()")
     return content, _metadata_of(content)
 
 

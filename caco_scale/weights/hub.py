@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from caco_scale.errors import UserError, did_you_mean, one_line
+from caco_scale.errors import UserError, did_you_mean, one_line, with_article
 from caco_scale.weights.build import printable
 from caco_scale.weights.place import CONFIG
 
@@ -67,7 +67,8 @@ def _read(path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no readable JSON ({one_line(error)[:200]}): fetch it again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not the facts of a model: fetch it again")
+        what = with_article(type(content).__name__)
+        raise UserError(f"{path} holds {what}, not the facts of a model: fetch it again")
     return content
 
 

@@ -14,7 +14,7 @@ from caco_scale.config import NEUTRAL
 from caco_scale.config.yaml_file import Typed, read_yaml
 from caco_scale.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from caco_scale.data.pixels import BITS, MOST_CHANNELS, RGB8, Pixels
-from caco_scale.errors import UserError, one_line, quoted
+from caco_scale.errors import UserError, one_line, quoted, with_article
 from caco_scale.flags.choices import ENCODERS
 from caco_scale.weights.build import digest, expected_shapes, fill_backbone, fill_projector
 from caco_scale.weights.files import read_tensors
@@ -174,7 +174,9 @@ def _refuse_code(path, arch):
 def _refuse_another(path, said, wanted):
     """UserError where a source says that it is another architecture than the one that is wanted."""
     if said and not (_is_code(said) and _is_code(wanted)) and not same_model(said, wanted):
-        raise UserError(f"{path} is a {said}, not a {wanted}: give --arch {quoted(said)}")
+        raise UserError(
+            f"{path} is {with_article(said)}, not {with_article(wanted)}: give --arch {quoted(said)}"
+        )
 
 
 def _run_config(path, values):

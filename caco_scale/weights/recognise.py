@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from caco_scale.data.pixels import MOST_CHANNELS
-from caco_scale.errors import UserError
+from caco_scale.errors import UserError, with_article
 from caco_scale.flags.choices import ENCODERS
 from caco_scale.method.encoders import ARCHITECTURES
 from caco_scale.weights.build import differences, expected_shapes, folded, gist, printable
@@ -106,9 +106,9 @@ def _check_no_segmentation(path, tensors, prefix):
     beside = [name for name, tensor in tensors.items() if tensor.ndim == 4 and not name.startswith(prefix)]
     if beside:
         raise UserError(
-            f"{path} holds a {prefix[:-1]} below convolutions ({folded(beside)}), as segmenters and detectors have it: "
-            "their ResNets may be dilated, which gives other features and which no name says; if this one is not, save "
-            f"model.{prefix[:-1]}.state_dict() alone"
+            f"{path} holds {with_article(prefix[:-1])} below convolutions ({folded(beside)}), as segmenters and "
+            "detectors have it: their ResNets may be dilated, which gives other features and which no name says; if "
+            f"this one is not, save model.{prefix[:-1]}.state_dict() alone"
         )
 
 
@@ -191,8 +191,9 @@ def check_stated_name(path: Path, content: Mapping[str, Any], arch: str | None) 
     for name in (content.get("arch"), *(getattr(arguments, key, None) for key in ("arch", "model"))):
         if arch is None and isinstance(name, str) and SAME_NAMES.search(name):
             raise UserError(
-                f"{path} says that it is a {printable(name[:80])}, which has an ordinary ResNet's tensors and other "
-                "layers: load it with timm; --arch ARCH takes it for an ordinary one, with other features"
+                f"{path} says that it is {with_article(printable(name[:80]))}, which has an ordinary "
+                "ResNet's tensors and other layers: load it with timm; --arch ARCH takes it for an ordinary one, "
+                "with other features"
             )
 
 
@@ -261,7 +262,7 @@ def _what_loads_it(state, asked, stem, nearest, extra):
     if asked or stem:
         for a, s in _candidates(ARCHITECTURES, [_stem(state)], None):
             if not any(differences(expected_shapes(a, s), state)):
-                return f"it is a {a} (stem {s}): give --arch {a} --stem {s}, or neither"
+                return f"it is {with_article(a)} (stem {s}): give --arch {a} --stem {s}, or neither"
     for pattern, what in FOREIGN_PARTS:
         if any(re.search(pattern, name) for name in extra):
             return (

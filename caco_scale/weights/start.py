@@ -11,7 +11,7 @@ from torch import nn
 
 from caco_scale.checkpoint.folder import read_values
 from caco_scale.checkpoint.sums import file_sha256
-from caco_scale.errors import UserError, quoted
+from caco_scale.errors import UserError, quoted, with_article
 from caco_scale.weights.build import folded, gist
 from caco_scale.weights.load import Wanted, Weights, load_weights
 from caco_scale.weights.recognise import HEADS
@@ -63,7 +63,7 @@ class StartingWeights:
         whose = f"{weights.kind}, {weights.encoder} encoder" if weights.encoder != "single" else weights.kind
         lines = [
             f"starting weights: {weights.path} ({whose}; sha256 {self.sha256[:12]})",
-            f"  loaded into both encoders: {loaded:,} tensors, all that a {weights.arch} needs"
+            f"  loaded into both encoders: {loaded:,} tensors, all that {with_article(weights.arch)} needs"
             + (f" but {len(weights.missing):,}" if weights.missing else ""),
         ]
         if weights.missing:
