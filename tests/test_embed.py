@@ -366,8 +366,8 @@ def test_a_curated_set_in_three_commands(place, tmp_path, capsys):
     ("more", "message"),
     [
         ({"target": "f.pt"}, "ends in none of .parquet, .npz, .safetensors"),
-        ({"target": "none/f.npz"}, "there is no directory: mkdir -p "),
-        ({"target": "folder.npz"}, "is no ordinary file"),
+        ({"target": "none/f.npz"}, "there is no directory {target.parent}: mkdir -p "),
+        ({"target": "folder.npz"}, "is a directory: give the name of a file in it"),
         ({"target": "s3://bucket/f.npz"}, "is an address"),
         ({"data": "nowhere"}, "--data {place}/nowhere does not exist"),
         ({"data": "empty"}, "it is not a shard set, and no folder of images either"),
@@ -388,7 +388,7 @@ def test_what_cannot_be_extracted_is_one_line(place, tmp_path, capsys, more, mes
     arguments = words(
         place, target, *more.get("more", ()), data=data, weights=more.get("weights", "caco.pth")
     )
-    assert message.format(place=place) in refused(capsys, *arguments)
+    assert message.format(place=place, target=target) in refused(capsys, *arguments)
     assert sorted(os.listdir(tmp_path)) == ["empty", "folder.npz"]
 
 

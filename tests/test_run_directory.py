@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from caco_scale.errors import UserError
 from caco_scale.run import lock
 from caco_scale.run.directory import RunDirectory
 from caco_scale.run.environment import describe_environment, git_commit
-from caco_scale.run.files import JsonLines, last_json_line, read_json_lines, to_plain
+from caco_scale.run.files import JsonLines, check_target, last_json_line, read_json_lines, to_plain
 
 
 def metrics(run):
@@ -229,3 +230,19 @@ def test_two_runs_in_one_directory_are_an_error(tmp_path, monkeypatch):
         RunDirectory(tmp_path, is_main=True)
     first.close()
     RunDirectory(tmp_path, is_main=True).close()
+
+
+def test_a_place_for_a_file_is_judged_before_work(tmp_path):
+    (tmp_path / "a file").touch()
+    check_target(tmp_path / "new.npz")
+    check_target(tmp_path / "a file")
+    check_target(f"{tmp_path}/folder/", is_folder=True)
+    for place, message in (
+        (tmp_path, "is a directory: give the name of a file in it"),
+        ("/dev/null", "is no ordinary file"),
+        ("s3://bucket/f.npz", "is an address"),
+        (tmp_path / "no such/f.npz", f"mkdir -p '{tmp_path}/no such'"),
+        (tmp_path / "a file/f.npz", f"{tmp_path}/a file is a file, give another name"),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"--to {place} ") + ".*" + re.escape(message)):
+            check_target(place)

@@ -18,7 +18,7 @@ from caco_scale.data.store import open_store
 from caco_scale.data.store.base import Store
 from caco_scale.data.store.listed import ListedStore
 from caco_scale.distributed.collectives import gather_objects
-from caco_scale.embed.files import NAMES, check_target, open_features, write_features
+from caco_scale.embed.files import NAMES, kind_of, open_features, write_features
 from caco_scale.embed.parts import Parts, part_path, part_ranges, write_part
 from caco_scale.embed.progress import now_and_then
 from caco_scale.errors import UserError, with_article
@@ -27,7 +27,7 @@ from caco_scale.evaluate.listed import originals_of
 from caco_scale.evaluate.results import ResultFolder, not_decoding
 from caco_scale.evaluate.task import Encoding, encoding_of, introduce_encoder, processes_of, weights_of
 from caco_scale.method.patches import has_patch_tokens, patch_tokens
-from caco_scale.run.files import remove_leftovers
+from caco_scale.run.files import check_target, remove_leftovers
 from caco_scale.weights.build import digest
 from caco_scale.weights.load import Weights
 
@@ -77,6 +77,7 @@ def run(flags: Any) -> None:
     Raises:
         UserError: processes, weights, images or places that are not as asked for; features that are not finite.
     """
+    kind_of(flags.to, "--to ")
     check_target(flags.to)
     task = _task(flags)
     request, target = task.describe(), Path(flags.to)

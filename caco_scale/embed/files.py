@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from caco_scale.atomic import atomic_file
-from caco_scale.data.addresses import is_remote
 from caco_scale.embed.parts import STRINGS, Parts, split
 from caco_scale.errors import UserError, one_line, quoted
 from caco_scale.run.files import cannot_write, to_json
@@ -50,27 +49,6 @@ def kind_of(path: str | os.PathLike, flag: str = "") -> str:
                 f"{flag}{path} needs pyarrow: pip install pyarrow, or give a file that ends in .npz"
             ) from None
     return kind
-
-
-def check_target(path: str) -> None:
-    """UserError for a place where no file of features can be written."""
-    kind_of(path, "--to ")
-    check_place(path, "--to")
-
-
-def check_place(path: str, flag: str) -> None:
-    """UserError for a place where no file can be written."""
-    if is_remote(path):
-        raise UserError(f"{flag} {path} is an address: give the path of a file, and copy it there")
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path) or (os.path.exists(path) and not os.path.isfile(path)):
-        raise UserError(f"{flag} {path} is no ordinary file: give the name of one to write")
-    if not os.path.isdir(folder):
-        raise UserError(
-            f"{flag} {path} cannot be written, for there is no directory: mkdir -p {quoted(folder)}"
-        )
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{flag} {path} cannot be written: {folder} is not yours to write to")
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.pixels import Pixels, picture_note
 from caco_scale.data.store import open_store
 from caco_scale.data.thumbnails import data_uri
-from caco_scale.embed.files import FeatureFile, check_place
+from caco_scale.embed.files import FeatureFile
 from caco_scale.errors import UserError, quoted
-from caco_scale.run.files import cannot_write
+from caco_scale.run.files import cannot_write, check_target
 
 KINDS = (".csv", ".html")
 MOST_ROWS, MOST_PICTURES = 200, 24  # of a page, and of a row of it
@@ -99,7 +99,7 @@ def check_outputs(paths: Sequence[str], flag: str) -> dict[str, str]:
 
 def refuse_existing(path: str, flag: str) -> None:
     """UserError for a file that is there, or that cannot be."""
-    check_place(path, flag)
+    check_target(path, flag)
     if os.path.lexists(path):
         raise UserError(f"{flag} {path} exists: rm {quoted(path)}, or give another name")
 

@@ -43,6 +43,7 @@ from caco_scale.export.library_names import library_model, library_of, loading_c
 from caco_scale.export.model_card import write_card
 from caco_scale.flags.choices import EXPORT_FORMATS
 from caco_scale.method.encoders import USUAL_SIZES, takes
+from caco_scale.run.files import check_target
 from caco_scale.run.scores import evaluation_scores, logged_scores
 from caco_scale.training.assemble import build_schedule
 from caco_scale.weights.build import gist
@@ -72,7 +73,9 @@ def export(
     library without the model, no or an existing target without ``force``, and where the file read back does not give
     the trained backbone's features.
     """
-    to, is_directory = Path(to), file_format == "huggingface"
+    is_directory = file_format == "huggingface"
+    check_target(to, is_folder=is_directory)
+    to = Path(to)
     card = to.with_name(f"{to.name}.md")
     _check_target(to, card, file_format, force)  # of a directory more, when the stem is known
     weights = load_weights(run, which, step, arch)
@@ -141,13 +144,8 @@ def _check_target(to, card, file_format, force):
     is_directory = file_format == "huggingface"
     if is_directory and to.suffix in (".safetensors", *TORCH_SUFFIXES):
         raise UserError(f"{to}: format huggingface is a directory, give a name without {to.suffix}")
-    if os.path.isdir(to) and not is_directory:
-        raise UserError(f"{to} is a directory: give the name of a file in it")
-    if not os.path.isdir(to.parent):
-        raise UserError(f"{to} cannot be written: there is no directory {to.parent}")
     for file in () if is_directory else (to, card):
-        if os.path.exists(file) and not file.is_file():
-            raise UserError(f"{file} is no ordinary file: give the name of one to write")
+        check_target(file)
         if os.path.exists(file) and not force:
             raise UserError(f"{file} exists: give another name, or --force to replace it")
 

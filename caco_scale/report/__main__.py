@@ -7,7 +7,6 @@ sets), incidents, configuration, environment. One process; a CUDA device is used
 Nothing in the run's directory changes but the page, which by default is RUN/report.html.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,17 +34,13 @@ def write_report(
     """
     from caco_scale.atomic import write_atomically
     from caco_scale.report.runs import MAX_RUNS, read_runs
+    from caco_scale.run.files import check_target
 
     if len(directories) > MAX_RUNS:
         raise UserError(f"{len(directories)} runs are more than can be told apart: give at most {MAX_RUNS}")
     runs = read_runs(directories)
     target = Path(to) if to else runs[0].path / "report.html"
-    if os.path.isdir(target):
-        raise UserError(f"{target} is a directory: give the name of a file in it")
-    if os.path.exists(target) and not os.path.isfile(target):
-        raise UserError(f"{target} is no ordinary file: give the name of one to write")
-    if not os.path.isdir(target.parent):
-        raise UserError(f"{target} cannot be written: there is no directory {target.parent}")
+    check_target(to or target, "--to" if to else "the page")
     try:  # after the looks above, which load neither this nor torch
         from caco_scale.report.page import build_page
     except ModuleNotFoundError as error:

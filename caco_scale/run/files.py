@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from caco_scale.atomic import write_atomically
-from caco_scale.errors import UserError
+from caco_scale.errors import UserError, quoted
 
 
 def to_plain(value: Any) -> Any:
@@ -68,6 +68,27 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot write {path}: {error.strerror}; free or fix that place and start the same command again"
     )
+
+
+def check_target(path: str | os.PathLike, flag: str = "--to", is_folder: bool = False) -> None:
+    """Whether a command may write a file there, asked before it works: UserError where it cannot.
+
+    ``flag``: what has named it. ``is_folder``: it writes a directory. What it does with one that is there is its own.
+    """
+    path = os.fspath(path)
+    above, named = str(Path(path).parent), f"{flag} {path}"
+    if "://" in path:
+        raise UserError(f"{named} is an address: give a path, and copy it there")
+    if os.path.isdir(path) and not is_folder:
+        raise UserError(f"{named} is a directory: give the name of a file in it")
+    if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
+        raise UserError(f"{named} is no ordinary file: give the name of one to write")
+    if not os.path.isdir(above):
+        there = next(p for p in (above, *map(str, Path(above).parents)) if os.path.exists(p))
+        fix = f"mkdir -p {quoted(above)}" if os.path.isdir(there) else f"{there} is a file, give another name"
+        raise UserError(f"{named} cannot be written, for there is no directory {above}: {fix}")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{named} cannot be written: {above} is not yours to write to, give another place")
 
 
 def open_ordinary(path: Path, mode: str) -> Any:
