@@ -1,6 +1,7 @@
 """The doctor: what would fail is found before the run, with what fixes it, and by the exit code."""
 
 import dataclasses
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from shard_sets import make_shard_set
 
 from caco_scale.config import load_recipe, recipe_names, replace
 from caco_scale.config.fit import fit
+from caco_scale.data import augment_cpu
 from caco_scale.doctor import checks as doctor
 from caco_scale.doctor.memory import _bank_bytes, estimate_memory
 from caco_scale.errors import UserError
@@ -92,12 +94,16 @@ def test_a_run_directory_that_cannot_be_made_is_a_failure(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_the_doctor_goes_on_where_training_stops_and_says_the_same(tmp_path):
+def test_the_doctor_goes_on_where_training_stops_and_says_the_same(tmp_path, monkeypatch):
     """Of several mistakes training names the first, the doctor all that do not follow from another."""
     config = replace(load_recipe("demo"), data__shards=make_shard_set(tmp_path / "set", num_images=96))
     config = replace(config, data__val_shards="", eval__knn_every=0, run__dir=str(tmp_path / "run"))
     config = replace(config, precision__compute="fp32", data__global_batch_size=8)
-    assert failures(doctor.examine_start(start_of(config, 2), offloaded=False)) == []
+    healthy = doctor.examine_start(start_of(config, 2), offloaded=False)
+    assert failures(healthy) == []
+    monkeypatch.setattr(augment_cpu, "load", lambda: "it was not built")
+    slow = [f for f in doctor.examine_start(start_of(config, 2), offloaded=False) if f not in healthy]
+    assert [f.text for f in slow if "augment" in f.text] == [augment_cpu.absent()]
     (tmp_path / "run").mkdir()
     (tmp_path / "run/STOP").touch()
     wrong = replace(config, model__arch="resnet5", loss__temperature=0.01, data__micro_batch_size=3)
@@ -203,8 +209,21 @@ def test_a_healthy_launch_is_ready_and_a_broken_one_is_not(tmp_path):
     (tmp_path / "set/manifest.json").unlink()
     broken = examine(flags)
     assert broken.returncode == 1
-    assert "FAIL" in broken.stdout
+    assert broken.stdout.count("FAIL") == 1
     assert "python -m data_prep" in broken.stdout
+
+
+def test_what_is_not_there_is_told_before_torch_is_loaded(tmp_path):
+    program = f"""
+import sys
+from caco_scale.doctor import checks
+from caco_scale.doctor.__main__ import main
+checks.examine = lambda *_: sys.exit("late" if "torch" in sys.modules else "early")
+main(["demo", "--data.shards", {str(tmp_path / "none")!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "early\n")
+    assert done.stdout.startswith(f"FAIL data.shards {tmp_path / 'none'} does not exist")
 
 
 def test_a_launch_to_come_is_answered_by_one_process(tmp_path):

@@ -28,6 +28,7 @@ DRAWN_IMAGES, DRAWN_CLASSES, DRAWN_SIZE = 240, 8, (375, 500)
 
 def measure(images: str | Path | None, rounds: int, batch: int, size: int) -> Measured:
     """``{"images": ..., "rows": [...], "ratios": {...}}`` of a folder of class folders (None: drawn), and notes."""
+    from caco_scale.data.augment_cpu import absent
     from data_prep.build import build
     from data_prep.destination import scratch_folder
 
@@ -71,9 +72,8 @@ def measure(images: str | Path | None, rounds: int, batch: int, size: int) -> Me
     for row in rows:
         row["ratio"] = ratios[row["what"]]
     result = {"images": count, "mean_bytes": mean_bytes, "rounds": rounds, "rows": rows, "ratios": ratios}
-    return result, [
-        f"{count:,} images of {mean_bytes:,} bytes on average, two views of {size} pixels, one thread"
-    ]
+    words = f"{count:,} images of {mean_bytes:,} bytes on average, two views of {size} pixels, one thread"
+    return result, [words, *filter(None, [absent()])]
 
 
 def _check_images(images: str | Path, plan: list[Any]) -> None:

@@ -25,6 +25,10 @@ LR, BANK_LR, KEY_MOMENTUM = 0.01, 3.0, 0.99
 
 def measure(config: Config, steps: int, rounds: int, threads: int, device: str) -> Measured:
     """``({"rows": [...], "shares": {...}, ...}, notes)`` of a resolved config; a round is ``steps`` steps."""
+    import torch
+
+    from caco_scale.training.assemble import augmentation_note
+
     arguments = {"config": config, "steps": steps, "device": device}
     ours, peer = f"this project, {config.precision.compute}", "fp32, eager, dense"
     contenders = {
@@ -47,6 +51,7 @@ def measure(config: Config, steps: int, rounds: int, threads: int, device: str) 
         f"K = {config.bank.size:,}, {config.optim.name}, {threads} thread(s), {device}",
         "share of a step: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share),
         f"bank, EMA and optimizer together: {small:.1%}; losses of the first step apart by {apart:.1e} of their size",
+        *filter(None, [augmentation_note(config, torch.device(device))]),
     ]
     result = {"recipe": config.recipe, "arch": config.model.arch, "batch": config.data.global_batch_size}
     return {

@@ -31,11 +31,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     from caco_scale.config import parse
 
     config, plan = parse(sys.argv[1:] if arguments is None else arguments, prog, Plan)
-    from caco_scale.doctor.checks import everywhere, examine
+    from caco_scale.doctor.checks import everywhere, examine, look_first
 
-    findings = everywhere(examine(config, (plan.strategy, plan.processes) if plan.processes else None))
-    failures = sum(f.status == "FAIL" for f in findings)
-    if int(os.environ.get("RANK", 0)):
+    speaks = not int(os.environ.get("RANK", 0))
+    first = look_first(config)
+    for finding in first if speaks else ():
+        print(f"{finding.status:5}{finding.text}", flush=True)
+    found = everywhere(examine(config, (plan.strategy, plan.processes) if plan.processes else None))
+    findings = [finding for finding in found if finding not in first]
+    failures = sum(f.status == "FAIL" for f in [*first, *findings])
+    if not speaks:
         sys.exit(0)  # rank 0 answers for all; a failure here would have it ended before it speaks
     for finding in findings:
         print(f"{finding.status:5}{finding.text}")

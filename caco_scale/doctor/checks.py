@@ -53,6 +53,19 @@ def fail(text: str) -> Finding:
     return Finding("FAIL", text)
 
 
+def look_first(config: Config) -> list[Finding]:
+    """What this process sees is not there, as training looks before it imports torch -> findings, one at most."""
+    try:
+        from caco_scale.training.places import look_early
+
+        look_early(config)
+    except UserError as error:
+        return [fail(one_line(error))]
+    except ModuleNotFoundError:  # of a package that check_versions names
+        pass
+    return []
+
+
 def check_versions(
     strategy: str, version: Callable[[str], str | None] = packages.installed_version
 ) -> list[Finding]:
@@ -301,6 +314,7 @@ def examine(config: Config, plan: tuple[str, int] | None = None) -> list[Finding
 def examine_start(start: "Start", offloaded: bool) -> list[Finding]:
     """The checks of a start, to the last, and what only the doctor looks at -> findings."""
     from caco_scale.checkpoint.folder import latest
+    from caco_scale.training.assemble import augmentation_note
     from caco_scale.training.checks import CHECKS
     from caco_scale.training.fit import few_steps_for_lanes, fit_to_set, misfits
 
@@ -311,6 +325,8 @@ def examine_start(start: "Start", offloaded: bool) -> list[Finding]:
         return [fail(one_line(error))]
     findings = [ok(line) for line in lines]
     findings += [finding for check in CHECKS for finding in found(check, start)]
+    slow = augmentation_note(start.config, start.device)
+    findings += [note(slow)] if slow else []
     if start.micro_batch_size:
         findings += [ok(bank_rows(start.config, start.world_size)), *check_memory(start, offloaded)]
     if start.data:
