@@ -19,15 +19,17 @@ def parse(arguments: Iterable[str], prog: str, own: type[Own]) -> tuple[Config, 
 def parse(arguments: Iterable[str], prog: str = "python -m caco_scale.pretrain", own: Any = None) -> Any:
     """``[RECIPE] [--section.field value ...]`` to a checked Config; with ``own`` to (Config, an ``own``).
 
+    The recipe may stand after the flags, too.
+
     Args:
         arguments: no recipe means ``demo``.
         own: a dataclass of flags that the command has besides the recipe's.
     Raises:
         UserError: unknown recipe or flag (naming the nearest), a value of the wrong type or out of range.
     """
-    arguments = list(arguments)
-    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "demo"
-    config = load_recipe(flags.at_home(name))
+    kinds = [Config] if own is None else [own, Config]
+    name, arguments = flags.take_word(list(arguments), kinds, recipe_names())
+    config = load_recipe(flags.at_home(name or "demo"))
     if not config.run.dir:
         config = replace(config, run__dir=f"runs/{config.recipe}")
     about = (

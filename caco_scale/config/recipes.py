@@ -14,6 +14,7 @@ from caco_scale.config.yaml_file import excerpt, read_yaml
 from caco_scale.errors import UserError, did_you_mean
 from caco_scale.flags import read as flags
 from caco_scale.flags.rules import Free, Mix, Options
+from caco_scale.flags.suggest import in_words, meant, nearest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -57,7 +58,7 @@ def from_dict(values: Mapping[str, Any], source: str) -> Config:
     for section, fields in values.items():
         if section not in sections:
             raise UserError(
-                f"{source}: unknown field {_name(section)}{did_you_mean(_name(section), sections)}"
+                f"{source}: unknown field {_name(section)}{_meant(_name(section), sections, known)}"
             )
         if section == "recipe":
             recipe = _name(fields)
@@ -67,7 +68,7 @@ def from_dict(values: Mapping[str, Any], source: str) -> Config:
         for key, value in fields.items():
             name = f"{section}.{_name(key)}"
             if name not in known:
-                raise UserError(f"{source}: unknown field {name}{did_you_mean(name, known)}")
+                raise UserError(f"{source}: unknown field {name}{_meant(name, [], known)}")
             if value is None:
                 raise UserError(f"{source}: {name} has no value: give one, or leave the line out")
             if isinstance(value, Mapping) and known[name] in (Options, Free[Mix]):
@@ -82,6 +83,11 @@ def from_dict(values: Mapping[str, Any], source: str) -> Config:
             words += [f"--{name}", *map(str, value)] if several else [f"--{name}={value}"]
     config = flags.read(Config, words, source, default=Config(), name_of=lambda name: f"{source}: {name}")
     return dataclasses.replace(config, recipe=recipe)
+
+
+def _meant(name, sections, known):
+    """What an unknown section or field of a recipe may have meant, or nothing."""
+    return in_words(nearest(name, sections) or meant(name, known))
 
 
 def _word(value):

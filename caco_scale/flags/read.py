@@ -15,13 +15,14 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from caco_scale.errors import UserError, did_you_mean
 from caco_scale.flags import rules
+from caco_scale.flags.suggest import advice
 
 T = TypeVar("T")
 Own = TypeVar("Own")
@@ -122,6 +123,35 @@ def listing(commands: Mapping[str, str]) -> str:
     return "\n".join(f"  {name:{width}}  {what}" for name, what in commands.items())
 
 
+def take_word(
+    arguments: Sequence[str], kinds: Sequence[type[Any]], names: Collection[str] = ()
+) -> tuple[str | None, list[str]]:
+    """The one word of a command line that belongs to no flag of some dataclasses, and the rest.
+
+    It stands before the flags or after them. ``names``: words that end the values of a flag which takes any number. A
+    line with a mistake is left as it is, for :func:`read` to say it.
+    """
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], list(arguments[1:])
+    hints = {name: hint for kind in kinds for name, hint in flag_types(kind).items()}
+    asks = [word for word in arguments if word in ("-h", "--help")]
+    try:
+        hints["WORD"] = Annotated[str, tyro.conf.Positional]
+        words, given = _group([word for word in arguments if word not in asks], hints, "", str)
+    except UserError:
+        return None, list(arguments)
+    if (
+        not words
+        and given
+        and given[-1][-1] in names
+        and most_values(hints[given[-1][0][2:]]) == float("inf")
+    ):
+        words = [given[-1].pop()]
+    if not words or words[0].startswith("-"):
+        return None, list(arguments)
+    return words[0], [word for group in given for word in _joined(group)] + words[1:] + asks
+
+
 def flag_types(kind: Any) -> dict[str, Any]:
     """``{"section.field": type}`` of what a command line can give; suppressed fields are none of it."""
     return {
@@ -171,8 +201,8 @@ def _read(kinds, arguments, prog, about, usage, name_of):
         tyro.cli(joined, args=["--help"], **options)
     hints = {name: hint for kind, _ in kinds for name, hint in flag_types(kind).items()}
     needed = [name for kind, default in kinds if default is None for name in _without_default(kind)]
-    words, given = _group(arguments, hints, prog, name_of)
-    _check_complete(words, given, hints, needed, prog)
+    words, given = _group(arguments, hints, prog, name_of, usage)
+    _check_complete(words, given, hints, needed, prog, usage)
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
@@ -200,7 +230,7 @@ def _without_default(kind):
     return [f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing]
 
 
-def _group(arguments, hints, prog, name_of):
+def _group(arguments, hints, prog, name_of, usage=""):
     """The words that belong to no flag, and every flag with its values: ``[["--bank.size", "4096"], ...]``."""
     flags = [name for name, hint in hints.items() if not is_positional(hint)]
     words, given, rest = [], [], list(arguments)
@@ -213,7 +243,7 @@ def _group(arguments, hints, prog, name_of):
         if name not in flags and name.startswith("no_") and _bare(hints.get(name[3:])) is bool and not equals:
             name, equals, value = name[3:], "=", "false"
         if name not in flags:
-            meant = did_you_mean(f"--{name}", [f"--{flag}" for flag in flags])
+            meant = advice(name, _written(hints), usage)
             raise UserError(f"unknown flag {word}{meant}: {prog} --help lists them all")
         if _bare(hints[name]) is bool and not equals and _stands_alone(rest, len(flags) < len(hints)):
             equals, value = "=", "true"
@@ -253,11 +283,20 @@ def at_home(word: str) -> str:
     return path
 
 
-def _check_complete(words, given, hints, needed, prog):
+def _written(hints):
+    """A command's flags as a user writes them, and its arguments without a flag by what stands for them."""
+    return {
+        name: _metavar(name, hints) if is_positional(hint) else f"--{name}" for name, hint in hints.items()
+    }
+
+
+def _check_complete(words, given, hints, needed, prog, usage):
     """UserError: words that nobody asked for, or something needed that is not given."""
     positional = [name for name, hint in hints.items() if is_positional(hint)]
     if len(words) > sum(most_values(hints[name]) for name in positional):
-        raise UserError(f"unknown argument {words[-1]}: {prog} --help says what there is")
+        word = next((w for w in words if w[:1] == "-" and w[1:2].isalpha()), words[-1])
+        meant = advice(word[1:].replace("-", "_"), _written(hints), usage) if word[0:1] == "-" else ""
+        raise UserError(f"unknown argument {word}{meant}: {prog} --help says what there is")
     there = {flag for flag, *_ in given}
     missing = [f"--{name}" for name in needed if name not in positional and f"--{name}" not in there]
     missing += [

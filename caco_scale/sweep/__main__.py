@@ -14,7 +14,7 @@ from caco_scale import config as configuration
 from caco_scale.atomic import write_atomically
 from caco_scale.config import Config
 from caco_scale.errors import UserError, exit_on_user_error, one_line, run_command
-from caco_scale.flags.read import Switch, read_both, shown
+from caco_scale.flags.read import Switch, read_both, shown, take_word
 from caco_scale.flags.rules import PositiveInt
 from caco_scale.sweep.runs import complaint, read_result, refuse_other_values
 from caco_scale.sweep.study import OWN, Planned, Study, read_study
@@ -46,8 +46,7 @@ def read_arguments(arguments: Sequence[str], prog: str = PROG) -> tuple[Study, S
     Raises:
         UserError: as :func:`read_study`; a typo; a flag that the study varies or the sweep sets.
     """
-    arguments = list(arguments)
-    path = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    path, arguments = take_word(list(arguments), [Sweep, Config])
     study = read_study(path) if path else None
     base = study.base if study else Config()
     about = (
@@ -55,7 +54,7 @@ def read_arguments(arguments: Sequence[str], prog: str = PROG) -> tuple[Study, S
     )
     config, options = read_both(Config, Sweep, arguments, prog, default=base, about=about, usage="STUDY.yaml")
     if study is None:
-        raise UserError(f"give STUDY.yaml first, the file of a study: {prog} --help says more")
+        raise UserError(f"give STUDY.yaml, the file of a study: {prog} --help says more")
     before, now = configuration.flatten(base), configuration.flatten(config)
     for field in [field for field in now if now[field] != before[field]]:
         if field in OWN:

@@ -24,6 +24,7 @@ from caco_scale.config import Config
 from caco_scale.config.yaml_file import read_yaml
 from caco_scale.errors import UserError, did_you_mean
 from caco_scale.flags import read as flags
+from caco_scale.flags.suggest import in_words, meant
 
 PARTS = ("recipe", "flags", "runs", "grid", "seeds")
 OWN = {  # fields that the sweep sets itself -> what to use instead
@@ -202,7 +203,7 @@ def _with_flags(base, fields, source):
             hint = (
                 ": give dotted names, as in bank.size"
                 if isinstance(value, dict)
-                else did_you_mean(field, known)
+                else in_words(meant(field, known))
             )
             raise UserError(f"{source}: unknown field {field}{hint}")
         if value is None or isinstance(value, dict) or value == []:
