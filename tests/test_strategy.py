@@ -1,7 +1,7 @@
 """Every strategy trains the model of one process: by real launches, the whole state compared.
 
 The tiny model of ``strategy_cases.py`` takes 2 steps of bank warm-up and 10 of CaCo from one checkpoint. In fp64 what
-is left is rounding (1e-12); in fp32 (DeepSpeed) a few 1e-6, while a wrong norm or average is off by 1e-2.
+is left is rounding (3e-14); in fp32 (DeepSpeed) 1e-5, while a wrong norm or average is off by 1e-2.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""``python WORDS`` for the tests, forked instead of started: what it imports takes five seconds of CPU.
+"""``python WORDS`` for the tests, forked instead of started: what it imports takes some eight seconds of CPU.
 
 One server per process of the tests has imported the package and waits. It forks for each request; the child takes the
 caller's words, environment, folder and output, leaves the server's code, and runs the program to a usual end of Python.
