@@ -7,20 +7,24 @@ import os
 import numpy as np
 import pytest
 import torch
+from gloo import run_ranks
 from launch import SMALL
 from PIL import Image
 from shard_sets import encode, make_shard_set
 
 import caco_scale
-from caco_scale.config import parse
+from caco_scale.config import Config, parse, replace
+from caco_scale.config.fields import Data
 from caco_scale.data import in_memory, pipeline
-from caco_scale.data.in_memory import DecodedImages, decoded_bytes, free_memory, room_for
+from caco_scale.data.in_memory import DecodedImages, decoded_bytes, free_memory, memory_here, room_for
 from caco_scale.data.loader import train_batches
 from caco_scale.data.order import Order
 from caco_scale.data.photographs import decode_image
 from caco_scale.data.store import open_store
 from caco_scale.data.views import ViewSpec, crop_resize, crop_resize_into
 from caco_scale.errors import UserError
+from caco_scale.training import assemble
+from caco_scale.training.assemble import TrainingData
 
 VIEWS = [ViewSpec(32, (0.2, 1.0)), ViewSpec(24, (0.05, 0.5))]
 BATCH, STEPS = 12, 10  # 50 images: 4 steps an epoch
@@ -142,26 +146,60 @@ def test_the_decoded_size_is_estimated_from_headers(shards, tmp_path):
 
 
 def test_small_sets_are_kept_unasked_and_what_does_not_fit_is_refused(shards, monkeypatch):
-    store, one = open_store(shards), {}
+    store = open_store(shards)
+
+    def room_of(wanted, processes=1):
+        return room_for(store, wanted, memory_here({"LOCAL_WORLD_SIZE": str(processes)}))
+
     needed = decoded_bytes(store)
-    room, line = room_for(store, "auto", one)
+    room, line = room_of("auto")
     assert needed < room <= 10**9
     assert "data.in_memory auto: 50 images take about 0.00 GB decoded (estimated from 50)" in line
-    assert room_for(store, "false", one) == (0, None)
+    assert room_of("false") == (0, None)
     monkeypatch.setattr(in_memory, "free_memory", lambda: 4 * needed)
-    assert room_for(store, "auto", {"LOCAL_WORLD_SIZE": "3"})[0] == int(3.2 * needed) // 3
-    assert room_for(store, "auto", {"LOCAL_WORLD_SIZE": "4"}) == (0, None)
+    assert room_of("auto", 3)[0] == int(3.2 * needed) // 3
+    assert room_of("auto", 4) == (0, None)
     with pytest.raises(
         UserError, match=r"50 images x 4 processes take about .* GB .* and .* GB of this machine's"
     ):
-        room_for(store, "true", {"LOCAL_WORLD_SIZE": "4"})
+        room_of("true", 4)
     monkeypatch.setattr(in_memory, "free_memory", lambda: 10**12)
     monkeypatch.setattr(in_memory, "AUTO_BYTES", needed - 1)
-    assert room_for(store, "auto", one) == (0, None)
-    assert room_for(store, "true", one)[0] == 8 * 10**11
+    assert room_of("auto") == (0, None)
+    assert room_of("true")[0] == 8 * 10**11
     monkeypatch.setattr(in_memory, "AUTO_BYTES", store.manifest.num_bytes - 1)
     monkeypatch.setattr(in_memory, "decoded_bytes", lambda _: 1 / 0)  # no image of a large set is looked at
-    assert room_for(store, "auto", one) == (0, None)
+    assert room_of("auto") == (0, None)
+
+
+def settle_room(rank, world_size, shards):
+    """Two nodes, of which the second has less memory and more processes; only rank 0 may look at images."""
+    store = open_store(shards)
+    needed = decoded_bytes(store)
+    os.environ["LOCAL_WORLD_SIZE"] = str(1 + rank)
+    in_memory.free_memory = lambda: (8 - 3 * rank) * needed
+    if rank:
+        assemble.decoded_bytes = in_memory.decoded_bytes = lambda _: 1 / 0
+    found = []
+    for wanted in ("auto", "true", "false"):
+        config = Config(data=Data(shards=shards, in_memory=wanted, global_batch_size=BATCH))
+        data = TrainingData(config, rank, world_size)
+        data.make_room()
+        found.append((data.room / needed, data.room_note))
+    in_memory.free_memory = lambda: (9 - 7 * rank) * needed
+    with pytest.raises(UserError, match="50 images x 2 processes take about") as refused:
+        TrainingData(replace(config, data__in_memory="true"), rank, world_size).make_room()
+    return found, str(refused.value)
+
+
+def test_all_processes_keep_as_much_as_the_fullest_node_allows_and_one_looks(shards):
+    first, second = run_ranks(settle_room, 2, shards)
+    assert first == second
+    (auto, line), (asked, _), none = first[0]
+    assert auto == pytest.approx(2, rel=1e-3)  # four fifths of five times the set, for two processes
+    assert asked == auto
+    assert "50 images x 2 processes take about" in line
+    assert none == (0, None)
 
 
 def test_a_control_groups_limit_counts(tmp_path, monkeypatch):

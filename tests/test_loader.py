@@ -326,6 +326,10 @@ def test_shared_memory_is_measured_against_all_batches_of_the_machine(monkeypatc
     assert small_shared_memory(1 << 30, workers=0) is None
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert small_shared_memory(2 << 20, workers=3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="LOCAL_WORLD_SIZE is 'two', which is no whole number"):
+        small_shared_memory(2 << 20, workers=3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(os, "statvfs", lambda path: (_ for _ in ()).throw(FileNotFoundError(2, "none")))
     assert "has 0.0 MB free" in small_shared_memory(1, workers=1)
 

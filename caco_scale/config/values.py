@@ -93,7 +93,8 @@ def differences(saved: Config, config: Config) -> list[str]:
 # Free at a resume, but what decides when ranks meet, and over what.
 MET_OVER = (
     *("run.max_steps", "run.max_skipped", "run.log_every", "run.save_every", "eval.knn_every"),
-    *("data.micro_batch_size", "bank.exchange", "model.checkpoint_activations", "precision.compile"),
+    *("data.micro_batch_size", "data.in_memory", "bank.exchange", "model.checkpoint_activations"),
+    "precision.compile",
 )
 
 

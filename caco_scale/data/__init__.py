@@ -9,6 +9,7 @@ a run is of), ``shards`` and ``shard_index`` (the format; ``index_checks``), ``s
 ``labels``. What brings it: ``small_files`` (manifests and indexes), ``object_store`` (over ``object_client``,
 ``credentials``), ``cache``, ``own_files``, ``threads``, ``counters``.
 
-The room knows errors, how long processes wait for each other (distributed), how workers hear signals and what they
-leave when they are killed (run). It knows nothing of models, training, evaluation, or how shards are built (data_prep).
+The room knows errors, how many processes share a machine and how long they wait for each other (distributed), how
+workers hear signals and what they leave when they are killed (run). It knows nothing of models, training, evaluation,
+or how shards are built (data_prep).
 """

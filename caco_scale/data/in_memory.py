@@ -13,10 +13,10 @@ import io
 import mmap
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from caco_scale.data.photographs import FALLBACK_FORMATS
 from caco_scale.data.pixels import RGB8, Pixels
 from caco_scale.data.samples import image_in
 from caco_scale.data.store.base import Store
+from caco_scale.distributed.environment import processes_of_node
 from caco_scale.errors import UserError
 from caco_scale.flags.choices import InMemory
 
@@ -117,10 +118,24 @@ class DecodedImages:
             fcntl.lockf(self._fd, fcntl.LOCK_UN)
 
 
+class Memory(NamedTuple):
+    """Of a node: its processes of this launch, and the bytes that they together may take of it."""
+
+    processes: int
+    free: int
+
+
+def memory_here(environment: Mapping[str, str] = os.environ) -> Memory:
+    """Of the node that this process is on."""
+    return Memory(processes_of_node(environment), int(MOST_OF_FREE * free_memory()))
+
+
 def room_for(
-    store: Store, wanted: InMemory, environment: Mapping[str, str] = os.environ
+    store: Store, wanted: InMemory, memory: Memory, estimate: Callable[[], int] | None = None
 ) -> tuple[int, str | None]:
-    """How many bytes of decoded images each process of this node may keep, and a line about it.
+    """How many bytes of decoded images each process of a node may keep, and a line about it.
+
+    Follows from the arguments, and from the set, alone. ``estimate``: calls :func:`decoded_bytes`, where it is needed.
 
     The set's decoded size is estimated: the mean of 64 images that are spread over it, by the sizes that their files
     begin with, times the number of images. "auto" takes sets that are below a gigabyte for all processes of the node
@@ -130,12 +145,10 @@ def room_for(
     Raises:
         UserError: ``wanted`` is "true", and the set does not fit.
     """
-    local = environment.get("LOCAL_WORLD_SIZE", "1")
-    processes, images = (int(local) if local.isdecimal() else 1), store.manifest.num_samples
+    (processes, free), images = memory, store.manifest.num_samples
     if wanted == "false" or (wanted == "auto" and store.manifest.num_bytes * processes > AUTO_BYTES):
         return 0, None
-    free = int(MOST_OF_FREE * free_memory())
-    needed = decoded_bytes(store) * processes
+    needed = (estimate() if estimate else decoded_bytes(store)) * processes
     node = f"{images:,} images" + (f" x {processes} processes" if processes > 1 else "")
     line = f"{node} take about {needed / 1e9:,.2f} GB decoded (estimated from {min(ESTIMATED_FROM, images)})"
     if wanted == "auto":

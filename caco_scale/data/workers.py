@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from webdataset.pipeline import DataPipeline
 
 from caco_scale.distributed.collectives import exchange_timeout
+from caco_scale.distributed.environment import processes_of_node
 from caco_scale.errors import UserError, one_line
 from caco_scale.run.scratch import use_own_names
 from caco_scale.run.signals import end_with_trainer, shielded
@@ -83,8 +84,7 @@ def small_shared_memory(batch_bytes: int, workers: int) -> str | None:
 
     Every process of this machine has its workers' batches there, and two that the trainer holds.
     """
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    needed = batch_bytes * (workers * PREFETCH + 2) * (int(processes) if processes.isdecimal() else 1)
+    needed = batch_bytes * (workers * PREFETCH + 2) * processes_of_node()
     try:
         found = os.statvfs(SHARED_MEMORY)
         free = found.f_bavail * found.f_frsize

@@ -116,12 +116,17 @@ def place_of(environment: Mapping[str, str], on_cpu: bool, asked_world_size: int
     return ALONE
 
 
+def processes_of_node(environment: Mapping[str, str] = os.environ) -> int:
+    """How many of the launch's processes share this machine; 1 where it does not say. Accelerate says it for an MPI.
+
+    UserError: LOCAL_WORLD_SIZE is no number.
+    """
+    return number(environment, TORCH.local_size, 1)
+
+
 def share_of_node(environment: Mapping[str, str], world_size: int) -> tuple[int, int]:
     """(local rank, processes of this node) of one of ``world_size``; (0, 1) where the launch does not say both."""
-    local_rank, local_size = (
-        number(environment, TORCH.local_rank, 0, 0),
-        number(environment, TORCH.local_size, 1),
-    )
+    local_rank, local_size = number(environment, TORCH.local_rank, 0, 0), processes_of_node(environment)
     return (local_rank, local_size) if local_rank < local_size <= world_size else (0, 1)
 
 

@@ -180,14 +180,14 @@ def check_loader(
     config: Config, data: "TrainingData", environment: Mapping[str, str] = os.environ
 ) -> list[Finding]:
     """How many workers feed a process, by the rate that one has here -> findings. Reads 128 images, caches none."""
-    from caco_scale.distributed.environment import number
+    from caco_scale.distributed.environment import processes_of_node
 
     corrupt: dict[str, str] = {}
     try:
         rate = worker_rate(config, data.store.manifest, corrupt)
     except UserError as error:
         return [fail(one_line(error))]
-    cores, processes = len(os.sched_getaffinity(0)), number(environment, "LOCAL_WORLD_SIZE", 1)
+    cores, processes = len(os.sched_getaffinity(0)), processes_of_node(environment)
     workers, most = config.data.workers, max(1, cores // processes - 1)
     text = (
         f"a loader worker prepares {rate:,.0f} images/s on a core (measured): data.workers {workers} can feed "

@@ -78,7 +78,7 @@ def check(plan: Sequence[Planned]) -> None:
     import torch
 
     from caco_scale.training.assemble import resolve_precision
-    from caco_scale.training.checks import BEFORE_DATA, OF_DATA, Start, refuse_to_start
+    from caco_scale.training.checks import BEFORE_DATA, OF_DATA, Start, check_room, refuse_to_start
     from caco_scale.training.fit import fit_to_set
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,7 +86,7 @@ def check(plan: Sequence[Planned]) -> None:
         with _named(planned):
             config, _ = fit_to_set(resolve_precision(planned.config, device))
             start = Start(config, "ddp", 0, 1, device)
-            refuse_to_start(start, BEFORE_DATA + OF_DATA)
+            refuse_to_start(start, (*BEFORE_DATA, *OF_DATA, check_room))
 
 
 @contextlib.contextmanager

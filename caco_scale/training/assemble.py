@@ -17,7 +17,7 @@ from caco_scale.config import Config
 from caco_scale.data.augment import augment
 from caco_scale.data.augment_cpu import absent
 from caco_scale.data.counters import Counters
-from caco_scale.data.in_memory import DecodedImages, room_for
+from caco_scale.data.in_memory import DecodedImages, Memory, decoded_bytes, memory_here, room_for
 from caco_scale.data.listed_files import Listings
 from caco_scale.data.loader import Batch, train_batches
 from caco_scale.data.mixed_order import MixedOrder
@@ -28,6 +28,7 @@ from caco_scale.data.store import open_store
 from caco_scale.data.store.base import Store
 from caco_scale.data.store.mixed import MixedStore
 from caco_scale.data.views import ViewSpec
+from caco_scale.distributed.collectives import from_rank_0, gather_objects
 from caco_scale.distributed.recompute import recompute_blocks
 from caco_scale.distributed.strategies import build as strategies
 from caco_scale.distributed.strategies.base import Strategy
@@ -129,10 +130,21 @@ class TrainingData:
         self.micro_batch_size = min(data.micro_batch_size or self.batch_size, self.batch_size)
         self.room, self.room_note = 0, None  # of :meth:`make_room`
 
-    def make_room(self) -> str | None:
-        """Settle how many bytes of decoded images :meth:`batches` may keep -> a line about it, None where none."""
-        self.room, self.room_note = room_for(self.store, self.config.data.in_memory)
-        return self.room_note
+    def make_room(self) -> None:
+        """Settle how many bytes of decoded images :meth:`batches` may keep. Collective, of ranks with the same set.
+
+        The same on all ranks: they go by the fullest node, and by what rank 0, which alone looks, finds in the set.
+
+        Raises:
+            UserError: on every rank, where ``data.in_memory`` asks for more than that node has.
+        """
+        if self.config.data.in_memory == "false":
+            return
+        processes, free = zip(*gather_objects(memory_here()), strict=True)
+        fullest, estimate = Memory(max(processes), min(free)), partial(decoded_bytes, self.store)
+        self.room, self.room_note = room_for(
+            self.store, self.config.data.in_memory, fullest, partial(from_rank_0, estimate)
+        )
 
     def batches(
         self, start: int, end: int, stop: Callable[[], object] = bool

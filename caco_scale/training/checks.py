@@ -18,6 +18,7 @@ from caco_scale import config as configuration
 from caco_scale.checkpoint.folder import check_files, read_values
 from caco_scale.checkpoint.resume import checkpoint_to_resume, goes_on_from
 from caco_scale.config import Config
+from caco_scale.data.in_memory import memory_here, room_for
 from caco_scale.data.labels import lacking_classes, with_classes_of
 from caco_scale.data.listed_files import Listings
 from caco_scale.data.order import share_size
@@ -170,13 +171,19 @@ def check_data(start: Start) -> str | None:
         return f"the demo's data will be built in {Path(shards).parent}"
     data = TrainingData(start.config, start.rank, start.world_size, start.listings)
     data.store.check(start.share_of_node)
-    room = data.make_room()
     start.data, order = data, data.order
     url = data.store.url
-    found = (
+    return (
         f"{url}: {order.num_samples:,} images, {order.steps_per_epoch:,} steps an epoch, {order.lanes} lanes"
     )
-    return f"{found}; {room}" if room else found
+
+
+def check_room(start: Start) -> str | None:
+    """Whether this node has the memory that ``data.in_memory`` asks for; a run's processes agree on it instead."""
+    wanted = start.config.data.in_memory
+    if start.data is None or wanted == "false":
+        return None
+    return room_for(start.data.store, wanted, memory_here())[1]
 
 
 def check_evaluation(start: Start) -> str | None:
@@ -245,7 +252,7 @@ BEFORE_DATA: tuple[Check, ...] = (
 )
 OF_DATA: tuple[Check, ...] = (check_data, check_evaluation)
 OF_RUN: tuple[Check, ...] = (check_resume,)  # by a process that has the run directory to itself
-CHECKS = (*BEFORE_DATA, *OF_DATA, *OF_RUN, check_checkpoint)
+CHECKS = (*BEFORE_DATA, *OF_DATA, check_room, *OF_RUN, check_checkpoint)
 
 
 def refuse_to_start(start: Start, checks: tuple[Check, ...]) -> None:

@@ -86,6 +86,7 @@ def _run(config, signals, on_metrics, beginning):
     data = start.data
     assert data is not None
     assert_equal_on_all_ranks({"data set (its fingerprint)": data.fingerprint}, "start")
+    data.make_room()
     schedule = build_schedule(config, data.order.steps_per_epoch)
     end = min(schedule.total_steps, config.run.max_steps or schedule.total_steps)
     disk = Patience(
