@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
-from launch import ROOT, SMALL, launch
+from launch import ROOT, SMALL, by, finished, launch
 from shard_sets import make_shard_set
 
 from caco_scale.distributed.deepspeed_config import deepspeed_config, find_deepspeed_json
@@ -208,3 +208,38 @@ def test_a_step_takes_the_memory_that_the_one_before_it_freed():
         pages[how] = int(run.stdout)
     assert pages["kept"] <= 2 * 12_288
     assert pages["as it comes"] >= 9 * 12_288
+
+
+NODES_THAT_DIFFER = """
+import os, sys
+from caco_scale.errors import run_command
+from caco_scale.pretrain import main
+rank = os.environ["RANK"]
+os.chdir(os.path.join(sys.argv[1], "node" + rank))
+run_command(lambda: main(["demo", *sys.argv[2:], *(["--bank.size", "2" + rank] if sys.argv[1] == "." else [])]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "differs"),
+    [
+        ("sets", "data set (its fingerprint)"),
+        (".", "bank.size must be the same on every rank, but is 20 on rank 0"),
+    ],
+)
+def test_nodes_with_other_settings_or_images_end_in_one_line(folder, differs, tmp_path):
+    """The same command on two nodes, each in a folder of its own; of what is compared, one of each kind."""
+    for rank in range(2):
+        make_shard_set(tmp_path / f"sets/node{rank}/set", num_images=96, seed=rank)
+        (tmp_path / f"node{rank}").symlink_to(tmp_path / "sets/node0")
+    script = tmp_path / "nodes.py"
+    script.write_text(NODES_THAT_DIFFER)
+    flags = {**SMALL, "data.shards": "set", "data.val_shards": "", "run.dir": tmp_path / "run"}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    launcher = ["-m", "accelerate.commands.launch", *by("ddp", 2)["launcher"]]
+    done = finished([sys.executable, *launcher, script, folder, *words], cwd=tmp_path)
+    error = failure(done.stderr)
+    assert f"error: start: the {differs}" in error
+    assert "on rank 1" in error
+    assert "exitcode  : 2" in done.stderr
+    assert not (tmp_path / "run").exists()
