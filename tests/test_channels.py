@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from evaluation_cases import run_of_rank
 from launch import SMALL, final_state, launch
+from PIL import Image
+from safetensors.torch import save_file
+from weight_files import noise
 
 from caco_scale.data.loader import train_batches
 from caco_scale.data.order import Order
@@ -14,8 +18,10 @@ from caco_scale.data.views import ViewSpec
 from caco_scale.embed import extract
 from caco_scale.embed.__main__ import COMMANDS, with_command
 from caco_scale.embed.files import open_features
+from caco_scale.errors import UserError
 from caco_scale.export.write import export
 from caco_scale.flags.read import read_command
+from caco_scale.method.encoders import build_backbone
 from caco_scale.weights.load import load_weights
 from data_prep.build import build
 from data_prep.verify import verify
@@ -77,3 +83,47 @@ def test_from_a_folder_to_features(tmp_path, pixels):
         scaled = torch.from_numpy(source.astype(np.float32) / (2**pixels.bits - 1)).permute(0, 3, 1, 2)
         wanted = weights.backbone((scaled - 0.5) / 0.5)
     torch.testing.assert_close(torch.from_numpy(found), wanted[numbers], atol=1e-5, rtol=1e-4)
+
+
+def test_weights_that_do_not_say_their_bits_take_those_of_the_set(tmp_path, capsys):
+    """A folder, which has no manifest, and a built set: an encoder is given the range of either as 0 to 1."""
+    source = images(Pixels(1, 16))[:8]
+    for number, image in enumerate(source):
+        place = tmp_path / f"src/{'ab'[number % 2]}/{number:02d}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[:, :, 0]).save(place)
+    build(tmp_path / "src", tmp_path / "set", workers=0)
+    backbone = noise(build_backbone("tiny", "cifar", channels=1)[0], 3)
+    torch.save(backbone.state_dict(), tmp_path / "bare.pth")
+    with torch.no_grad():
+        scaled = torch.from_numpy(source.astype(np.float32) / 65535).permute(0, 3, 1, 2)
+        wanted = backbone((scaled - 0.5) / 0.5)
+    of_images = ["--size", "12", "--workers", "0"]
+    for place in ("src", "set"):
+        words = [
+            tmp_path / "bare.pth",
+            "--data",
+            tmp_path / place,
+            "--to",
+            tmp_path / f"{place}.npz",
+            *of_images,
+        ]
+        extract.run(read_command(COMMANDS, with_command([str(word) for word in words]), "embed", "")[1])
+        assert (
+            "the file does not say the bits of its images: 16, as those of the set have"
+            in capsys.readouterr().out
+        )
+        with open_features(tmp_path / f"{place}.npz") as file:
+            found = np.concatenate(list(file.features()))
+            numbers = [int(name[2:4]) for name in file.texts("source")]
+        torch.testing.assert_close(torch.from_numpy(found), wanted[numbers], atol=1e-5, rtol=1e-4)
+    sets = ["--data", str(tmp_path / "set"), "--val", str(tmp_path / "src"), *of_images]
+    knn = ["knn", str(tmp_path / "bare.pth"), *sets, "--k", "1", "--to", str(tmp_path / "knn")]
+    assert run_of_rank(0, 1, knn)["settings"]["bits"] == 16
+
+    said = {"arch": "tiny", "stem": "cifar", "channels": "1", "bits": "8"}
+    save_file(backbone.state_dict(), tmp_path / "said.safetensors", metadata=said)
+    with pytest.raises(
+        UserError, match="have 1 channel of 16 bits, not 1 channel of 8 bits: give images such as"
+    ):
+        run_of_rank(0, 1, ["knn", str(tmp_path / "said.safetensors"), *sets])

@@ -567,6 +567,7 @@ def test_a_hugging_face_directory_for_other_than_three_channels_is_timms_own_mod
     model = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True, num_classes=0).eval()
     again = load_weights(tmp_path / "hub")
     assert again.pixels.channels == channels
+    assert not again.says_bits  # nor did the file that it is of
     assert again.mean == again.std == (0.5,) * channels
     size = again.size if "vit" in arch else 64
     images = torch.randn(2, channels, size, size)

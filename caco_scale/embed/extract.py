@@ -14,7 +14,6 @@ from caco_scale import __version__
 from caco_scale.data.addresses import is_remote, local_path
 from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.pipeline import Undecodable
-from caco_scale.data.store import open_store
 from caco_scale.data.store.base import Store
 from caco_scale.data.store.listed import ListedStore
 from caco_scale.distributed.collectives import gather_objects
@@ -25,7 +24,14 @@ from caco_scale.errors import UserError, with_article
 from caco_scale.evaluate.features import feature_batches
 from caco_scale.evaluate.listed import originals_of
 from caco_scale.evaluate.results import ResultFolder, not_decoding
-from caco_scale.evaluate.task import Encoding, encoding_of, introduce_encoder, processes_of, weights_of
+from caco_scale.evaluate.task import (
+    Encoding,
+    encoding_of,
+    introduce_encoder,
+    open_images,
+    processes_of,
+    weights_of,
+)
 from caco_scale.method.patches import has_patch_tokens, patch_tokens
 from caco_scale.run.files import check_target, remove_leftovers
 from caco_scale.weights.build import digest
@@ -116,8 +122,7 @@ def _task(flags):
             f"{flags.weights} is {with_article(weights.arch)}, which has no tokens of patches, as ViTs have: "
             "drop --layer patches"
         )
-    store = open_store(address, flags.cache_dir, flag="--data", pixels=weights.pixels)
-    store.check()
+    weights, store = open_images(weights, address, flags.cache_dir, "--data")
     _check_names(store)
     task = Extraction(
         **encoding_of(flags, accelerator, weights),

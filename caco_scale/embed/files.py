@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from caco_scale.atomic import atomic_file
+from caco_scale.data.pixels import Pixels
 from caco_scale.embed.parts import STRINGS, Parts, split
 from caco_scale.errors import UserError, one_line, quoted
 from caco_scale.run.files import cannot_write, to_json
@@ -174,6 +175,12 @@ class FeatureFile:
 
     def __exit__(self, *_: object) -> None:
         self._close()
+
+    @property
+    def pixels(self) -> Pixels:
+        """What the images were decoded to."""
+        request = self.about["request"]
+        return Pixels(request.get("channels", 3), request.get("bits", 8))
 
     def features(self) -> Iterator[NDArray]:
         """Blocks of rows (b, F) in order, b at most BLOCK_ROWS."""

@@ -7,7 +7,7 @@ Shapes: q query images, F features, b a block of rows.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,7 +179,7 @@ def _encoding(file, flags):
         workers=flags.workers,
     )
     accelerator = processes_of(SimpleNamespace(world_size=0, timeout_seconds=1800))
-    return Encoding(**encoding_of(asked, accelerator, weights))
+    return Encoding(**encoding_of(asked, accelerator, replace(weights, pixels=file.pixels)))
 
 
 def _images(place, task, flags):

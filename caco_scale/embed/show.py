@@ -14,7 +14,7 @@ import numpy as np
 from caco_scale import __version__
 from caco_scale.atomic import write_atomically
 from caco_scale.data.loader import evaluation_batches
-from caco_scale.data.pixels import Pixels, picture_note
+from caco_scale.data.pixels import picture_note
 from caco_scale.data.store import open_store
 from caco_scale.data.thumbnails import data_uri
 from caco_scale.embed.files import FeatureFile
@@ -143,8 +143,7 @@ def pictures_of(
     """
     address, request = data or file.about["data"], file.about["request"]
     try:
-        pixels = Pixels(request.get("channels", 3), request.get("bits", 8))
-        store = open_store(address, cache_dir, flag="--data", pixels=pixels)
+        store = open_store(address, cache_dir, flag="--data", pixels=file.pixels)
         if store.fingerprint() != request["images"]:
             raise UserError(f"{address} has changed since {file.path} was written, or is another set")
     except UserError as error:
@@ -166,7 +165,7 @@ def pictures_of(
     found = {}
     for ids, crops, _ in batches:
         found |= {int(i): data_uri(np.asarray(crop)) for i, crop in zip(ids, crops, strict=True)}
-    return found, picture_note(pixels)
+    return found, picture_note(file.pixels)
 
 
 def class_name(file: FeatureFile, label: int) -> str:

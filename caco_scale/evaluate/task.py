@@ -6,7 +6,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,12 +182,8 @@ def build_task(flags: Any) -> Task:
     """
     accelerator = processes_of(flags)
     train_url, val_url, weights = _sources(flags)
-    train, val = (
-        open_store(url, flags.cache_dir, labelled=True, flag=flag, pixels=weights.pixels)
-        for url, flag in ((train_url, "--data"), (val_url, "--val"))
-    )
-    train.check()
-    val.check()
+    weights, train = open_images(weights, train_url, flags.cache_dir, "--data", labelled=True)
+    weights, val = open_images(weights, val_url, flags.cache_dir, "--val", labelled=True)
     val = with_classes_of(train, val, FULL_NAMES[flags.command])
     task = Task(**encoding_of(flags, accelerator, weights), train=train, val=val, seed=flags.seed)
     _introduce(task, flags)
@@ -218,6 +214,26 @@ def encoding_of(flags: Any, accelerator: "Accelerator", weights: Weights) -> dic
         "images_at_once": flags.images_at_once,
         "workers": flags.workers,
     }
+
+
+def open_images(
+    weights: Weights, address: str, cache_dir: str, flag: str, labelled: bool = False
+) -> tuple[Weights, Store]:
+    """A set for an encoder, checked -> the weights and the store. ``cache_dir`` to ``labelled``: of ``open_store``.
+
+    Where the source of the weights does not say how many bits its images have, they are those of the set: whatever they
+    are, an encoder is given their range as 0 to 1. UserError: images of other channels or bits.
+    """
+    store = open_store(
+        address, cache_dir, labelled=labelled, flag=flag, pixels=weights.pixels if weights.says_bits else None
+    )
+    if not weights.says_bits:
+        pixels = weights.pixels._replace(bits=store.bits_there())
+        store.take_pixels(pixels, flag)
+        guess = () if pixels.bits == RGB8.bits else ("bits",)
+        weights = replace(weights, pixels=pixels, says_bits=True, assumed=(*weights.assumed, *guess))
+    store.check()
+    return weights, store
 
 
 def processes_of(flags: Any) -> "Accelerator":
@@ -278,10 +294,14 @@ def introduce_encoder(task: Encoding, flags: Any) -> None:
         f"{task.world_size} process(es), {task.device.type}; {weights.encoder} encoder of {weights.path} "
         f"({weights.kind}, {weights.arch}, stem {weights.stem})"
     )
-    guessed = [name for name in weights.assumed if getattr(flags, name) is None]
+    guessed = [name for name in weights.assumed if getattr(flags, name, 0) is None]
     if guessed:
         values = ", ".join(f"{name} {str(getattr(task, name)).strip('()')}" for name in guessed)
         task.say(f"assumed, for the file does not say it: {values}; --{', --'.join(guessed)} give others")
+    if "bits" in weights.assumed:
+        task.say(
+            f"the file does not say the bits of its images: {weights.pixels.bits}, as those of the set have"
+        )
     if weights.unmatched:
         task.say(f"in the file but not used: {gist(weights.unmatched)}")
     task.say(f"images for evaluation: {describe_crop(task.size, task.resize)}")

@@ -131,7 +131,8 @@ def _data(config, values):
 
 def _input(views, assumed):
     mean, std = (views[name].replace(" ", ", ") for name in ("mean", "std"))
-    kind = f"{views['channels']} channel(s) of {views['bits']} bits," if "channels" in views else "RGB"
+    bits = f" of {views['bits']} bits," if "bits" in views else ""
+    kind = f"{views['channels']} channel(s){bits}" if "channels" in views else "RGB"
     text = f"{kind} from 0 to 1, minus ({mean}), divided by ({std}); {views['size']} pixels"
     return f"{text}; the source does not say its {', '.join(assumed)}: assumed" if assumed else text
 

@@ -128,6 +128,8 @@ def file_metadata(weights: Weights) -> dict[str, str]:
     known = {name: value for name, value in metadata.items() if name not in unsaid}
     known |= {"options": json.dumps(weights.options)} if weights.options else {}
     known |= weights.pixels._asdict() if weights.pixels != RGB8 else {}
+    if not weights.says_bits:
+        known.pop("bits", None)
     return {name: "" if value is None else str(value) for name, value in known.items()}
 
 

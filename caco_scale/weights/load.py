@@ -52,10 +52,11 @@ class Weights:
     of the images that it was trained on; ``assumed``: those of the three that the source does not say and that are
     guesses (224 pixels, 32 for the stem ``cifar``; ImageNet's colours, 0.5 of other than three channels). ``resize``:
     the shorter side before the centre crop of its evaluations (0: :func:`~caco_scale.data.views.usual_resize`).
-    ``pixels``: channels and bits of its images. ``unmatched``: the keys of the source that went nowhere, none of the
-    backbone's among them; ``missing``: tensors of the backbone that it lacks (BatchNorm's counts of batches).
-    ``sha256``: of the backbone's tensors. ``file``: that was read, None of a run. ``metadata``: recipe, step, epoch,
-    ... as far as the source says; ``config``: of a run, as nested plain values.
+    ``pixels``: channels and bits of its images; ``says_bits``: whether the source says the bits, 8 stand there where it
+    does not (:func:`~caco_scale.evaluate.task.open_images` takes those of a set). ``unmatched``: the keys of the source
+    that went nowhere, none of the backbone's among them; ``missing``: tensors of the backbone that it lacks
+    (BatchNorm's counts of batches). ``sha256``: of the backbone's tensors. ``file``: that was read, None of a run.
+    ``metadata``: recipe, step, epoch, ... as far as the source says; ``config``: of a run, as nested plain values.
     """
 
     path: str
@@ -75,6 +76,7 @@ class Weights:
     assumed: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     pixels: Pixels = RGB8
+    says_bits: bool = True
     missing: tuple[str, ...] = ()
     file: Path | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -230,6 +232,8 @@ def _load_file(path, file, about, which, arch, stem, wanted):
         stem=stem,
         options=options,
         pixels=pixels,
+        says_bits="bits" in metadata
+        or bool(metadata.get("step")),  # exports of runs name others than RGB of 8 bits
         num_features=num_features,
         backbone=backbone,
         projector=projector,

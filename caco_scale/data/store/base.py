@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,6 +27,9 @@ from caco_scale.data.shard_table import ShardInfo
 from caco_scale.data.shards import MANIFEST_NAME, Manifest
 from caco_scale.data.small_files import what_instead
 from caco_scale.errors import UserError, quoted
+
+if TYPE_CHECKING:
+    from caco_scale.data.decode import Look
 
 MAX_OPEN_FILES = 128
 LOOKED_AT = 16  # images
@@ -150,13 +153,9 @@ class Store:
             raise UserError(_other_pixels(self.url, there, wanted, flag))
         self.pixels = wanted or there or RGB8
 
-    def _check_pixels(self):
-        """Look at a few images of a store that does not say which pixels they have. UserError where others were taken.
-
-        Of photographs it is enough that one of those is one: what is grey or has more bits becomes RGB of 8 bits.
-        """
-        if self.manifest.pixels is not None:
-            return
+    @cached_property
+    def looks(self) -> list[tuple[str, "Look"]]:
+        """(name, :class:`~caco_scale.data.decode.Look`) of a few images spread over the set, of those that have one."""
         from caco_scale.data.decode import look  # it imports torch, which a store does not need
 
         total, found = self.manifest.num_samples, []
@@ -164,11 +163,27 @@ class Store:
         places = list(zip(*(part.tolist() for part in self.locate(chosen)), strict=True))
         # What is wrong with them is said when they are trained on.
         with contextlib.suppress(UserError):
-            for sample in self.concurrently(lambda place: self.read_sample(*place), places):
+            samples = self.concurrently(lambda place: self.read_sample(*place), places)
+            for name, sample in zip(self.names(chosen), samples, strict=True):
                 with contextlib.suppress(NoImage, CorruptSample):
-                    found.append(look(image_in(sample)))
-        others = [image for image in found if not image.fits(self.pixels)]
-        if others and (self.pixels != RGB8 or len(others) == len(found)):
+                    found.append((name, look(image_in(sample))))
+        return found
+
+    def bits_there(self) -> int:
+        """The bits of its images by the manifest; where that does not say it, by a few: 16 if all of them have 16."""
+        if self.manifest.pixels is not None:
+            return self.manifest.pixels.bits
+        return min((image.pixels.bits for _, image in self.looks), default=RGB8.bits)
+
+    def _check_pixels(self):
+        """Look at a few images of a store that does not say which pixels they have. UserError where others were taken.
+
+        Of photographs it is enough that one of those is one: what is grey or has more bits becomes RGB of 8 bits.
+        """
+        if self.manifest.pixels is not None:
+            return
+        others = [image for _, image in self.looks if not image.fits(self.pixels)]
+        if others and (self.pixels != RGB8 or len(others) == len(self.looks)):
             raise UserError(_other_pixels(self.url, others[0].pixels, self.pixels, self._flag))
 
     def fingerprint(self) -> str:
