@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import oracle_kin
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from caco_scale.benchmark.counts import Counts
 from caco_scale.distributed import collectives
-from caco_scale.errors import UserError
+from caco_scale.errors import UserError, is_loss_of_peers
 from caco_scale.flags.choices import BANK_EXCHANGES as EXCHANGES
 from caco_scale.method import bank_compute
 from caco_scale.method.bank import ShardedBank
@@ -431,6 +432,29 @@ def agreeing_once(rank, world_size):
     assert counts.exchanges == 4
 
 
+def wrong_alone(rank, world_size):
+    """What was agreed once and is wrong later, on the last rank alone, ends that rank at once, by its number."""
+    queries, keys, rows, velocity = random_inputs(12, 20, 8)
+    bank, last = make_bank(rows, velocity), rank == world_size - 1
+    bank.contrast(queries, keys, agree_once=True)
+    if last:  # the others would wait in the next exchange of embeddings
+        with pytest.raises(UserError, match=rf"queries of view 2 are \(12, 8\).* \(rank {rank}\)$"):
+            bank.contrast([queries[0][:-1], *queries[1:]], keys, agree_once=True)
+    dist.barrier()
+    # Exchanges between hosts have a group of their own where tensors travel by NCCL.
+    own = dist.new_group(backend="gloo", timeout=timedelta(seconds=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collectives, "_host_group", lambda group: own)
+        if last:
+            with pytest.raises(RuntimeError) as ended:
+                bank.contrast(queries, keys, 0.2, agree_once=True)
+            text = f"contrast: rank {rank} alone changes the temperature (0.08 -> 0.2): "
+            assert str(ended.value).startswith(text)
+            patch.setenv("WORLD_SIZE", "2")
+            assert is_loss_of_peers(ended.value)  # a command ends with that line
+    dist.barrier()
+
+
 def bank_of_a_subgroup(rank, world_size):
     group = dist.new_group([0, world_size - 1])
     if rank in (0, world_size - 1):
@@ -439,7 +463,7 @@ def bank_of_a_subgroup(rank, world_size):
             assert_step(make_bank(*inputs[2:], exchange, group=group), inputs)
 
 
-ONLY_SEVERAL_RANKS = [disagreement_is_an_error_on_every_rank, agreeing_once, bank_of_a_subgroup]
+ONLY_SEVERAL_RANKS = [disagreement_is_an_error_on_every_rank, agreeing_once, wrong_alone, bank_of_a_subgroup]
 
 
 def run_scenarios(rank, world_size):

@@ -193,6 +193,42 @@ def assert_equal_on_all_ranks(
             raise UserError(f"{what}: the {name} must be the same on every rank, but is {listed}")
 
 
+def assert_still_equal(
+    values: Mapping[str, Any],
+    before: Mapping[str, Any] | None,
+    what: str,
+    group: Group = None,
+    error: str | None = None,
+) -> None:
+    """As :func:`assert_equal_on_all_ranks`, of values that change on all ranks at once: compared only when they do.
+
+    ``before``: those of last time; None, or none: they are compared.
+
+    A rank that is wrong alone afterwards finds nobody to tell, for the others are in the exchange that comes next. It
+    ends by an error that names it, and they with it, as with any process that is gone.
+
+    Raises:
+        UserError: here, at once, for this rank's own ``error``.
+        RuntimeError: here, where this rank's values alone have changed: after :func:`exchange_timeout`. Where tensors
+            travel by gloo, too, gloo ends this process at once instead, as its messages do not fit theirs.
+    """
+    if not before:
+        return assert_equal_on_all_ranks(values, what, group, error)
+    if error is not None:
+        raise UserError(error if world_size(group) == 1 else f"{error} (rank {rank(group)})")
+    if values == before:
+        return None
+    try:
+        return assert_equal_on_all_ranks(values, what, group)
+    except RuntimeError as lost:
+        changed = ", ".join(
+            f"{name} ({before.get(name)} -> {value})"
+            for name, value in values.items()
+            if before.get(name) != value
+        )
+        raise RuntimeError(f"{what}: rank {rank(group)} alone changes the {changed}: {lost}") from lost
+
+
 def _resolve(group):
     return dist.group.WORLD if group is None else group
 

@@ -395,6 +395,6 @@ class ShardedBank:
         facts = {"number of views": count, "batch size": size, "rule": rule, "weight": weight}
         facts |= {"temperature": temperature, "bank temperature": bank_temperature}
         error = complaint(queries, keys, self.rows, temperature, bank_temperature, rule)
-        if error or not agree_once or facts != self._agreed:
-            collectives.assert_equal_on_all_ranks(facts, "contrast", self.group, error)
-            self._agreed = facts
+        before = self._agreed if agree_once else None
+        collectives.assert_still_equal(facts, before, "contrast", self.group, error)
+        self._agreed = facts
