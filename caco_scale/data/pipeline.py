@@ -180,18 +180,21 @@ def evaluation_reader(job: EvaluationJob) -> Iterator[dict]:
     for batch in _mine(job.batches):
         indices, images, labels, corrupt = [], [], [], []
         shards, positions = job.store.locate(batch)
+        labels_of = {}
         for shard in np.unique(shards).tolist():  # in order: whole shards are read
             job.store.fetch(shard)
-        places = zip(shards.tolist(), positions.tolist(), strict=True)
+            labels_of[shard] = job.store.index(shard).labels
+        places = list(zip(shards.tolist(), positions.tolist(), strict=True))
         samples = job.store.concurrently(functools.partial(_read, job.store), places)
-        for index, sample in zip(batch, samples, strict=True):
+        for index, (shard, position), sample in zip(batch, places, samples, strict=True):
+            label = int(labels_of[shard][position])
             try:
                 images.append(centre_crop(_decode(job.store, sample), job.size, job.resize))
             except CorruptSample as error:
-                corrupt.append(Undecodable(int(index), sample["__label__"], _name(sample), str(error)))
+                corrupt.append(Undecodable(int(index), label, _name(sample), str(error)))
                 continue
             indices.append(index)
-            labels.append(sample["__label__"])
+            labels.append(label)
         crops = torch.from_numpy(np.stack(images)) if images else _no_crops(0, job.size, job.store.pixels)
         tensors = {"indices": torch.tensor(indices, dtype=torch.int64), "crops": crops}
         more = {"corrupt": corrupt, "counters": job.store.counters.take()}
@@ -206,11 +209,10 @@ def _read(store, place):
 
 
 def _origin(store, place, key=None):
-    """Where a sample is from, ``__place__`` (shard, position) and ``__url__``, its ``__key__`` and ``__label__``."""
+    """Where a sample is from, ``__place__`` (shard, position) and ``__url__``, and its ``__key__``."""
     shard, position = place
-    index = store.index(shard)
-    origin = {"__place__": place, "__url__": store.manifest.shards[shard].name}
-    return {**origin, "__key__": key or index.keys[position], "__label__": int(index.labels[position])}
+    name = store.manifest.shards[shard].name
+    return {"__place__": place, "__url__": name, "__key__": key or store.index(shard).keys[position]}
 
 
 def _name(sample):

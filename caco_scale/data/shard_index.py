@@ -136,11 +136,10 @@ class ShardIndex:
 
     def members(self, position: int) -> list[tuple[str, int, int]]:
         """The files of one sample: list of (extension, offset in the span, size in bytes)."""
-        ends = self._arrays["member_ends"]
-        start = int(ends[position - 1]) if position else 0
-        extension, offset, size = (self._arrays[name] for name in ("extension", "offset", "size"))
-        rows = range(start, int(ends[position]))
-        return [(self._extensions[extension[m]], int(offset[m]), int(size[m])) for m in rows]
+        ends, columns = self._arrays["member_ends"], ("extension", "offset", "size")
+        start, stop = ends[position - 1] if position else 0, ends[position]
+        extensions, offsets, sizes = (self._arrays[name][start:stop].tolist() for name in columns)
+        return list(zip([self._extensions[number] for number in extensions], offsets, sizes, strict=True))
 
     def to_bytes(self) -> bytes:
         """Magic, length of a JSON header, header, keys, arrays, checksums: the same bytes on every machine."""

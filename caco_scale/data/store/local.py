@@ -73,24 +73,29 @@ class LocalStore(Store):
 
     def read(self, shard: int, start: int, num_bytes: int, recorded: int | None = None) -> bytes:
         """``num_bytes`` of a shard from ``start``. UserError when the shard is missing or too short."""
-        path = os.path.join(self.shards_at, self.manifest.shards[shard].name)
         try:
             # The reference keeps the file open even if another thread drops it from the table meanwhile.
-            file = self._file(shard, path)
+            file = self._file(shard)
             data = os.pread(file.fileno(), num_bytes, start)
         except OSError as error:
-            raise UserError(f"shard file {path}: {error.strerror}: {self.repair_hint}") from None
+            raise UserError(f"shard file {self._path(shard)}: {error.strerror}: {self.repair_hint}") from None
         if len(data) != num_bytes:
+            path = self._path(shard)
             size, expected = os.stat(path).st_size, self.manifest.shards[shard].num_bytes
             raise UserError(
                 f"shard file {path} has {size:,} bytes, {expected:,} expected: {self.repair_hint}"
             )
         if recorded is not None and checksum(data) != recorded:
-            raise WrongBytes(f"shard file {path} is damaged from byte {start:,} to {start + num_bytes:,}")
+            raise WrongBytes(
+                f"shard file {self._path(shard)} is damaged from byte {start:,} to {start + num_bytes:,}"
+            )
         return data
 
-    def _file(self, shard, path):
-        file = self._files.pop(shard, None) or open_regular(path)
+    def _path(self, shard):
+        return os.path.join(self.shards_at, self.manifest.shards[shard].name)
+
+    def _file(self, shard):
+        file = self._files.pop(shard, None) or open_regular(self._path(shard))
         self._files[shard] = file
         while len(self._files) > MAX_OPEN_FILES:
             self._files.popitem(last=False)
