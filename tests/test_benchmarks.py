@@ -16,7 +16,7 @@ from caco_scale.benchmark import paper
 from caco_scale.benchmark.__main__ import main
 from caco_scale.benchmark.counts import count_step
 from caco_scale.benchmark.dense import DenseBank, pair_list
-from caco_scale.benchmark.measure import in_turn
+from caco_scale.benchmark.measure import in_turn, significant
 from caco_scale.config import load_recipe, replace
 from caco_scale.errors import UserError
 from caco_scale.method.contrast import pair_weights
@@ -45,6 +45,13 @@ def test_the_bank_benchmark_measures_three_banks_that_agree(tmp_path):
     for agreement in saved["agreement"].values():
         assert agreement.pop("positives_equal") == 1
         assert max(agreement.values()) < 1e-5
+
+
+def test_a_ratio_of_two_saved_figures_is_that_of_what_was_measured():
+    """With one digit behind the point the first of these would be 0.9, not 0.83."""
+    for ours, peer in ((0.8532, 1.028), (371.41, 290.63), (14.6, 17.9)):
+        assert significant(ours) / significant(peer) == pytest.approx(ours / peer, rel=2e-4)
+    assert significant(12345.6) == 12350
 
 
 @pytest.mark.long

@@ -138,7 +138,7 @@ class Scale(Benchmark):
 
 @dataclass(frozen=True, kw_only=True)
 class Loader(Benchmark):
-    """Two views of JPEGs against torchvision's ImageFolder and PIL."""
+    """Two views of JPEGs against torchvision, at equal work."""
 
     images: Annotated[str | None, shown("DIR")] = None
     """Folder of class folders (default: 240 JPEGs are drawn)."""

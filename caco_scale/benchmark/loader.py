@@ -1,8 +1,9 @@
-"""The loader against torchvision's ImageFolder with PIL transforms, on the same JPEGs, in one run.
+"""The loader against torchvision, with PIL images and with tensors (v2), on the same JPEGs, in one run.
 
-What counts is images per second of CPU time, of which a training machine has too little; the median of
-the rounds. Both make the two views of the method from every image. The loader's workers stop at uint8 crops and
-leave colour and blur to the training device ("crops"); "all on the CPU" is with that work, too.
+What counts is images per second of CPU time, of which a training machine has too little; the median of the rounds. All
+make the two views of the method from every image, and a row is compared with torchvision's of the same work: "crops"
+are read, decoded, cut and resized to uint8, where the loader's workers stop, who leave the rest to the training device;
+"all" is colour, blur and normalising on this CPU, too.
 """
 
 import functools
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from caco_scale.benchmark.measure import Contender, Measured, Round, in_turn, median
+from caco_scale.benchmark.measure import Contender, Measured, Round, in_turn, median, significant
 from caco_scale.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -27,7 +28,7 @@ DRAWN_IMAGES, DRAWN_CLASSES, DRAWN_SIZE = 240, 8, (375, 500)
 
 
 def measure(images: str | Path | None, rounds: int, batch: int, size: int) -> Measured:
-    """``{"images": ..., "rows": [...], "ratios": {...}}`` of a folder of class folders (None: drawn), and notes."""
+    """``{"images": ..., "peers": {...}, "rows": [...]}`` of a folder of class folders (None: drawn), and notes."""
     from caco_scale.data.augment_cpu import absent
     from data_prep.build import build
     from data_prep.destination import scratch_folder
@@ -50,15 +51,18 @@ def measure(images: str | Path | None, rounds: int, batch: int, size: int) -> Me
                     f"{images} has {manifest.num_samples} images, fewer than one batch of {batch}"
                 )
             ours = functools.partial(read_batches, batch=batch, size=size)
+            theirs = functools.partial(read_image_folder, str(images), count=count, size=size)
             contenders = {
-                "ImageFolder + PIL": functools.partial(
-                    read_image_folder, str(images), count=count, size=size
+                "crops: torchvision, PIL": functools.partial(theirs, augmented=False),
+                "crops: torchvision, v2": functools.partial(
+                    read_tensors, str(images), count=count, size=size
                 ),
-                "loader, crops": functools.partial(ours, str(shards), "none"),
-                "loader, all on the CPU": functools.partial(ours, str(shards), "none", augmented=True),
-                "loader, web, no cache": functools.partial(ours, url, "none"),
-                "loader, web, cold cache": functools.partial(ours, url, f"{folder}/cold", cold=True),
-                "loader, web, warm cache": functools.partial(ours, url, f"{folder}/warm"),
+                "crops: loader": functools.partial(ours, str(shards), "none"),
+                "crops: loader, web, no cache": functools.partial(ours, url, "none"),
+                "crops: loader, web, cold cache": functools.partial(ours, url, f"{folder}/cold", cold=True),
+                "crops: loader, web, warm cache": functools.partial(ours, url, f"{folder}/warm"),
+                "all: torchvision, PIL": theirs,
+                "all: loader": functools.partial(ours, str(shards), "none", augmented=True),
             }
             makers = {name: functools.partial(_prepared, contender) for name, contender in contenders.items()}
             measured = in_turn(makers, rounds, values=False)
@@ -67,13 +71,23 @@ def measure(images: str | Path | None, rounds: int, batch: int, size: int) -> Me
             server.join()
         mean_bytes = round(manifest.num_bytes / manifest.num_samples)
     rows = [_row(name, count, rounds_of) for name, rounds_of in measured.items()]
-    base = rows[0]["images_per_cpu_second"]
-    ratios = {row["what"]: round(row["images_per_cpu_second"] / base, 2) for row in rows}
+    rates, peers = {row["what"]: row["images_per_cpu_second"] for row in rows}, _versions()
     for row in rows:
-        row["ratio"] = ratios[row["what"]]
-    result = {"images": count, "mean_bytes": mean_bytes, "rounds": rounds, "rows": rows, "ratios": ratios}
-    words = f"{count:,} images of {mean_bytes:,} bytes on average, two views of {size} pixels, one thread"
-    return result, [words, *filter(None, [absent()])]
+        work, _ = row["what"].split(":")
+        row["ratio"] = round(row["images_per_cpu_second"] / rates[f"{work}: torchvision, PIL"], 2)
+    result = {
+        "images": count,
+        "mean_bytes": mean_bytes,
+        "size": size,
+        "rounds": rounds,
+        "peers": peers,
+        "rows": rows,
+    }
+    notes = [
+        f"{count:,} images of {mean_bytes:,} bytes on average, two views of {size} pixels, one thread",
+        "ratio: to torchvision with PIL at the same work; " + ", ".join(f"{p} {v}" for p, v in peers.items()),
+    ]
+    return result, [*notes, *filter(None, [absent()])]
 
 
 def _check_images(images: str | Path, plan: list[Any]) -> None:
@@ -88,6 +102,13 @@ def _check_images(images: str | Path, plan: list[Any]) -> None:
         )
 
 
+def _versions() -> dict[str, str]:
+    import PIL
+    import torchvision
+
+    return {"torchvision": torchvision.__version__, "pillow": PIL.__version__}
+
+
 def _prepared(contender: Contender) -> Contender:
     return contender
 
@@ -98,11 +119,11 @@ def _row(name: str, count: int, measured: list[Round]) -> dict[str, Any]:
         "images_per_second": count / median(measured, "seconds"),
         "peak_mb": median(measured, "peak_bytes") / 1e6,
     }
-    return {"what": name, **{figure: round(value, 1) for figure, value in figures.items()}}
+    return {"what": name, **{figure: significant(value) for figure, value in figures.items()}}
 
 
-def read_image_folder(folder: str, count: int, size: int) -> int:
-    """Two views of ``count`` images as the usual training script makes them."""
+def read_image_folder(folder: str, count: int, size: int, augmented: bool = True) -> int:
+    """Two views of ``count`` images as the usual training script makes them, or their crops alone, uint8."""
     from PIL import ImageFilter, ImageOps
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
@@ -111,6 +132,10 @@ def read_image_folder(folder: str, count: int, size: int) -> int:
     solarize = transforms.Lambda(ImageOps.solarize)
 
     def view(blur_p, solarize_p):
+        if not augmented:
+            return transforms.Compose(
+                [transforms.RandomResizedCrop(size, (0.2, 1.0)), transforms.PILToTensor()]
+            )
         return transforms.Compose(
             [
                 transforms.RandomResizedCrop(size, (0.2, 1.0)),
@@ -126,6 +151,23 @@ def read_image_folder(folder: str, count: int, size: int) -> int:
 
     first, second = view(1.0, 0.0), view(0.1, 0.2)
     data = ImageFolder(folder, transform=lambda image: (first(image), second(image)))
+    for number in random.sample(range(len(data)), count):
+        data[number]
+    return count
+
+
+def read_tensors(folder: str, count: int, size: int) -> int:
+    """The crops of two views of ``count`` images by torchvision's v2 transforms of tensors, uint8."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms import v2
+
+    view = v2.RandomResizedCrop(size, (0.2, 1.0), antialias=True)
+    data = ImageFolder(
+        folder,
+        transform=lambda image: (view(image), view(image)),
+        loader=functools.partial(decode_image, mode=ImageReadMode.RGB),
+    )
     for number in random.sample(range(len(data)), count):
         data[number]
     return count

@@ -71,6 +71,11 @@ def median(measured: list[Round], figure: str) -> float:
     return statistics.median(getattr(one, figure) for one in measured[1:])
 
 
+def significant(value: float) -> float:
+    """To four digits: a ratio of two such figures is right to three, however slow what was measured is."""
+    return float(f"{value:.4g}")
+
+
 def _prepare(prepare: Callable[[], Contender], threads: int) -> None:
     global _run
     import torch

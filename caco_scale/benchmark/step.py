@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
-from caco_scale.benchmark.measure import Contender, Measured, Round, in_turn, median
+from caco_scale.benchmark.measure import Contender, Measured, Round, in_turn, median, significant
 from caco_scale.config import Config
 
 if TYPE_CHECKING:  # torch is imported by the contenders, in their processes
@@ -70,7 +70,7 @@ def _row(name: str, images: int, measured: list[Round]) -> dict[str, Any]:
         "images_per_second": images / median(measured, "seconds"),
         "extra_mb": measured[0].extra_bytes / 1e6,
     }
-    return {"what": name, **{figure: round(value, 1) for figure, value in figures.items()}}
+    return {"what": name, **{figure: significant(value) for figure, value in figures.items()}}
 
 
 def _views(config: Config) -> str:
