@@ -14,8 +14,6 @@ from s3_server import BUCKET, CannotStart, SwiftServer, credentials
 
 from caco_scale.run.signals import STOP_SIGNALS
 
-PRELOADED = ["gloo", "torch.distributed.checkpoint", "caco_scale.data.loader", "data_prep.shard"]
-
 
 def pytest_configure(config):
     """GPUs are for ``-m gpu``: the other tests start several processes, perhaps more than this machine has GPUs."""
@@ -24,8 +22,11 @@ def pytest_configure(config):
     # What the tests start gets a user's signals: a job in the background has SIGINT ignored, one under nohup SIGHUP.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # A process of the tests has one fork server, of whoever needs it first: it is to suit all of them.
-    multiprocessing.set_forkserver_preload(PRELOADED)
+    from warm import modules  # it takes the environment of its import for that of the tests
+
+    # A process of the tests has one fork server, of whoever needs it first: it is to suit all of them. What it starts
+    # reads a file of the tests, and would import what that imports by itself: up to two seconds of CPU a process.
+    multiprocessing.set_forkserver_preload(["pytest", "functorch.compile", *modules()])
     multiprocessing.forkserver.set_forkserver_preload = lambda names: None
 
 
@@ -34,11 +35,19 @@ LONG = [
     "strategy",
     "training",
     "data_prep_remote",
+    "report",
+    "weights",
     "examples",
-    "evaluate_linear",
-    "api",
-    "checkpoint",
     "export",
+    "evaluate_linear",
+    "remote",
+    "api",
+    "data_prep",
+    "checkpoint",
+    "doctor",
+    "loader",
+    "embed",
+    "channels",
 ]
 
 

@@ -28,6 +28,7 @@ def _rank_main(rank, world_size, store_path, function, args, results, environmen
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=300)
     )
+    dist.barrier()  # one that is done at once would leave before the others have met it
     try:
         results.put((rank, function(rank, world_size, *args), None))
     except BaseException:
@@ -47,7 +48,6 @@ def run_ranks(function, world_size, *args):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # A server that has imported torch forks the ranks: a tenth of a second, where a fresh start takes seconds.
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["gloo", "torch.distributed.checkpoint", "caco_scale.data.loader"])
     with tempfile.TemporaryDirectory() as folder:
         results = context.SimpleQueue()
         processes = [

@@ -101,7 +101,11 @@ def start_command(words, cwd=None, stderr=subprocess.STDOUT, env=None):
 
 
 def _may_be_forked(words):
-    return words[0].endswith(".py") or (words[0] == "-m" and words[1].split(".")[0] in FORKED)
+    return (
+        words[0].endswith(".py")
+        or words[0] == "-c"
+        or (words[0] == "-m" and words[1].split(".")[0] in FORKED)
+    )
 
 
 def finished(words, cwd=None, timeout=600, env=None):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from launch import environment
+from launch import environment, start_command
 
 from caco_scale.distributed import environment as launched
 from caco_scale.distributed.environment import place_of, share_of_node
@@ -127,8 +127,7 @@ LEFT_BY_OTHERS = {
 
 def start(seconds, **variables):
     words = [sys.executable, "-c", START, str(seconds)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, env={**environment(), **variables}, **options)
+    return start_command(words, stderr=subprocess.PIPE, env={**environment(), **variables})
 
 
 def test_what_another_job_has_left_changes_nothing():
@@ -174,9 +173,7 @@ with signals.ending_at_once():
 def test_a_signal_ends_a_start_that_waits_for_a_peer(name):
     variables = {**environment(), "MASTER_PORT": a_port()}
     words = [sys.executable, "-c", MEETS_NOBODY]
-    process = subprocess.Popen(
-        words, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = start_command(words, stderr=subprocess.PIPE, env=variables)
     assert process.stdout.readline() == "waits\n"
     process.send_signal(getattr(signal, name))
     output, errors = process.communicate(timeout=300)

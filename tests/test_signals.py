@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from launch import start_command
 
 from caco_scale.run.signals import LAUNCHER, STOP_SIGNALS, Interrupted, Signals, interrupting
 
@@ -104,9 +105,13 @@ def start(script, *args, **kwargs):
         start_new_session=True,
         **kwargs,
     )
+    return process, pids_of(process)
+
+
+def pids_of(process):
     line = process.stdout.readline()
     assert line.startswith("pids "), line + process.communicate()[1]
-    return process, [int(word) for word in line.split()[1:]]
+    return [int(word) for word in line.split()[1:]]
 
 
 def is_running(pid):
@@ -186,7 +191,7 @@ def test_the_second_ctrl_c_kills_at_once(tmp_path):
 # Loader processes
 
 TRAINER = """
-import os, sys, time
+import multiprocessing, os, sys, time
 from caco_scale.run.signals import Signals, end_with_trainer, shielded
 
 import torch
@@ -199,6 +204,7 @@ class Numbers(IterableDataset):
 
 if __name__ == "__main__":
     signals = Signals().install()
+    multiprocessing.set_forkserver_preload(["torch"])
     loader = DataLoader(
         Numbers(), batch_size=None, num_workers=2, multiprocessing_context="forkserver",
         persistent_workers=True, worker_init_fn=end_with_trainer,
@@ -213,17 +219,23 @@ if __name__ == "__main__":
     until = time.time() + (0 if "fails" in __file__ else 6)
     while time.time() < until:
         next(batches)
+        time.sleep(0.02)
     print("checkpoint written after", signals.requested, flush=True)
     if "fails" in __file__:
         raise ValueError("with its loader still open")
 """
 
 
+def start_trainer(script):
+    script.write_text(TRAINER)
+    process = start_command([sys.executable, script], stderr=subprocess.PIPE)
+    return process, pids_of(process)
+
+
 @pytest.mark.parametrize("name", ["stops.py", "fails.py"])
 def test_loader_processes_survive_a_signal_to_the_whole_group(tmp_path, name):
     script = tmp_path / name
-    script.write_text(TRAINER)
-    process, workers = start(script)
+    process, workers = start_trainer(script)
     os.killpg(process.pid, signal.SIGTERM)
     output, errors = process.communicate(timeout=120)
     assert output == "checkpoint written after SIGTERM\n", errors
@@ -233,8 +245,7 @@ def test_loader_processes_survive_a_signal_to_the_whole_group(tmp_path, name):
 
 def test_loader_processes_end_when_the_trainer_is_killed(tmp_path):
     script = tmp_path / "trainer.py"
-    script.write_text(TRAINER)
-    process, workers = start(script)
+    process, workers = start_trainer(script)
     assert all(is_running(pid) for pid in workers)
     process.kill()
     wait_until_gone(workers)

@@ -76,14 +76,24 @@ def assert_same(folder, name, reference, tolerance, reference_name=None):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """One process, every case; the checkpoints that the others start from."""
+    """One process, and the checkpoints that the others start from; :func:`complete` adds what a test compares with."""
     folder = tmp_path_factory.mktemp("reference")
-    first = [{**LARS, "save_at": [0, 2]}, {**LARS64, "save_at": [0, 2]}]
-    others = [{**ADAMW, "save_at": [0]}, NOT_FINITE, BAD_LOSS, SGD, FEATURES]
-    train(folder, first + others + KIN[:1])
-    apart = [starting({**case, "at_once": False}, folder) for case in (CROPS, CROPS64)]
-    train(folder, [starting(case, folder) for case in (ACCUMULATE, ACCUMULATE64)] + apart)
+    train(folder, [{**LARS, "save_at": [0, 2]}, {**LARS64, "save_at": [0, 2]}])
     return folder
+
+
+def complete(reference, cases):
+    """One process trains those of the cases that it has not trained yet."""
+    missing = [case for case in cases if not (reference / f"{case['name']}.rank0.json").exists()]
+    if missing:
+        train(reference, [of_one_process(case, reference) for case in missing])
+
+
+def of_one_process(case, reference):
+    if case.get("optimizer") == "adamw":
+        return {**case, "save_at": [0]}
+    from_a_checkpoint = "num_micro" in case or "crops" in case
+    return starting({**case, "at_once": False}, reference) if from_a_checkpoint else case
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +124,7 @@ def starting(case, reference):
 
 def check(config, num_processes, cases, reference, folder):
     """``config``: a file of ds_configs, named as its strategy or a variant of it (zero3_offload)."""
+    complete(reference, cases)
     train(
         folder,
         [starting(case, reference) for case in cases],
@@ -171,6 +182,7 @@ def test_plain_lars_fails_where_ours_passes_and_engine_settings_change_nothing(r
             "zero": {"stage": 2, "round_robin_gradients": True, "reduce_bucket_size": 500},
         },
     ]
+    complete(reference, cases[:4])
     train(tmp_path, [starting(case, reference) for case in cases], ROOT / "ds_configs/zero2.yaml", 2)
     difference, name = relative_difference(state(tmp_path / "plain"), state(reference / "lars"))
     assert difference > 0.1, (difference, name)
@@ -193,6 +205,7 @@ def test_three_processes_under_unusual_engine_settings(reference, tmp_path):
         {"name": "offload", "zero": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
         {"name": "offload2", "zero": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
     ]
+    complete(reference, [ACCUMULATE])
     train(tmp_path, [starting(case, reference) for case in cases], ROOT / "ds_configs/zero2.yaml", 3)
     for case in cases:
         expected = "accumulate" if "num_micro" in case else "lars"

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import yaml
-from launch import SMALL, environment, kill_when
+from launch import SMALL, environment, kill_when, start_command
 from rich.console import Console
 from shard_sets import make_shard_set
 
@@ -254,8 +254,7 @@ def start_counting(folder, names, *words):
     (folder / "trainer.py").write_text(TRAINER)
     path = write_study(folder, runs=dict.fromkeys(names))
     command = [sys.executable, "-c", DRIVER, folder / "trainer.py", path, "--dir", folder / "out", *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()}
-    return subprocess.Popen(command, start_new_session=True, **pipes)
+    return start_command(command, stderr=subprocess.PIPE)
 
 
 def ledger(folder):

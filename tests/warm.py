@@ -1,7 +1,9 @@
 """``python WORDS`` for the tests, forked instead of started: what it imports takes some eight seconds of CPU.
 
 One server per process of the tests has imported the package and waits. It forks for each request; the child takes the
-caller's words, environment, folder and output, leaves the server's code, and runs the program to a usual end of Python.
+caller's words, environment, folder and output, leaves the server's code, and runs the program to the end of its threads
+and of what it has registered. To take down the modules, as Python then does, takes two seconds more, for copies of the
+server's memory: the programs that are started afresh do it.
 ``accelerate launch`` is forked as well, and forks its ranks itself: all that it does is its own but the start of a
 process. What differs from a fresh start: modules are loaded already, so that an environment in which they would load
 otherwise (another PYTHONPATH, other settings of torch) gets a fresh one. A program that sets such things itself before
@@ -10,6 +12,7 @@ it imports torch, as the preflight does, is to be started afresh by its tests.
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -41,8 +44,8 @@ BASE = environment()  # before any test has changed it for itself
 def popen(words, cwd, env, stderr=subprocess.STDOUT):
     """As ``subprocess.Popen`` of Python with these words, in a session of its own, output as text in ``stdout``.
 
-    ``words``: ``-m MODULE ...`` or ``FILE ...``. ``stderr``: STDOUT (into ``stdout``) or PIPE (``communicate`` returns
-    it).
+    ``words``: ``-m MODULE ...``, ``-c PROGRAM ...`` or ``FILE ...``. ``stderr``: STDOUT (into ``stdout``) or PIPE
+    (``communicate`` returns it).
     """
     server = _servers.get(os.getpid())
     if server is None:
@@ -161,18 +164,20 @@ def _exactly(connection, count):
 # The server
 
 
+def modules():
+    """The names of the package's modules, as its files tell; not of _augment_cpu, which is no module of Python."""
+    for package in ("caco_scale", "data_prep"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            words = path.relative_to(ROOT).with_suffix("").parts
+            if words[-1] != "__main__" and "examples" not in words:
+                yield ".".join(words[: -1 if words[-1] == "__init__" else None])
+
+
 def _import_all():
     import importlib
-    import pkgutil
 
-    for package in map(importlib.import_module, ("caco_scale", "data_prep")):
-        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            own = module.name.rpartition(".")[
-                2
-            ]  # of _augment_cpu, which is no module of Python, ctypes has the code
-            if not own.startswith("_") and ".examples" not in module.name:
-                importlib.import_module(module.name)
-    for name in ("torch.utils.tensorboard", "accelerate.commands.launch", "torch.distributed.run"):
+    outside = ("torch.utils.tensorboard", "accelerate.commands.launch", "torch.distributed.run")
+    for name in (*modules(), *outside):
         importlib.import_module(name)
 
 
@@ -299,7 +304,7 @@ def _run_to_the_end(request):
         ):  # a handler of the launcher's, which a fresh start would not have
             fresh = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, fresh)
-    code = 0
+    code, interrupted = 0, False
     try:
         _become(request)
         _run(request["words"])
@@ -307,13 +312,17 @@ def _run_to_the_end(request):
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if not isinstance(end.code, int | None):
             print(end.code, file=sys.stderr)
-    except BaseException:
+    except BaseException as error:
         sys.excepthook(*sys.exc_info())
         code = 1
+        interrupted = isinstance(error, KeyboardInterrupt)
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
     os._exit(code)
 
 
@@ -323,6 +332,10 @@ def _run(words):
         sys.argv, sys.path[0] = words[1:], os.getcwd()
         sys.modules.pop(words[1], None)  # runpy is to execute it, as a fresh start would
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv, sys.path[0] = ["-c", *words[2:]], ""
+        sys.modules["__main__"] = main = type(sys)("__main__")
+        exec(compile(words[1], "<string>", "exec"), main.__dict__)
     else:
         sys.argv, sys.path[0] = words, os.path.dirname(os.path.abspath(words[0]))
         runpy.run_path(words[0], run_name="__main__")
@@ -331,6 +344,6 @@ def _run(words):
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     _import_all()
+    gc.freeze()  # nor do its children look through it, which would copy it
     _request = _serve(sys.argv[1])
-    _become(_request)
-    _run(_request["words"])
+    _run_to_the_end(_request)
