@@ -5,13 +5,15 @@ they are, to the last bit.
 """
 
 import io
+from collections.abc import Iterable
+from contextlib import suppress
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from caco_scale.data.decode import Look, decode, encode, look
+from caco_scale.data.decode import Look, decode, encode, look, opens_as_rgb
 from caco_scale.data.photographs import without_padding
 from caco_scale.data.pixels import CorruptSample, Pixels
 from caco_scale.errors import UserError
@@ -59,22 +61,32 @@ def prepare_exact(data: bytes, pixels: Pixels, short_side: int = 0) -> tuple[str
     return extension, stored, changed
 
 
-def refuse_mixture(data: bytes, name: str, pixels: Pixels | None) -> None:
-    """UserError for an image of another kind than the source's: ``pixels``, or photographs (None)."""
-    try:
-        found = look(data)
-    except CorruptSample:
-        return
-    if not (found.photograph if pixels is None else found.fits(pixels)):
-        raise UserError(mixture(pixels or "photographs", "others", found, name))
+def refuse_mixture(data: bytes, name: str, pixels: Pixels | None, others: Iterable[bytes]) -> None:
+    """UserError for an image of another kind than the source's: ``pixels``, or photographs (None).
+
+    ``others``: images of the source, read only where there is such an error.
+    """
+
+    def fits(data):
+        with suppress(CorruptSample):
+            found = look(data)
+            return found.photograph if pixels is None else found.fits(pixels)
+
+    if fits(data) is False:
+        like = next(filter(fits, others), b"")
+        words = mixture(pixels or "photographs", "others", look(data), name, [data, like])
+        raise UserError(f"{words}; to another DST, for this one holds a part of the build")
 
 
-def mixture(one: object, where: str, other: Look, name: str) -> str:
-    """What is wrong with a source of images of several kinds, and what to do."""
-    return (
-        f"the source mixes {one} ({where}) and {other.pixels} ({name}): build each kind alone, or give --rgb to make "
-        "8-bit RGB of all"
-    )
+def mixture(one: object, where: str, other: Look, name: str, examples: Iterable[bytes]) -> str:
+    """What is wrong with a source of images of several kinds, and what to do. ``examples``: one of each."""
+    return f"the source mixes {one} ({where}) and {other.pixels} ({name}): {each_alone(examples)}"
+
+
+def each_alone(examples: Iterable[bytes]) -> str:
+    """What to do about images of several kinds, of which there are examples."""
+    as_rgb = ", or give --rgb to make 8-bit RGB of all" if all(map(opens_as_rgb, examples)) else ""
+    return f"build each kind alone, from a folder of its own{as_rgb}"
 
 
 def _smaller(image, short_side):

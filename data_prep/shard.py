@@ -141,7 +141,7 @@ def _prepare(job, image):
     """(extension, bytes to store, None or what was changed) of an image; CorruptSample, and UserError for a mixture."""
     data = job.source.read(image.file)
     if not job.converts:
-        refuse_mixture(data, image.name, job.pixels)
+        refuse_mixture(data, image.name, job.pixels, (job.source.read(i.file) for _, i in job.images))
     if job.pixels:
         return prepare_exact(data, job.pixels, job.short_side)
     return "jpg", *prepare_image(data, job.short_side)

@@ -235,6 +235,47 @@ def test_a_mixture_is_an_error_or_a_flag(tmp_path):
         build(src, tmp_path / "set", workers=0, rgb=True, channels=1)
 
 
+def advice(call):
+    """The words of a UserError that say what to do, all but what is wrong."""
+    with pytest.raises(UserError) as error:
+        call()
+    return str(error.value).partition(": ")[2]
+
+
+@pytest.mark.parametrize(
+    ("other", "can_be_rgb"), [(pil(C8, "PNG"), True), (EXACT["npy 5"][0], False)], ids=["RGB", "5 channels"]
+)
+def test_rgb_is_advised_where_it_can_be_made(tmp_path, monkeypatch, other, can_be_rgb):
+    """Of a mixture all images must open so: in a build that finds it at once, late or against flags, and in place."""
+    src = source(tmp_path / "src", ("png", lambda number: EXACT["PNG grey 16"][0]))
+    put(src, "b/other.png", other)
+    sixteen, kind = {"channels": 1, "bits": 16}, Pixels(1, 16)
+    made = tmp_path / "set"
+    found = [
+        advice(lambda: build(src, made, workers=0)),
+        advice(lambda: build(src, made, workers=0, **sixteen)),
+        advice(lambda: open_store(src, pixels=kind).check()),
+    ]
+    monkeypatch.setattr("data_prep.kinds.LOOKED_AT", 1)
+    found.append(advice(lambda: build(src, made, workers=0)))
+    assert [("--rgb" in words) for words in found] == [can_be_rgb] * 4
+    assert ["alone" in words for words in found] == [True] * 4
+    if can_be_rgb:
+        assert f"`python -m data_prep build --rgb {src} SHARDS`" in found[2]
+        assert "to another DST" in found[3]
+        ((place, _, _),) = build(src, tmp_path / "other", workers=0, rgb=True)
+        assert open_store(place, pixels=RGB8).manifest.num_samples == 7
+
+
+def test_a_built_set_is_built_again_as_rgb_where_its_source_was_png(tmp_path):
+    for name, data in (("png", EXACT["PNG grey 16"][0]), ("npy", EXACT["npy of (H, W)"][0])):
+        src = source(tmp_path / name, (name, lambda number, data=data: data), count=2)
+        ((place, _, _),) = build(src, tmp_path / "set" / name, workers=0)
+        words = advice(lambda place=place: open_store(place, pixels=RGB8))
+        assert words.startswith("give --data.channels 1 --data.bits 16")
+        assert ("build it again from its source with --rgb" in words) == (name == "png")
+
+
 def test_one_that_is_met_late_ends_the_build(tmp_path, monkeypatch):
     monkeypatch.setattr("data_prep.kinds.LOOKED_AT", 2)  # the first and the last
     for wrong, right in (

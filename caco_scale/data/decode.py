@@ -90,6 +90,15 @@ def decode(data: bytes, pixels: Pixels = RGB8, max_pixels: int = MAX_PIXELS) -> 
     return image
 
 
+def opens_as_rgb(data: bytes) -> bool:
+    """Whether RGB of 8 bits can be made of an image file: ``data_prep build --rgb`` takes it."""
+    try:
+        decode(data)
+    except CorruptSample:
+        return False
+    return True
+
+
 def encode(image: NDArray) -> tuple[str, bytes]:
     """Pixels (H, W, C) without loss: ("png", bytes) of one or three channels, else ("npy", bytes)."""
     if image.shape[2] not in (1, 3):

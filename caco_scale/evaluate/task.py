@@ -221,14 +221,14 @@ def open_images(
 ) -> tuple[Weights, Store]:
     """A set for an encoder, checked -> the weights and the store. ``cache_dir`` to ``labelled``: of ``open_store``.
 
-    Where the source of the weights does not say how many bits its images have, they are those of the set: whatever they
-    are, an encoder is given their range as 0 to 1. UserError: images of other channels or bits.
+    Where the source of the weights does not say how many bits its images have, they are those of a set of as many
+    channels: whatever they are, an encoder is given their range as 0 to 1. UserError: images of other channels or bits.
     """
     store = open_store(
         address, cache_dir, labelled=labelled, flag=flag, pixels=weights.pixels if weights.says_bits else None
     )
     if not weights.says_bits:
-        pixels = weights.pixels._replace(bits=store.bits_there())
+        pixels = weights.pixels._replace(bits=store.bits_for(weights.pixels.channels))
         store.take_pixels(pixels, flag)
         guess = () if pixels.bits == RGB8.bits else ("bits",)
         weights = replace(weights, pixels=pixels, says_bits=True, assumed=(*weights.assumed, *guess))

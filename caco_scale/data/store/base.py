@@ -34,22 +34,11 @@ if TYPE_CHECKING:
 MAX_OPEN_FILES = 128
 LOOKED_AT = 16  # images
 ALL = (0, 1)  # the share of a process that is alone on its node
-MOST_SHOWN = 4  # channels, of which RGB can be made
 MAX_INDEXES = 1024  # about 50 kB each for shards of 1,000 samples
 
 
 class DamagedShard(UserError):
     """The bytes of a shard are not the recorded ones, however often they are fetched."""
-
-
-def _other_pixels(url, there, wanted, flag):
-    words = f"the images of {url} have {there}, not {wanted}: give "
-    if flag.startswith("--"):  # of a command whose encoder decides
-        return f"{words}images such as the encoder was trained on, or an encoder of images with {there}"
-    words += there.flags if "." in flag else f"channels={there.channels}, bits={there.bits}"
-    if wanted == RGB8 and there.channels <= MOST_SHOWN:
-        words += ", or make 8-bit RGB of them with `python -m data_prep build --rgb`"
-    return words
 
 
 class Store:
@@ -106,6 +95,11 @@ class Store:
         return f"python -m data_prep index {' '.join(map(quoted, words))}"
 
     @property
+    def rgb_command(self) -> str:
+        """The command that makes shards of 8-bit RGB of images that are read in place; empty where there is none."""
+        return ""
+
+    @property
     def verify_hint(self) -> str:
         """How to find out what is damaged, in words."""
         return f"check the set with `python -m data_prep verify --full {quoted(self.url)}`"
@@ -149,13 +143,13 @@ class Store:
         """
         self._flag = flag
         there = self.manifest.pixels
-        if wanted and there and there != wanted:
-            raise UserError(_other_pixels(self.url, there, wanted, flag))
         self.pixels = wanted or there or RGB8
+        if there and there != self.pixels:
+            raise UserError(self._other_pixels(there))
 
     @cached_property
-    def looks(self) -> list[tuple[str, "Look"]]:
-        """(name, :class:`~caco_scale.data.decode.Look`) of a few images spread over the set, of those that have one."""
+    def looks(self) -> list[tuple[tuple[int, int], "Look"]]:
+        """((shard, position), Look) of a few images spread over the set, of those that can be looked at."""
         from caco_scale.data.decode import look  # it imports torch, which a store does not need
 
         total, found = self.manifest.num_samples, []
@@ -164,16 +158,18 @@ class Store:
         # What is wrong with them is said when they are trained on.
         with contextlib.suppress(UserError):
             samples = self.concurrently(lambda place: self.read_sample(*place), places)
-            for name, sample in zip(self.names(chosen), samples, strict=True):
+            for place, sample in zip(places, samples, strict=True):
                 with contextlib.suppress(NoImage, CorruptSample):
-                    found.append((name, look(image_in(sample))))
+                    found.append((place, look(image_in(sample))))
         return found
 
-    def bits_there(self) -> int:
-        """The bits of its images by the manifest; where that does not say it, by a few: 16 if all of them have 16."""
+    def bits_for(self, channels: int) -> int:
+        """16 where its images have so many channels of 16 bits, by the manifest, else by a few; 8 otherwise."""
+        deep = Pixels(channels, 16)
         if self.manifest.pixels is not None:
-            return self.manifest.pixels.bits
-        return min((image.pixels.bits for _, image in self.looks), default=RGB8.bits)
+            return 16 if self.manifest.pixels == deep else 8
+        are_deep = [image.pixels.bits == 16 and image.fits(deep) for _, image in self.looks]
+        return 16 if are_deep and all(are_deep) else 8
 
     def _check_pixels(self):
         """Look at a few images of a store that does not say which pixels they have. UserError where others were taken.
@@ -182,9 +178,41 @@ class Store:
         """
         if self.manifest.pixels is not None:
             return
-        others = [image for _, image in self.looks if not image.fits(self.pixels)]
-        if others and (self.pixels != RGB8 or len(others) == len(self.looks)):
-            raise UserError(_other_pixels(self.url, others[0].pixels, self.pixels, self._flag))
+        others = [one for one in self.looks if not one[1].fits(self.pixels)]
+        if not others or (self.pixels == RGB8 and len(others) < len(self.looks)):
+            return
+        kind = lambda one: RGB8 if one[1].photograph else one[1].pixels
+        first = others[0]
+        second = next((one for one in self.looks if kind(one) != kind(first)), None)
+        if second is None:
+            raise UserError(self._other_pixels(first[1].pixels, [first[0]]))
+        shown = (f"{it.pixels} ({self.index(shard).keys[number]})" for (shard, number), it in (first, second))
+        raise UserError(
+            f"{self.url} mixes images of {' and of '.join(shown)}: give each kind alone"
+            + self._as_rgb([first[0], second[0]])
+        )
+
+    def _other_pixels(self, there, places=()):
+        """What is wrong with images that have other pixels than were taken, and what to do; ``places``: of examples."""
+        words = f"the images of {self.url} have {there}, not {self.pixels}: give "
+        if self._flag.startswith("--"):  # of a command whose encoder decides
+            words += f"images such as the encoder was trained on, or an encoder of images with {there}"
+        else:
+            words += there.flags if "." in self._flag else f"channels={there.channels}, bits={there.bits}"
+        return words + (self._as_rgb(places) if self.pixels == RGB8 else "")
+
+    def _as_rgb(self, places):
+        """How to have 8-bit RGB of the set, where that can be made; ``places``: of images that tell."""
+        from caco_scale.data.decode import opens_as_rgb
+
+        if (built := self.manifest.pixels) is not None:  # of PNGs as they were, or who knows of what
+            kept = not any("re-encoded" in note["reason"] for note in self.manifest.fixed)
+            return (
+                ", or build it again from its source with --rgb" if kept and built.channels in (1, 3) else ""
+            )
+        if not self.rgb_command or not all(opens_as_rgb(image_in(self.read_sample(*p))) for p in places):
+            return ""
+        return f", or make 8-bit RGB of them with `{self.rgb_command}`"
 
     def fingerprint(self) -> str:
         """sha256 (hex) of what the manifest says of the content."""

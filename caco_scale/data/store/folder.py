@@ -59,6 +59,10 @@ class FolderStore(ListedStore):
         files = listed(listings, kind, path, partial(_rows, url, labelled, listings and listings.say))
         super().__init__(url, path, files, counters)
 
+    @property
+    def rgb_command(self) -> str:
+        return f"python -m data_prep build --rgb {quoted(self.url)} SHARDS"
+
 
 def _rows(url, labelled, say, sizes):
     """The images below a folder as they are now."""

@@ -103,6 +103,13 @@ class ParquetStore(InPlaceStore):
             ) from None
         listed(listings, "parquet", local_path(url), partial(_rows, self._files, self._sizes))
 
+    @property
+    def rgb_command(self) -> str:
+        there = os.path.exists(
+            local_path(self.url)
+        )  # else it is a split's address, which build does not know
+        return f"python -m data_prep build --format parquet --rgb {quoted(self.url)} SHARDS" if there else ""
+
     def _open(self, path, split, listings):
         if os.path.isfile(path):
             self.path, self._files = os.path.dirname(path), [os.path.basename(path)]
