@@ -216,6 +216,32 @@ def test_a_checkpoints_values_are_read_as_a_recipe_is():
         from_dict({"bank": {"color": 3}}, "x")
 
 
+def test_what_a_run_keeps_of_its_places_holds_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "--data.val_shards",
+        "s3://bucket/val",
+        "--run.dir",
+        "r",
+        "--model.weights",
+        "w.pth",
+        "--data.audit",
+        "a",
+    ]
+    config = parse(["demo", "--data.shards", "", "--data.mix", "a=1", "/b=0.5", "gs://c/d=2", *words])
+    kept = configuration.with_absolute_places(config)
+    assert kept.data.mix == (f"{tmp_path}/a=1", "/b=0.5", "gs://c/d=2")
+    assert (kept.data.shards, kept.data.val_shards) == ("", "s3://bucket/val")
+    places = (kept.run.dir, kept.model.weights, kept.data.audit)
+    assert places == tuple(f"{tmp_path}/{name}" for name in ("r", "w.pth", "a"))
+    assert (kept.data.cache_dir, kept.run.resume) == ("auto", "auto")
+    assert configuration.with_absolute_places(kept) == kept
+    assert configuration.differences(config, kept) == []  # what 0.1 kept is the same place
+    monkeypatch.chdir("/")
+    assert configuration.differences(kept, config) == [f"model.weights: {tmp_path}/w.pth -> w.pth"]
+    assert configuration.makes_its_data(configuration.with_absolute_places(parse(["demo"])))
+
+
 def test_a_resume_may_change_speed_but_not_the_mathematics():
     saved = parse(["demo"])
     free = replace(

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from evaluation_cases import make_place
+from evaluation_cases import make_place, words
 from launch import environment
 from shard_sets import make_shard_set
 from test_evaluate_knn import image_folder
@@ -19,6 +19,17 @@ from caco_scale.errors import UserError
 from caco_scale.evaluate.__main__ import main
 from caco_scale.evaluate.loop import check_batch
 from caco_scale.run import lock
+
+
+def test_one_set_for_both_is_a_warning(tmp_path, capsys):
+    place = make_place(tmp_path, num_images=16)
+    main(words("knn", place, "--k", "3", "--to", tmp_path / "result"))
+    assert "warning" not in capsys.readouterr().out
+    main(words("knn", place, "--k", "3", "--to", tmp_path / "other", "--val", place / "train"))
+    assert (
+        "warning: --data and --val are the same images: every image finds itself" in capsys.readouterr().out
+    )
+
 
 COMMANDS = {
     "knn": ("--k", "3"),

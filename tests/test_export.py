@@ -77,6 +77,21 @@ def test_torchvision_loads_the_file_and_gives_the_trained_features(run, tmp_path
     assert not torch.equal(found, other)
 
 
+@pytest.mark.parametrize(
+    ("name", "file_format"),
+    [("w.safetensors", "safetensors"), ("w.pth", "torchvision"), ("w", "huggingface")],
+)
+def test_the_name_of_the_file_says_the_format(run, tmp_path, capsys, name, file_format):
+    main([str(run), "--to", str(tmp_path / name)])
+    assert f"MB, {file_format})" in capsys.readouterr().out
+    assert (tmp_path / name).is_dir() == (file_format == "huggingface")
+
+
+def test_a_torch_file_of_a_timm_backbone_is_timms(tmp_path):
+    save_run(tmp_path / "run", "timm/test_vit")
+    assert export.export(tmp_path / "run", tmp_path / "w.pth")["format"] == "timm"
+
+
 def test_safetensors_say_where_they_come_from(run, tmp_path):
     export.export(run, tmp_path / "w", "safetensors", step=10)
     with safe_open(tmp_path / "w", "pt") as file:
@@ -402,7 +417,11 @@ MISTAKES = {
     "no run at all": (None, "TO FORMAT", "give RUN_OR_WEIGHTS: python -m caco_scale.export --help"),
     "two runs": (None, "RUN RUN TO FORMAT", "unknown argument"),
     "no target": (None, "RUN FORMAT", "--to"),
-    "no format": (None, "RUN TO", "--format"),
+    "a name that says no format": (
+        None,
+        "RUN --to w.onnx",
+        "w.onnx: .onnx says no format: name it .safetensors",
+    ),
     "an unknown format": (
         None,
         "RUN TO --format onnx",

@@ -1,9 +1,11 @@
 """Signals: a flag; loader processes that survive them; a trainer that follows its launcher."""
 
+import hashlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +32,33 @@ def test_a_signal_only_sets_a_flag(signals, name):
     assert signals.requested is None
     signal.raise_signal(getattr(signal, name))
     assert signals.requested == name
+
+
+def test_a_first_signal_is_answered_while_the_program_computes():
+    said = []
+    with Signals() as signals, signals.telling(lambda *words: said.append(words)):
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)  # one call, within which Python runs no handler
+        said.append("computed")
+    assert said == [("SIGTERM", False), "computed"]
+    assert signals.requested == "SIGTERM"
+
+
+def test_a_second_ctrl_c_says_what_it_costs():
+    said = []
+
+    def interrupted_twice():
+        with Signals() as signals:
+            signal.raise_signal(signal.SIGINT)  # one that comes before it is answered, too
+            with signals.telling(lambda *words: said.append(words)):
+                assert said == [("SIGINT", False)]
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_twice()
+    assert said == [("SIGINT", False), ("SIGINT", True)]
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_under_nohup_a_run_goes_on_but_not_under_torchrun_which_ends_there(monkeypatch):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import torch
@@ -72,6 +73,7 @@ def test_every_record_is_handed_on_too(tmp_path):
     telemetry.close()
     assert seen == list(read_json_lines(tmp_path / "metrics.jsonl"))
     assert [record["step"] for record in seen] == [10, 10]
+    assert all(abs(datetime.now(UTC) - datetime.fromisoformat(r["time"])) < timedelta(hours=1) for r in seen)
 
 
 def test_figures_in_words():
@@ -83,6 +85,7 @@ def test_figures_in_words():
         "data_wait": 0.0123,
         "seconds_left": 3725.4,
         "knn_top1": 61.25,
+        "knn_step": 1200,
     }
     assert describe_figures(figures) == [
         "epoch 12.35/200",
@@ -90,8 +93,9 @@ def test_figures_in_words():
         "12,346 images/s",
         "data wait 1.2%",
         "ETA 1:02:05",
-        "kNN 61.25%",
+        "kNN 61.25% of step 1,200",
     ]
+    assert describe_figures({"knn_top1": 20.5, "knn_step": 0}) == ["kNN 20.50% before training"]
     assert describe_figures({**figures, "loss": None, "knn_top1": None, "seconds_left": None}) == [
         "epoch 12.35/200",
         "12,346 images/s",
@@ -114,7 +118,7 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     assert lines[0] == "2 processes"
     assert lines[1].startswith("step 8/100  epoch 0.25/3.125  loss 5.2500  ")
     assert "images/s  data wait 0.0%  ETA 0:00:" in lines[1]
-    assert lines[1].endswith("kNN 56.05%")
+    assert lines[1].endswith("kNN 56.05% of step 8")
     assert lines[2] == "warning: [bold]low[/bold]"
     assert "loss nan" in lines[3]
     assert any("runs/" + 150 * "x" in line for line in lines)
@@ -184,7 +188,16 @@ def test_metrics_and_tensorboard_hold_the_same_scalars(tmp_path):
         telemetry.log_event(8, {"event": "corrupt_sample", "key": "000000.tar/1"})
     lines = list(read_json_lines(tmp_path / "metrics.jsonl"))
     assert [line["step"] for line in lines] == [0, 4, 8, 8]
-    assert list(lines[1]) == ["step", "epoch", "loss", "bank_lr", "rule", "images_per_second", "data_wait"]
+    assert list(lines[1]) == [
+        "step",
+        "epoch",
+        "loss",
+        "bank_lr",
+        "rule",
+        "images_per_second",
+        "data_wait",
+        "time",
+    ]
     assert lines[1]["epoch"] == 0.125
     assert lines[1]["bank_lr"] is None
     assert lines[1]["loss"] == 0.25

@@ -4,6 +4,7 @@ Every run crosses the switch from bank warm-up to CaCo: 3 steps before it and 12
 """
 
 import json
+import os
 import random
 import signal
 import sys
@@ -28,6 +29,7 @@ from launch import (
 from safetensors.torch import load_file
 from shard_sets import make_shard_set
 
+from caco_scale import config as configuration
 from caco_scale.checkpoint.folder import latest, read_values
 from caco_scale.checkpoint.read import load_tensors
 from caco_scale.run.audit import incomplete_steps, read_audit
@@ -82,9 +84,19 @@ def test_the_run_directory_of_a_whole_run(uninterrupted, flags):
     assert phases == ["bank warm-up"] * SWITCH + ["caco"] * (STEPS - SWITCH)
     for name in ("loss", "lr", "bank_lr", "key_momentum", "images_per_second", "data_wait", "epoch"):
         assert all(isinstance(line[name], int | float) for line in lines), name
-    for name in ("positive_probability", "bank_rows_used", "bank_assignment_entropy", "bank_row_norm"):
-        assert all(line[name] >= 0 for line in lines), name
-    assert 0 < lines[-1]["bank_rows_used"] <= 1
+    assert all(line["positive_probability"] >= 0 for line in lines)
+    for name in (
+        "bank_rows_used",
+        "bank_assignment_entropy",
+        "bank_row_norm",
+    ):  # absent until an epoch is over
+        assert [line["step"] for line in lines if name in line] == list(range(12, STEPS + 1)), name
+        assert all(line[name] > 0 for line in lines if name in line), name
+    assert lines[-1]["bank_rows_used"] <= 1
+    assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
+    kept = configuration.load_recipe(run / "config.yaml")
+    assert os.path.isabs(kept.data.shards)
+    assert os.path.isabs(kept.run.dir)
     assert json.loads((run / "environment.json").read_text())["world_size"] == 1
     assert list((run / "tensorboard").iterdir())
 

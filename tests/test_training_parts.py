@@ -25,6 +25,8 @@ from caco_scale.run.files import read_json_lines
 from caco_scale.run.stopping import Requests
 from caco_scale.run.telemetry import Telemetry
 from caco_scale.training.corrupt import CorruptImages
+from caco_scale.training.evaluations import worse_than_before
+from caco_scale.training.health import Health
 from caco_scale.training.loop import Loop
 from caco_scale.training.skipped import SkippedSteps
 from caco_scale.training.trainer import Outcome, run
@@ -86,10 +88,97 @@ def test_corrupt_images_count_once_and_too_many_end_the_run(directory, telemetry
     assert [(line["step"], line["key"]) for line in lines] == [(1, "a"), (1, "b"), (4, "c")]
 
 
+class Bank:
+    """As much of a bank as Health asks: rows used are counted by the steps since the last reset."""
+
+    dim, steps = 4, 0
+
+    def reset_assignments(self):
+        self.steps = 0
+
+    def diagnostics(self):
+        return {"rows_used": self.steps / 10, "assignment_entropy": 0.5, "row_norm": 1.0}
+
+
+def bank_figures(telemetry, warmup, steps=12, counts=1, resumed=None):
+    """step -> the bank's figures in the metrics, of epochs of three steps."""
+    bank, backbone, found = Bank(), torch.nn.Identity(), {}
+    health = Health(
+        backbone, bank, world_size=1, steps_per_epoch=3, bank_warmup_steps=warmup, telemetry=telemetry
+    )
+    if resumed:
+        health.load_state_dict(resumed)
+    for step in range(steps):
+        health.before_step(step)
+        backbone(torch.randn(8, 4))
+        bank.steps += counts * (step >= warmup)
+        health.after_step(step + 1)
+        queries = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
+        figures = health.figures(SimpleNamespace(queries=queries))
+        found[step + 1] = {n: v for n, v in figures.items() if n.startswith("bank")}
+    return found
+
+
+def test_figures_of_the_bank_are_absent_until_an_epoch_has_measured_them(telemetry):
+    found = bank_figures(telemetry, warmup=4)
+    assert [step for step, figures in found.items() if not figures] == [1, 2, 3, 4, 5]
+    assert found[6] == {"bank_rows_used": 0.2, "bank_assignment_entropy": 0.5, "bank_row_norm": 1.0}
+    assert found[9]["bank_rows_used"] == found[12]["bank_rows_used"] == 0.3
+    found = bank_figures(telemetry, warmup=5)  # one step of three is no measure of an epoch
+    assert [step for step, figures in found.items() if not figures] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert bank_figures(telemetry, warmup=0, counts=0)[12] == {
+        "bank_row_norm": 1.0
+    }  # a rule without positives
+    of_warmup = {"step": 4, "last_epoch_bank": {"rows_used": 0.0, "assignment_entropy": 0.0, "row_norm": 1.0}}
+    assert bank_figures(telemetry, warmup=7, steps=2, resumed=of_warmup) == {1: {}, 2: {}}
+
+
+def test_a_score_below_that_before_training_is_a_warning_that_says_what_to_try():
+    knn = {"pixels": 40.0, 0: 30.0, 100: 25.0, 200: 35.0, 300: 45.0}
+    line = worse_than_before(knn, 100)
+    assert line.startswith(
+        "step 100: kNN top-1 25.00% is below the untrained encoder's 30.00% and raw pixels' 40.00%"
+    )
+    assert "bank.warmup_epochs" in line
+    assert "raw pixels' 40.00%" in worse_than_before(knn, 200)
+    assert worse_than_before(knn, 200, late=False) is worse_than_before(knn, 300) is None
+    assert "the starting encoder's" in worse_than_before(knn, 100, "starting")
+    assert worse_than_before({100: 1.0}, 100) is None
+
+
+def test_a_stop_is_answered_with_what_will_happen_and_what_is_lost(capfd):
+    said = []
+    loop = SimpleNamespace(
+        step=130,
+        _complete=100,
+        strategy=SimpleNamespace(rank=0),
+        evaluations=SimpleNamespace(running=False),
+        records=SimpleNamespace(telemetry=SimpleNamespace(note=said.append)),
+    )
+    Loop._answer(loop, "SIGTERM", False)
+    Loop._answer(loop, "SIGINT", False)
+    loop.evaluations.running = True
+    Loop._answer(loop, "SIGUSR1", False)
+    loses = "; a second Ctrl-C stops at once and loses 30 steps since the checkpoint of step 100"
+    assert said == [
+        "SIGTERM: stopping after this step, then saving",
+        f"SIGINT: stopping after this step, then saving{loses}",
+        "SIGUSR1: stopping after this kNN evaluation and a step, then saving",
+    ]
+    Loop._answer(loop, "SIGINT", True)
+    loop._complete = 0
+    Loop._answer(loop, "SIGINT", True)
+    assert [line for line in capfd.readouterr().err.splitlines() if line] == [
+        "stopped at once by a second Ctrl-C: 30 steps since the checkpoint of step 100 are lost, the same command "
+        "goes on from there",
+        "stopped at once by a second Ctrl-C: all 130 steps are lost, for there is no checkpoint yet",
+    ]
+
+
 def test_requests_name_the_first_reason_and_remember_what_a_save_takes(directory, monkeypatch):
     class Requested:
         requested = None
-        ending_at_once = contextlib.nullcontext
+        ending_at_once = telling = contextlib.nullcontext
 
     requests = Requests(Requested, directory, 0)
     assert requests.look(evaluation_is_due=True) == (None, False)
@@ -228,7 +317,7 @@ def test_a_run_that_fails_leaves_its_directory_to_the_next_start(config, tmp_pat
 def test_a_signal_of_the_caller_stops_a_run(config, tmp_path):
     class Requested:
         requested = None
-        ending_at_once = contextlib.nullcontext
+        ending_at_once = telling = contextlib.nullcontext
 
     def ask(record):
         if record["step"] == SWITCH + 2:

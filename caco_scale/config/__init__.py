@@ -24,6 +24,7 @@ from caco_scale.config.values import (
     settle_channels,
     to_dict,
     to_yaml,
+    with_absolute_places,
 )
 
 __all__ = [
@@ -44,4 +45,5 @@ __all__ = [
     "settle_channels",
     "to_dict",
     "to_yaml",
+    "with_absolute_places",
 ]

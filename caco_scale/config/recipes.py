@@ -42,7 +42,8 @@ def load_recipe(name: str | Path) -> Config:
 
 def makes_its_data(config: Config) -> bool:
     """Is it a demo, or a baseline of it, on the demo's own images, which the command builds?"""
-    return config.recipe.split("_")[0] == "demo" and config.data.shards == load_recipe("demo").data.shards
+    own = os.path.abspath(load_recipe("demo").data.shards)
+    return config.recipe.split("_")[0] == "demo" and os.path.abspath(config.data.shards) == own
 
 
 def from_dict(values: Mapping[str, Any], source: str) -> Config:

@@ -1,6 +1,7 @@
 """A :class:`Config` as flat names, as plain values, as a recipe; changed, checked, and beside another one."""
 
 import dataclasses
+import os
 from typing import Any
 
 import yaml
@@ -35,6 +36,30 @@ def replace(config: Config, **changes: Any) -> Config:
         part = dataclasses.replace(getattr(config, section), **{key: value})
         config = dataclasses.replace(config, **{section: part})
     return config
+
+
+PLACES = ("run.dir", "data.shards", "data.val_shards", "data.cache_dir", "data.audit", "model.weights")
+
+
+def with_absolute_places(config: Config) -> Config:
+    """The config with every path in it absolute, as a run keeps it: what it says then holds from any folder."""
+    flat = flatten(config)
+    words = {"data.cache_dir": ("auto", "none")}
+    changes = {
+        name.replace(".", "__"): _absolute(flat[name])
+        for name in PLACES
+        if flat[name] not in words.get(name, ())
+    }
+    mix = [word.rpartition("=") for word in config.data.mix]
+    return replace(
+        config, **changes, data__mix=tuple(f"{_absolute(place)}={share}" for place, _, share in mix)
+    )
+
+
+def _absolute(place):
+    """A path as an absolute one; nothing, and the address of an object store, as they are."""
+    is_path = place and not rules.ADDRESS.match(place) and not place.startswith("pipe:")
+    return os.path.abspath(place) if is_path else place
 
 
 def settle_channels(config: Config, recipe: Config) -> Config:
@@ -83,10 +108,11 @@ def check(config: Config) -> None:
 def differences(saved: Config, config: Config) -> list[str]:
     """Fields that a resume must not change and that differ: ``["bank.size: 65536 -> 4096", ...]``."""
     before, now = flatten(saved), flatten(config)
+    places = flatten(with_absolute_places(saved)), flatten(with_absolute_places(config))
     return [
         f"{name}: {_shown(before[name])} -> {_shown(now[name])}"
         for name, kind in rules.field_types(Config).items()
-        if not rules.is_free(kind) and before[name] != now[name]
+        if not rules.is_free(kind) and places[0][name] != places[1][name]
     ]
 
 

@@ -4,6 +4,7 @@ Shapes: N global batch, B this rank's share, s pixels on a side.
 """
 
 import io
+import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -79,8 +80,16 @@ def fit(
     Raises:
         UserError: a loss that is not finite, with the step.
     """
-    stop = None
-    with Signals() as signals:
+    stop, saved = None, progress.step
+
+    def answer(name, again):
+        lost = f"the steps since step {saved:,}"
+        if folder.is_main and again:
+            os.write(2, f"\nstopped at once by a second Ctrl-C: {lost} are lost\n".encode())
+        elif folder.is_main:
+            print(f"{name}: stopping after this step, then saving; a second Ctrl-C loses {lost}", flush=True)
+
+    with Signals() as signals, signals.telling(answer):
         for step, batch in enumerate(batches(progress.step), progress.step):
             loss = learner.update(batch, cosine_decay(step, num_steps))
             if not np.isfinite(loss):
@@ -98,6 +107,7 @@ def fit(
                 for found in gather_objects(dict(undecodable)):
                     progress.undecodable |= found
                 save(folder, learner, progress)
+                saved = progress.step
             if stop:
                 break
     if stop:  # ends as pre-training does

@@ -43,6 +43,14 @@ def interval(correct: int, total: int) -> tuple[float, float]:
     return 100 * low, 100 * high
 
 
+def same_set(train: str, val: str) -> str:
+    """The warning of a validation set that is the training set. ``train``, ``val``: the flags that name them."""
+    return (
+        f"{train} and {val} are the same images: every image finds itself, and the figures say nothing about "
+        f"others. Give {val} images that are not in {train}"
+    )
+
+
 def undecodable_line(which: str, images: Sequence[tuple[str, str]], total: int, shown: int = 3) -> str:
     """What the images of a set that do not decode mean for a figure.
 

@@ -23,7 +23,7 @@ from caco_scale.data.views import describe_crop, usual_resize
 from caco_scale.distributed.collectives import gather_objects
 from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.errors import UserError
-from caco_scale.evaluate.results import INTERVAL_WORDS, ResultFolder
+from caco_scale.evaluate.results import INTERVAL_WORDS, ResultFolder, same_set
 from caco_scale.run.environment import describe_environment
 from caco_scale.weights.build import gist
 from caco_scale.weights.load import Weights, describe, load_weights
@@ -317,3 +317,5 @@ def _introduce(task, flags):
             task.say(store.unchecked)
     if absent := lacking_classes(task.val):
         task.say(absent)
+    if task.train.fingerprint() == task.val.fingerprint():
+        task.say(f"warning: {same_set('--data', '--val')}")

@@ -1,4 +1,4 @@
-"""Command: ``python -m caco_scale.export RUN --to FILE --format FORMAT``; see :mod:`caco_scale.export.write`."""
+"""Command: ``python -m caco_scale.export RUN --to FILE [--format FORMAT]``; see :mod:`caco_scale.export.write`."""
 
 import sys
 from collections.abc import Sequence
@@ -24,8 +24,10 @@ class Export:
     """Run directory, one of its checkpoints, file of weights, or Hugging Face directory in timm's layout."""
     to: str
     """File to write; its model card goes to FILE.md. With huggingface a directory."""
-    format: ExportFormat
-    """Format of the file; huggingface: a directory of config.json and model.safetensors, as timm has it on the hub."""
+    format: Annotated[ExportFormat | None, shown("{safetensors,torchvision,timm,huggingface}")] = None
+    """Format of the file; huggingface: a directory of config.json and model.safetensors, as timm has it on the hub
+    (default: by the name: .safetensors; .pth, .pt, .bin, .ckpt: torchvision, of a timm backbone timm; no end:
+    huggingface)."""
     which: Annotated[Encoder | None, shown("{query,key}")] = None
     """Encoder, where there are two (default: query; of DINO the teacher)."""
     step: Annotated[int | None, shown("N")] = None
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     of_step = f" of step {metadata['step']}" if metadata["step"] else ""
     what = "{encoder} backbone {arch} (stem {stem}){0}; {compared}".format(of_step, **metadata)
     card = f"{flags.to}/README.md" if is_directory else f"{flags.to}.md"
-    print(f"wrote {flags.to} ({size:.1f} MB, {flags.format}) and {card}: {what}")
+    print(f"wrote {flags.to} ({size:.1f} MB, {metadata['format']}) and {card}: {what}")
     if metadata["unused"]:
         print(f"in {flags.run} but not used: {metadata['unused']}")
     if unsaid := [name for name in ("size", "mean", "std") if name not in metadata]:

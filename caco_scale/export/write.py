@@ -1,6 +1,6 @@
 """Export a backbone for use without this program: of a run, of one checkpoint, or of a file of weights.
 
-    python -m caco_scale.export RUN_OR_WEIGHTS --to FILE --format {safetensors,torchvision,timm,huggingface}
+    python -m caco_scale.export RUN_OR_WEIGHTS --to FILE [--format {safetensors,torchvision,timm,huggingface}]
                                 [--which query|key] [--step N] [--arch ARCH] [--force]
 
 ``torchvision`` is a ``torch.save`` of a state dict for ``torchvision.models.<arch>()``; ``safetensors`` holds the
@@ -58,28 +58,33 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 def export(
     run: str | Path,
     to: str | Path,
-    file_format: str,
+    file_format: str | None = None,
     which: str | None = None,
     step: int | None = None,
     force: bool = False,
     arch: str | None = None,
 ) -> dict[str, str]:
     """Write the backbone of ``run`` (a run's or a checkpoint's directory, or weights) to the file ``to`` -> metadata,
-    ``compared`` (how the file was checked) and ``unused`` (the names in a file of weights that went nowhere, in short).
+    ``format``, ``compared`` (how the file was checked), ``unused`` (names in a file of weights that went nowhere).
 
-    ``which``: the query or the key (momentum) encoder, None: as :func:`~caco_scale.weights.load.load_weights` has it;
+    ``file_format``: None: by the name ``to``, see :func:`format_of`; ``which``: the query or the key (momentum)
+    encoder, None: as :func:`~caco_scale.weights.load.load_weights` has it;
     ``step``: which checkpoint of the run, default the newest; ``arch``: as ``load_weights`` has it, too. The model
     card goes to ``<to>.md``. Raises UserError: no run, no such checkpoint, damaged, not finite, unknown format, a
     library without the model, no or an existing target without ``force``, and where the file read back does not give
     the trained backbone's features.
     """
+    named, file_format = file_format, file_format or format_of(to)
     is_directory = file_format == "huggingface"
     check_target(to, is_folder=is_directory)
     to = Path(to)
     card = to.with_name(f"{to.name}.md")
     _check_target(to, card, file_format, force)  # of a directory more, when the stem is known
     weights = load_weights(run, which, step, arch)
+    if named is None and file_format == "torchvision" and weights.arch.startswith("timm/"):
+        file_format = "timm"
     library = library_of(weights.arch, file_format)
+    said = {"format": file_format, "unused": gist(weights.unmatched)}
     if is_directory:
         check_directory(to, weights.stem, weights.arch, force)
     metadata = file_metadata(weights)
@@ -90,7 +95,7 @@ def export(
         if is_directory:
             compared = _write_directory(temporary, weights, stored, metadata, to.name)
             put_in_place(temporary, to)
-            return {**metadata, "compared": compared, "unused": gist(weights.unmatched)}
+            return {**metadata, "compared": compared, **said}
         _write(temporary, stored, metadata, _container(to, file_format))
         compared, options = _compare(temporary, weights, library)
         channels = weights.pixels.channels
@@ -104,7 +109,26 @@ def export(
         shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return {**metadata, "compared": compared, "unused": gist(weights.unmatched)}
+    return {**metadata, "compared": compared, **said}
+
+
+def format_of(to: str | Path) -> str:
+    """The format that a file's name asks for: of a torch file torchvision (of a timm backbone it becomes timm).
+
+    Raises:
+        UserError: the name's end says none.
+    """
+    suffix = Path(to).suffix
+    if suffix == ".safetensors":
+        return "safetensors"
+    if suffix in TORCH_SUFFIXES:
+        return "torchvision"
+    if not suffix:
+        return "huggingface"
+    raise UserError(
+        f"{to}: {suffix} says no format: name it .safetensors, .pth, or without an end (a Hugging Face directory), "
+        "or give --format"
+    )
 
 
 def file_metadata(weights: Weights) -> dict[str, str]:

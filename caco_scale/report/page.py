@@ -100,12 +100,13 @@ def _facts_of(run, listed):
     last = {name: run.series(name).last() for name in run.figures()}
     facts = {}
     if "knn_top1" in last:
-        evaluation = run.config.eval
+        evaluation, start = run.config.eval, run.series("knn_top1")
+        step = int(start.step[np.isfinite(start.value)][-1])
         facts["kNN top-1"] = (
             write_number(last["knn_top1"], 4, "%"),
-            f"k {evaluation.knn_k}, T {evaluation.knn_temperature:g}",
+            f"{f'step {step:,}' if step else 'before training'}, k {evaluation.knn_k}, "
+            f"T {evaluation.knn_temperature:g}",
         )
-        start = run.series("knn_top1")
         if start.step[0] == 0:
             facts["before training"] = (write_number(start.value[0], 4, "%"), _pixels(last))
     total = run.config.optim.epochs

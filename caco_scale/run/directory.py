@@ -37,7 +37,8 @@ RECORDS = (METRICS, CORRUPT)  # of steps
 Method = TypeVar("Method", bound=Callable)
 
 
-def _now():
+def now() -> str:
+    """The time, as records have it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -159,7 +160,7 @@ class RunDirectory:
         if not self.is_main:
             return None
         path, attempt = self.path / "attempts.jsonl", self.next_attempt()
-        record = {"attempt": attempt, "time": _now(), "world_size": world_size, "resumed_step": resumed_step}
+        record = {"attempt": attempt, "time": now(), "world_size": world_size, "resumed_step": resumed_step}
         attempts = JsonLines(path)
         attempts.append({**record, "command": list(sys.argv) if command is None else command})
         attempts.sync()
@@ -217,11 +218,11 @@ class RunDirectory:
 
     def mark_done(self, step: int) -> None:
         """The run is finished: its schedule, or run.max_steps, ended with ``step`` finished steps."""
-        self._mark("DONE", {"step": step, "time": _now()}, instead_of="INTERRUPTED")
+        self._mark("DONE", {"step": step, "time": now()}, instead_of="INTERRUPTED")
 
     def mark_interrupted(self, step: int, reason: str) -> None:
         """The run stopped after the complete checkpoint of ``step``; ``reason``: a signal's name or what else asked."""
-        self._mark("INTERRUPTED", {"step": step, "reason": reason, "time": _now()})
+        self._mark("INTERRUPTED", {"step": step, "reason": reason, "time": now()})
 
     @_on_disk
     def _mark(self, name, record, instead_of=None):

@@ -17,7 +17,7 @@ def describe_figures(figures: dict) -> list[str]:
     """The figures people watch, in words; what is unknown is left out.
 
     ``figures``: epoch, epochs (in all), loss, images_per_second, data_wait (share), seconds_left, knn_top1
-    (percent).
+    (percent), knn_step (of which it is, 0: before training).
     """
     words = {
         "epoch": lambda value: f"epoch {value:.2f}/{figures['epochs']:.4g}",
@@ -25,9 +25,13 @@ def describe_figures(figures: dict) -> list[str]:
         "images_per_second": lambda value: f"{value:,.0f} images/s",
         "data_wait": lambda value: f"data wait {100 * value:.1f}%",
         "seconds_left": lambda value: f"ETA {timedelta(seconds=round(value))}",
-        "knn_top1": lambda value: f"kNN {value:.2f}%",
+        "knn_top1": lambda value: f"kNN {value:.2f}% {_of_step(figures.get('knn_step'))}".rstrip(),
     }
     return [words[name](figures[name]) for name in words if figures.get(name) is not None]
+
+
+def _of_step(step):
+    return "" if step is None else f"of step {step:,}" if step else "before training"
 
 
 class PlainLines:

@@ -1,7 +1,8 @@
 """Signals that ask a run to stop: they set a flag, and all ranks act on it together at a step boundary.
 
 SIGUSR1, SIGTERM, SIGHUP (the terminal is gone) and the first SIGINT (Ctrl-C) mean: write a checkpoint at the next step
-and end well; before the first step, where there is nothing to save: end at once. The second SIGINT kills at once.
+and end well, which is said at once; before the first step, where there is nothing to save: end at once. The second
+SIGINT kills at once, with a line on what that costs.
 Nothing heavy is imported, so that the handlers stand before torch is.
 
 Who is sent a signal is not always who should be. A cluster signals every process of a job step;
@@ -21,7 +22,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from multiprocessing import connection, resource_tracker
 from typing import Self
 
@@ -31,6 +32,7 @@ LAUNCHER = re.compile(
     r"(.*/)?(accelerate|accelerate-launch|torchrun|deepspeed)"  # the commands
     r"|accelerate\.commands\.\w+|torch\.distributed\.(run|launch)|deepspeed\.launcher\.\w+"  # python -m ...
 )
+Answer = Callable[[str, bool], object]  # a signal's name; whether it is a second Ctrl-C
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -45,6 +47,7 @@ class Signals:
     def __init__(self) -> None:
         self.requested: str | None = None
         self._interrupted = self._is_command = False
+        self._answer: Answer | None = None
         self._found: dict = {}  # the handlers to put back
 
     def install(self) -> Self:
@@ -76,23 +79,36 @@ class Signals:
         if not (self._is_command and _in_main_thread()):
             yield
             return
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(reader,), name="stop-watch", daemon=True).start()
-        try:
+        with _watched(_end_before_the_first_step):
             if self.requested:  # while torch was imported
                 _end_before_the_first_step(self.requested)
             yield
-        finally:
-            signal.set_wakeup_fd(before)
-            os.close(writer)  # and the thread ends
 
-    def _watch(self, reader):
-        with open(reader, "rb", buffering=0) as numbers:
-            while number := numbers.read(1):
-                if number[0] in STOP_SIGNALS:
-                    _end_before_the_first_step(signal.Signals(number[0]).name)
+    @contextlib.contextmanager
+    def telling(self, answer: Answer) -> Generator[None]:
+        """Within it the user hears at once what the first stop signal will do, and what a second Ctrl-C has cost.
+
+        Args:
+            answer: called with a signal's name and False of the first, by a thread, for the main one may compute for
+                long in one call; with True before a second Ctrl-C ends the process.
+        """
+        if not _in_main_thread():
+            yield
+            return
+        once = threading.Lock()
+
+        def tell(name):
+            if once.acquire(blocking=False):
+                answer(name, False)
+
+        self._answer = answer
+        try:
+            if self.requested:
+                tell(self.requested)
+            with _watched(tell):
+                yield
+        finally:
+            self._answer = None
 
     def __enter__(self) -> Self:
         if _in_main_thread():
@@ -107,10 +123,33 @@ class Signals:
     def _handle(self, number, frame):
         if number == signal.SIGINT:
             if self._interrupted:
+                if self._answer:
+                    self._answer("SIGINT", True)
                 signal.signal(signal.SIGINT, self._found.get(signal.SIGINT, signal.SIG_DFL))
                 signal.raise_signal(signal.SIGINT)
             self._interrupted = True
         self.requested = self.requested or signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def _watched(tell):
+    """Within it ``tell`` gets the name of every stop signal that arrives, at once and in a thread."""
+
+    def watch():
+        with open(reader, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                if number[0] in STOP_SIGNALS:
+                    tell(signal.Signals(number[0]).name)
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="stop-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)  # and the thread ends
 
 
 def _in_main_thread():

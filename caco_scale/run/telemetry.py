@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
 from caco_scale.errors import Hung, UserError, one_line
-from caco_scale.run.directory import RunDirectory
+from caco_scale.run.directory import RunDirectory, now
 from caco_scale.run.display import LiveBar, PlainLines, is_terminal, summary_table
 from caco_scale.run.files import to_plain
 from caco_scale.run.meter import Meter, RemainingTime
@@ -110,12 +110,14 @@ class Telemetry:
             return
         record = to_plain(record)
         self._write(step, record)
-        self._figures.update(knn_top1=record.get("knn_top1", self._figures.get("knn_top1")))
+        if record.get("knn_top1") is not None:
+            self._figures.update(knn_top1=record["knn_top1"], knn_step=step)
 
     def _write(self, step, record):
-        self._run.append_metrics({"step": step, **record})
+        line = {"step": step, **record, "time": now()}
+        self._run.append_metrics(line)
         if self._on_metrics:
-            self._on_metrics({"step": step, **record})
+            self._on_metrics(line)
         numbers = {n: v for n, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
         with self._board_errors():  # its queue waits for the disk when it is full
             self._run.disk.call(lambda: [self._board.add_scalar(n, v, step) for n, v in numbers.items()])

@@ -1,15 +1,17 @@
 """The kNN accuracy of a run as it trains: when an evaluation is due, its figures, and what they compare with."""
 
+import contextlib
 import time
+from collections.abc import Mapping
 
-from caco_scale.config import Config
+from caco_scale.config import Config, with_absolute_places
 from caco_scale.data.labels import lacking_classes, with_classes_of
 from caco_scale.data.views import describe_crop
 from caco_scale.distributed.collectives import gather_objects
 from caco_scale.distributed.strategies.base import Strategy
 from caco_scale.evaluate.features import pixels
 from caco_scale.evaluate.knn import Measured, measure_knn
-from caco_scale.evaluate.results import undecodable_line
+from caco_scale.evaluate.results import same_set, undecodable_line
 from caco_scale.run.directory import RunDirectory
 from caco_scale.run.scores import logged_scores
 from caco_scale.run.stopping import JobEnd
@@ -42,6 +44,27 @@ def owes_evaluation(
     return is_due(config, data, step, end) and step not in known
 
 
+def worse_than_before(
+    knn: Mapping[int | str, float], step: int, untrained: str = "untrained", late: bool = True
+) -> str | None:
+    """A line where the kNN of ``step`` is below that of the encoder before training or of raw pixels; else None.
+
+    Args:
+        knn: as of :class:`Evaluations`.
+        untrained: the word for the encoder of step 0.
+        late: raw pixels are counted too; in the first half of a run a healthy one may be below them.
+    """
+    names = {0: f"the {untrained} encoder's"} | ({"pixels": "raw pixels'"} if late else {})
+    above = [f"{name} {knn[at]:.2f}%" for at, name in names.items() if at in knn and knn[step] < knn[at]]
+    if not above:
+        return None
+    return (
+        f"step {step:,}: kNN top-1 {knn[step]:.2f}% is below {' and '.join(above)}: so far training has made it no "
+        "better. If that stays so, try a longer bank warm-up (bank.warmup_epochs), a lower optim.lr with a longer "
+        "optim.warmup_epochs, a smaller bank.size, or more epochs; check that the images and their classes are right"
+    )
+
+
 class Evaluations:
     """``knn``: finished steps -> percent; 0 is the untrained encoder, and "pixels" the images themselves.
 
@@ -62,6 +85,7 @@ class Evaluations:
         self._config, self._data, self._strategy, self._end = config, data, strategy, end
         self._job_end, self._telemetry = job_end, telemetry
         self.knn: dict[int | str, float] = {}
+        self.running = False  # an evaluation is under way
         self._warned: set[str] = set()
         if config.eval.knn_every and not data.val_store:
             telemetry.note("no kNN evaluation: data.val_shards is empty")
@@ -69,6 +93,9 @@ class Evaluations:
             telemetry.note(f"images for kNN: {describe_crop(config.views.size, config.eval.resize)}")
             if absent := lacking_classes(with_classes_of(data.store, data.val_store, "kNN")):
                 telemetry.note(f"kNN: {absent}")
+            places = with_absolute_places(config).data
+            if places.val_shards == places.shards:
+                telemetry.warn(same_set("data.shards", "data.val_shards"))
 
     def due(self, step: int) -> bool:
         """Whether the encoder after ``step`` steps is to be evaluated, and has not been."""
@@ -99,6 +126,8 @@ class Evaluations:
         figures = {"knn_top1": self.knn[step], "knn_seconds": seconds}
         self._telemetry.log_event(step, {"epoch": epoch, **figures, **self._undecodable(measured)})
         self._telemetry.note(f"step {step:,}: kNN top-1 {self.knn[step]:.2f}%")
+        if worse := worse_than_before(self.knn, step, self._untrained(), late=2 * step >= self._end):
+            self._telemetry.warn(worse)
 
     def _run_baselines(self):
         """Raw pixels and the untrained encoder, what any later figure is to be compared with."""
@@ -108,7 +137,9 @@ class Evaluations:
         raw, untrained = self._top1(measured), self._top1(self._encoder_knn())
         figures = {"knn_top1": untrained, "knn_top1_raw_pixels": raw}
         self._telemetry.log_event(0, {**figures, **self._undecodable(measured)})
-        self._telemetry.note(f"kNN top-1 before training: raw pixels {raw:.2f}%, encoder {untrained:.2f}%")
+        self._telemetry.note(
+            f"kNN top-1 before training: raw pixels {raw:.2f}%, {self._untrained()} encoder {untrained:.2f}%"
+        )
         self.knn |= {"pixels": raw, 0: untrained}
 
     def summary(self, step: int) -> list[tuple[str, str]]:
@@ -117,10 +148,13 @@ class Evaluations:
             return []
         names = {
             "pixels": "kNN of raw pixels",
-            0: f"kNN of the {'starting' if self._config.model.weights else 'random'} encoder",
+            0: f"kNN of the {self._untrained()} encoder",
             step: "kNN of the trained encoder",
         }
         return [(name, f"{self.knn[at]:.2f}%") for at, name in names.items() if at in self.knn]
+
+    def _untrained(self):
+        return "starting" if self._config.model.weights else "untrained"
 
     def _encoder_knn(self):
         with self._strategy.evaluation_encoder() as encoder:
@@ -130,7 +164,7 @@ class Evaluations:
         """kNN of what ``encode``, of ``module``, makes of images, the same on every rank."""
         config, strategy = self._config, self._strategy
         assert self._data.val_store is not None, "no evaluation is due without a set for it"
-        with self._telemetry.meter.paused():
+        with self._telemetry.meter.paused(), self._under_way():
             return measure_knn(
                 encode,
                 self._data.store,
@@ -150,6 +184,14 @@ class Evaluations:
                 dtype=parameter_dtype(config),
                 workers=config.data.workers,
             )
+
+    @contextlib.contextmanager
+    def _under_way(self):
+        self.running = True
+        try:
+            yield
+        finally:
+            self.running = False
 
     def _top1(self, measured):
         evaluation = self._config.eval

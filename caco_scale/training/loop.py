@@ -8,6 +8,7 @@ What has a concern of its own is a part of the loop, in a file of its own, with 
 """
 
 import contextlib
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -82,6 +83,7 @@ class Loop:
         self.bank = build_bank(config, strategy.device)
         values = restore(resumed, strategy, self.bank) if resumed else {}
         self.step = values.get("step", 0)
+        self._began = self.step
         self.saved = self.step  # the last step of which there is, or will be, a checkpoint; 0: none
         self.weights_sha256 = values.get("weights_sha256", weights_sha256)
         # The checkpoint of another run that this one began with.
@@ -128,6 +130,7 @@ class Loop:
             self.bank,
             world_size=strategy.world_size,
             steps_per_epoch=self.steps_per_epoch,
+            bank_warmup_steps=schedule.warmup_steps,
             telemetry=telemetry,
         )
         self.signals = signals
@@ -152,6 +155,10 @@ class Loop:
 
     def train(self) -> str | None:
         """Steps until the end or a reason to stop; then a checkpoint and a marker -> what stopped it, or None."""
+        with self.signals.telling(self._answer) if self.signals else contextlib.nullcontext():
+            return self._train()
+
+    def _train(self):
         started = time.monotonic()
         self.evaluations.at_start(self.step, self.directory)
         self._note_data()
@@ -268,6 +275,29 @@ class Loop:
         self.corrupt.record(self.step, chain(*corrupt))
         return next((stop for stop, _ in requests if stop), None), any(save for _, save in requests)
 
+    def _answer(self, name: str, again: bool) -> None:
+        """Says what a stop signal will do, or what a second Ctrl-C has cost. In a thread, or a signal's handler."""
+        lost, complete = self.step - self._complete, f"the checkpoint of step {self._complete:,}"
+        steps = f"{lost:,} step{'s' * (lost != 1)}"
+        if again:
+            cost = f"{steps} since {complete} are lost, the same command goes on from there"
+            if not self._complete:
+                cost = f"all {steps} are lost, for there is no checkpoint yet"
+            if self.strategy.rank == 0:
+                os.write(2, f"\nstopped at once by a second Ctrl-C: {cost}\n".encode())
+            return
+        after = "this kNN evaluation and a step" if self.evaluations.running else "this step"
+        note = f"{name}: stopping after {after}, then saving"
+        if name == "SIGINT":
+            since = complete if self._complete else "the start"
+            note += f"; a second Ctrl-C stops at once and loses {steps} since {since}"
+        self.records.telemetry.note(note)
+
+    @property
+    def _complete(self):
+        """The step of the newest complete checkpoint of this run, 0 where there is none."""
+        return self.checkpointer.completed[0] if self.checkpointer.completed else self._began
+
     def _asked_alone(self) -> str | None:
         """The signal that asks the only process to stop, which need not wait for a batch; others agree in a step."""
         alone = self.strategy.world_size == 1 and self.signals is not None
@@ -317,7 +347,7 @@ class Loop:
             "end": self.end,
             "branched_from": self.branched_from,
             "epoch": self.step / self.steps_per_epoch,
-            "config": configuration.to_dict(self.config),
+            "config": configuration.to_dict(configuration.with_absolute_places(self.config)),
             "fingerprint": self.data.fingerprint,
             "num_samples": self.data.order.num_samples,
         }

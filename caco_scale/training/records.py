@@ -55,7 +55,8 @@ class Records:
                 disk=directory.disk.of(config.data.audit),
             )
         # Where a run began is no part of the recipe, and the same file resumes it.
-        directory.write_config(configuration.to_yaml(configuration.replace(config, run__resume="auto")))
+        kept = configuration.with_absolute_places(configuration.replace(config, run__resume="auto"))
+        directory.write_config(configuration.to_yaml(kept))
         own_bytes = state_bytes(strategy.optimizer)
         devices, hosts, num_bytes = zip(
             *gather_objects((str(strategy.device), socket.gethostname(), own_bytes)), strict=True
