@@ -248,6 +248,49 @@ def test_a_launch_to_come_is_answered_by_one_process(tmp_path):
     assert (refused.returncode, stopped.returncode) == (1, 1)
 
 
+def small_start(**changes):
+    config = replace(load_recipe("demo"), data__global_batch_size=96, **changes)
+    start = start_of(config, 1)
+    doctor.found(checks.check_batch, start)
+    return start
+
+
+def test_the_estimate_is_held_against_the_memory_there_is_and_what_fits_is_proposed(monkeypatch):
+    start = small_start()
+    needed = estimate_memory(start.config, "ddp", 1, start.micro_batch_size)
+    per_image, rest = needed.activations / 96, needed.total - needed.activations
+
+    def found(room, **more):
+        monkeypatch.setattr("caco_scale.data.in_memory.free_memory", lambda: room)
+        (finding,) = doctor.check_memory(start, **more)
+        return finding.status, finding.text
+
+    assert found(needed.total)[0] == "ok"
+    status, text = found(needed.total - 1)
+    assert (status, "but this machine has" in text) == ("FAIL", True)
+    assert "give --data.micro_batch_size 48, which fits" in text
+    assert "give --data.micro_batch_size 6," in found(rest + 7.9 * per_image)[1]  # a divisor of 96 of two up
+    status, text = found(rest)
+    assert (status, "no smaller --data.micro_batch_size" in text) == ("FAIL", True)
+    of_batch = small_start(bank__rule="inbatch")  # its negatives are those of one forward
+    assert "no smaller --data.micro_batch_size" in failures(doctor.check_memory(of_batch))[0]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert "but each of 2 processes here has" in found(1.9 * needed.total)[1]
+    assert found(2 * needed.total)[0] == "ok"
+    assert found(1, planned=True)[0] == "note"  # another machine's matter
+
+
+def test_a_micro_batch_that_is_proposed_fits(monkeypatch):
+    start = small_start()
+    needed = estimate_memory(start.config, "ddp", 1, 96)
+    monkeypatch.setattr("caco_scale.data.in_memory.free_memory", lambda: 0.7 * needed.total)
+    (refused,) = failures(doctor.check_memory(start))
+    size = int(refused.split("--data.micro_batch_size ")[1].split(",")[0])
+    start = small_start(data__micro_batch_size=size)
+    assert start.micro_batch_size == size
+    assert failures(doctor.check_memory(start)) == []
+
+
 def test_a_plan_that_cannot_be():
     config = replace(load_recipe("demo"), run__world_size=8)
     assert "run.world_size 8, but 4 processes" in failures(doctor.plan_launch(config, "ddp", 4)[0])[0]

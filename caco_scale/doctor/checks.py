@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from caco_scale import config as configuration
 from caco_scale.config import Config
 from caco_scale.errors import UserError, one_line
-from caco_scale.flags.choices import STRATEGIES
+from caco_scale.flags.choices import BATCH_RULES, STRATEGIES
 from caco_scale.run import packages
 
 if TYPE_CHECKING:  # imported where they are used: a torch that is missing is a finding
@@ -253,10 +253,15 @@ def worker_rate(config: Config, manifest: Any, corrupt: dict[str, str] | None = 
     return batch / max(seconds, 1e-6)
 
 
-def check_memory(start: "Start", offloaded: bool = False) -> list[Finding]:
-    """The estimate of a rank's memory, against the GPU's -> findings. ``offloaded``: as of ``estimate_memory``."""
+def check_memory(start: "Start", offloaded: bool = False, planned: bool = False) -> list[Finding]:
+    """The estimate of a rank's memory, against the GPU's or its share of the machine's -> findings.
+
+    ``offloaded``: as of ``estimate_memory``. ``planned``: the launch is to come, maybe on other machines.
+    """
     import torch
 
+    from caco_scale.data.in_memory import free_memory
+    from caco_scale.distributed.environment import number
     from caco_scale.doctor.memory import estimate_memory
 
     strategy, device = start.strategy, start.device
@@ -272,18 +277,44 @@ def check_memory(start: "Start", offloaded: bool = False) -> list[Finding]:
     name = f"{strategy} with offloading" if offloaded else strategy
     text = f"memory of a rank under {name}, estimated: {estimate.total / 1e9:.2f} GB ({parts})"
     if device.type != "cuda":
-        return [note(text)]
+        if planned:
+            return [note(f"{text}; compare it with a GPU of the machines that will train, this one has none")]
+        processes = number(os.environ, "LOCAL_WORLD_SIZE", 1)
+        room = free_memory() / processes
+        has = f"each of {processes} processes here" if processes > 1 else "this machine"
+        if estimate.total > room:
+            return [
+                fail(
+                    f"{text}, but {has} has {room / 1e9:.1f} GB free: {_less_memory(start, estimate, room, True)}"
+                )
+            ]
+        return [ok(f"{text}; {has} has {room / 1e9:.1f} GB free")]
     free, total = torch.cuda.mem_get_info(device)
     if estimate.total > 0.95 * total:
-        return [
-            fail(
-                f"{text}, but the GPU has {total / 1e9:.1f} GB: give a smaller --data.micro_batch_size, "
-                f"more processes{'' if offloaded else ', or ds_configs/zero2.yaml, fsdp2.yaml, zero3_offload.yaml'}"
-            )
-        ]
+        fix = _less_memory(start, estimate, 0.95 * total, offloaded)
+        return [fail(f"{text}, but the GPU has {total / 1e9:.1f} GB: {fix}")]
     if estimate.total > free:
         return [note(f"{text}; only {free / 1e9:.1f} GB of the GPU's {total / 1e9:.1f} GB are free now")]
     return [ok(f"{text}; the GPU has {total / 1e9:.1f} GB")]
+
+
+def _less_memory(start, estimate, room, is_all):
+    """What to give for a rank to fit into so many bytes. ``is_all``: no other strategy would help."""
+    from caco_scale.doctor.memory import largest_micro_batch
+
+    config, several = start.config, start.world_size > 1
+    batch, size = config.data.global_batch_size // start.world_size, None
+    if config.bank.rule not in BATCH_RULES:  # whose negatives are those of one forward
+        size = largest_micro_batch(estimate, start.micro_batch_size, batch, room, 1 if several else 2)
+    strategies = "" if is_all else ", or ds_configs/zero2.yaml, fsdp2.yaml, zero3_offload.yaml"
+    if size:
+        return f"give --data.micro_batch_size {size}, which fits by this estimate, more processes{strategies}"
+    rest = (estimate.total - estimate.activations) / 1e9
+    return (
+        f"no smaller --data.micro_batch_size can be had, {rest:.2f} GB are not activations: give a smaller model, "
+        "--bank.size or --data.global_batch_size, fewer pixels (--views.size), --model.checkpoint_activations, more "
+        f"processes{strategies}"
+    )
 
 
 def examine(config: Config, plan: tuple[str, int] | None = None) -> list[Finding]:
@@ -308,11 +339,11 @@ def examine(config: Config, plan: tuple[str, int] | None = None) -> list[Finding
     launch, start = plan_launch(config, strategy, plan[1]) if plan else join_launch(config)
     if start is None:
         return findings + launch + place
-    return findings + launch + examine_start(start, offloaded)
+    return findings + launch + examine_start(start, offloaded, planned=plan is not None)
 
 
-def examine_start(start: "Start", offloaded: bool) -> list[Finding]:
-    """The checks of a start, to the last, and what only the doctor looks at -> findings."""
+def examine_start(start: "Start", offloaded: bool, planned: bool = False) -> list[Finding]:
+    """The checks of a start, to the last, and what only the doctor looks at -> findings; as of :func:`check_memory`."""
     from caco_scale.checkpoint.folder import latest
     from caco_scale.training.assemble import augmentation_note
     from caco_scale.training.checks import CHECKS
@@ -328,7 +359,7 @@ def examine_start(start: "Start", offloaded: bool) -> list[Finding]:
     slow = augmentation_note(start.config, start.device)
     findings += [note(slow)] if slow else []
     if start.micro_batch_size:
-        findings += [ok(bank_rows(start.config, start.world_size)), *check_memory(start, offloaded)]
+        findings += [ok(bank_rows(start.config, start.world_size)), *check_memory(start, offloaded, planned)]
     if start.data:
         lines = [
             *misfits(start.config, start.data.order, start.world_size),

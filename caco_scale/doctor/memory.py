@@ -45,6 +45,22 @@ class Estimate:
         return sum(dataclasses.astuple(self))
 
 
+def largest_micro_batch(
+    estimate: Estimate, micro_batch_size: int, batch_size: int, room: float, least: int = 1
+) -> int | None:
+    """The most images per forward, of those that divide a rank's batch, with which the estimate fits; None: none does.
+
+    Args:
+        estimate: for ``micro_batch_size`` images; only its activations follow their number.
+        batch_size: images of a rank in a step.
+        room: bytes.
+        least: fewer are not offered.
+    """
+    per_image, rest = estimate.activations / micro_batch_size, estimate.total - estimate.activations
+    sizes = [size for size in range(least, batch_size + 1) if batch_size % size == 0]
+    return max((size for size in sizes if rest + size * per_image <= room), default=None)
+
+
 def estimate_memory(
     config: Config, strategy: str, world_size: int, micro_batch_size: int, offloaded: bool = False
 ) -> Estimate:
