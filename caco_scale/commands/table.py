@@ -26,6 +26,9 @@ COMMANDS = {
     "embed": Command("caco_scale.embed.__main__", "Features of a set in a file; neighbours, duplicates."),
     "export": Command("caco_scale.export.__main__", "A backbone as a file for other programs.", "Export"),
     "report": Command("caco_scale.report.__main__", "A run, or several, as one HTML page.", "Report"),
+    "runs": Command(
+        "caco_scale.report.overview", "A table of all runs in a folder; also as CSV and a page.", "Runs"
+    ),
     "doctor": Command(
         "caco_scale.doctor.__main__", "Check everything before a run, and say the fix.", "Plan"
     ),

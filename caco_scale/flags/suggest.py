@@ -39,6 +39,7 @@ MEANT = {
     "dataloader_num_workers",
     "views.size | size": "image_size img_size input_size crop_size imgsz resolution imsize crop im_size res "
     "global_crop_size global_crops_size",
+    "short_side": "size image_size img_size resize resolution",
     "views.scale": "global_crops_scale crop_min min_scale crop_scale",
     "views.num_local_crops": "local_crops_number n_local_crops num_crops local_crops multicrop multi_crop nmb_crops",
     "views.local_size": "local_crop_size local_crops_size",

@@ -3,8 +3,6 @@
 Reading changes nothing in the run's directory and needs no process group; a run that still trains can be read.
 """
 
-import contextlib
-import fcntl
 import json
 import math
 import os
@@ -21,6 +19,7 @@ from caco_scale.checkpoint.folder import latest
 from caco_scale.errors import UserError
 from caco_scale.run.alarm import CollapseAlarm
 from caco_scale.run.files import read_json_lines
+from caco_scale.run.lock import is_held
 
 MAX_RUNS = 6  # side by side: as many colours as can be told apart
 SHOWN_SKIPS = 20  # in a row of incidents, before they are only counted
@@ -163,7 +162,7 @@ def read_run(path: str | Path) -> Run:
         corrupt=corrupt,
         done=_json(path / "DONE"),
         interrupted=_json(path / "INTERRUPTED"),
-        is_training=_is_locked(path / ".lock"),
+        is_training=is_held(path / ".lock"),
         checkpoint=latest(path / "checkpoints"),
     )
 
@@ -191,16 +190,6 @@ def _json(path):
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _is_locked(path):
-    """Does a training process hold the run directory's lock?"""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 # ----------------------------------------------------------------------------------------------------

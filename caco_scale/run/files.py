@@ -177,21 +177,34 @@ def read_json_lines(path: str | Path) -> Iterator[dict]:
                 yield record
 
 
+def json_lines_backwards(path: str | Path, block: int = 1 << 16) -> Iterator[dict]:
+    """Yield the objects of a JSON-lines file from the last to the first; no more is read than is asked for.
+
+    Cut lines are skipped, a missing file has none. ``block``: bytes read at once.
+    """
+    if not Path(path).exists():
+        return
+    with open_ordinary(Path(path), "rb") as file:
+        end, rest = (
+            file.seek(0, os.SEEK_END),
+            [],
+        )  # rest: parts of a line that begins further in front, the last first
+        while end:
+            start = max(0, end - block)
+            file.seek(start)
+            lines = file.read(end - start).split(b"\n")
+            for line in reversed(lines[1:]):
+                record = _parse(b"".join([line, *reversed(rest)]))
+                rest = []
+                if record is not None:
+                    yield record
+            rest.append(lines[0])
+            end = start
+        record = _parse(b"".join(reversed(rest)))
+        if record is not None:
+            yield record
+
+
 def last_json_line(path: str | Path) -> dict | None:
     """The last whole object of a JSON-lines file, or None; reads only the end of a long file."""
-    if not Path(path).exists():
-        return None
-    with open_ordinary(Path(path), "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        tail = 1 << 16
-        while True:
-            start = max(0, size - tail)
-            file.seek(start)
-            lines = file.read(size - start).split(b"\n")
-            for line in reversed(lines[1 if start else 0 :]):
-                record = _parse(line)
-                if record is not None:
-                    return record
-            if start == 0:
-                return None
-            tail *= 8
+    return next(json_lines_backwards(path), None)

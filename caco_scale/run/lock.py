@@ -1,6 +1,8 @@
 """One process at a time in a folder: a run's, or an evaluation's."""
 
+import contextlib
 import fcntl
+import os
 import time
 from typing import IO
 
@@ -24,3 +26,13 @@ def be_alone(lock: IO, complaint: str) -> None:
             time.sleep(0.2)
         except OSError:  # a file system without locks
             return None
+
+
+def is_held(path: str | os.PathLike) -> bool:
+    """Does a process on this machine, or as the file system sees it, hold the lock of a file?"""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
