@@ -95,9 +95,12 @@ def _changes(saved: Config, config: Config) -> list[str]:
     if config.precision.compute == "auto":  # settled by the machine when the run began
         config = configuration.replace(config, precision__compute=saved.precision.compute)
     config = as_settled(config, saved)
-    before, now = (configuration.flatten(configuration.with_absolute_places(one)) for one in (saved, config))
+    before, now = configuration.flatten(saved), configuration.flatten(config)
+    places = [configuration.flatten(configuration.with_absolute_places(one)) for one in (saved, config)]
     measured = [
-        f"{field}: {before[field]} -> {now[field]}" for field in MEASURED if before[field] != now[field]
+        f"{field}: {before[field]} -> {now[field]}"
+        for field in MEASURED
+        if places[0][field] != places[1][field]
     ]
     return configuration.differences(saved, config) + measured
 
