@@ -258,7 +258,7 @@ def small_start(**changes):
 def test_the_estimate_is_held_against_the_memory_there_is_and_what_fits_is_proposed(monkeypatch):
     start = small_start()
     needed = estimate_memory(start.config, "ddp", 1, start.micro_batch_size)
-    per_image, rest = needed.activations / 96, needed.total - needed.activations
+    six = estimate_memory(start.config, "ddp", 1, 6).total
 
     def found(room, **more):
         monkeypatch.setattr("caco_scale.data.in_memory.free_memory", lambda: room)
@@ -269,8 +269,8 @@ def test_the_estimate_is_held_against_the_memory_there_is_and_what_fits_is_propo
     status, text = found(needed.total - 1)
     assert (status, "but this machine has" in text) == ("FAIL", True)
     assert "give --data.micro_batch_size 48, which fits" in text
-    assert "give --data.micro_batch_size 6," in found(rest + 7.9 * per_image)[1]  # a divisor of 96 of two up
-    status, text = found(rest)
+    assert "give --data.micro_batch_size 6," in found(six)[1]  # not 8, and a divisor of 96
+    status, text = found(needed.total - needed.activations)
     assert (status, "no smaller --data.micro_batch_size" in text) == ("FAIL", True)
     of_batch = small_start(bank__rule="inbatch")  # its negatives are those of one forward
     assert "no smaller --data.micro_batch_size" in failures(doctor.check_memory(of_batch))[0]

@@ -285,7 +285,7 @@ def check_memory(start: "Start", offloaded: bool = False, planned: bool = False)
         if estimate.total > room:
             return [
                 fail(
-                    f"{text}, but {has} has {room / 1e9:.1f} GB free: {_less_memory(start, estimate, room, True)}"
+                    f"{text}, but {has} has {room / 1e9:.1f} GB free: {_less_memory(start, estimate, room, offloaded)}"
                 )
             ]
         return [ok(f"{text}; {has} has {room / 1e9:.1f} GB free")]
@@ -298,15 +298,15 @@ def check_memory(start: "Start", offloaded: bool = False, planned: bool = False)
     return [ok(f"{text}; the GPU has {total / 1e9:.1f} GB")]
 
 
-def _less_memory(start, estimate, room, is_all):
-    """What to give for a rank to fit into so many bytes. ``is_all``: no other strategy would help."""
+def _less_memory(start, estimate, room, offloaded):
+    """What to give for a rank to fit into so many bytes."""
     from caco_scale.doctor.memory import largest_micro_batch
 
-    config, several = start.config, start.world_size > 1
-    batch, size = config.data.global_batch_size // start.world_size, None
+    config, size = start.config, None
     if config.bank.rule not in BATCH_RULES:  # whose negatives are those of one forward
-        size = largest_micro_batch(estimate, start.micro_batch_size, batch, room, 1 if several else 2)
-    strategies = "" if is_all else ", or ds_configs/zero2.yaml, fsdp2.yaml, zero3_offload.yaml"
+        size = largest_micro_batch(config, start.strategy, start.world_size, estimate, room, offloaded)
+    helps = start.device.type == "cuda" and not offloaded
+    strategies = ", or ds_configs/zero2.yaml, fsdp2.yaml, zero3_offload.yaml" if helps else ""
     if size:
         return f"give --data.micro_batch_size {size}, which fits by this estimate, more processes{strategies}"
     rest = (estimate.total - estimate.activations) / 1e9

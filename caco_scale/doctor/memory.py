@@ -45,22 +45,6 @@ class Estimate:
         return sum(dataclasses.astuple(self))
 
 
-def largest_micro_batch(
-    estimate: Estimate, micro_batch_size: int, batch_size: int, room: float, least: int = 1
-) -> int | None:
-    """The most images per forward, of those that divide a rank's batch, with which the estimate fits; None: none does.
-
-    Args:
-        estimate: for ``micro_batch_size`` images; only its activations follow their number.
-        batch_size: images of a rank in a step.
-        room: bytes.
-        least: fewer are not offered.
-    """
-    per_image, rest = estimate.activations / micro_batch_size, estimate.total - estimate.activations
-    sizes = [size for size in range(least, batch_size + 1) if batch_size % size == 0]
-    return max((size for size in sizes if rest + size * per_image <= room), default=None)
-
-
 def estimate_memory(
     config: Config, strategy: str, world_size: int, micro_batch_size: int, offloaded: bool = False
 ) -> Estimate:
@@ -98,6 +82,24 @@ def estimate_memory(
         bank=_bank_bytes(config, world_size, size),
         activations=saved * size // 4,
     )
+
+
+def largest_micro_batch(
+    config: Config, strategy: str, world_size: int, estimate: Estimate, room: float, offloaded: bool = False
+) -> int | None:
+    """The most images per forward that divide a rank's batch and fit into ``room`` bytes; None: none does.
+
+    Args:
+        estimate: with the whole batch of a rank, or with a micro-batch that does not fit.
+    """
+    batch = config.data.global_batch_size // world_size
+    micro = min(config.data.micro_batch_size or batch, batch)
+    rest, least = estimate.total - estimate.activations, 1 if world_size > 1 else 2  # BatchNorm needs two
+    for size in range(micro - 1, least - 1, -1):  # nearly in proportion, so that few are estimated
+        may_fit = batch % size == 0 and rest + size * estimate.activations / micro <= room
+        if may_fit and estimate_memory(config, strategy, world_size, size, offloaded).total <= room:
+            return size
+    return None
 
 
 def _forget_values(module):
