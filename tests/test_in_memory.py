@@ -25,6 +25,7 @@ from caco_scale.data.views import ViewSpec, crop_resize, crop_resize_into
 from caco_scale.errors import UserError
 from caco_scale.training import assemble
 from caco_scale.training.assemble import TrainingData
+from caco_scale.training.checks import CHECKS, Start, check_room
 
 VIEWS = [ViewSpec(32, (0.2, 1.0)), ViewSpec(24, (0.05, 0.5))]
 BATCH, STEPS = 12, 10  # 50 images: 4 steps an epoch
@@ -200,6 +201,18 @@ def test_all_processes_keep_as_much_as_the_fullest_node_allows_and_one_looks(sha
     assert asked == auto
     assert "50 images x 2 processes take about" in line
     assert none == (0, None)
+
+
+def test_the_doctor_and_a_sweep_look_at_this_node_alone(shards, monkeypatch):
+    data = Data(shards=shards, in_memory="true", global_batch_size=BATCH)
+    start = Start(Config(data=data), "ddp", 0, 2, torch.device("cpu"))
+    assert check_room(start) is None  # no set was found
+    start.data = TrainingData(start.config, 0, 2)
+    assert "data.in_memory true: 50 images take about" in check_room(start)
+    assert check_room in CHECKS
+    monkeypatch.setattr(in_memory, "free_memory", lambda: 0)
+    with pytest.raises(UserError, match=r"data\.in_memory true: 50 images .* give --data\.in_memory auto"):
+        check_room(start)
 
 
 def test_a_control_groups_limit_counts(tmp_path, monkeypatch):
