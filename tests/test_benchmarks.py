@@ -11,11 +11,13 @@ import torch
 from gloo import run_ranks
 from launch import finished
 from oracle import oracle_step, random_inputs
+from warm import environment
 
 from caco_scale.benchmark import paper
 from caco_scale.benchmark.__main__ import main
+from caco_scale.benchmark.bank import why_not_compiled
 from caco_scale.benchmark.counts import count_step
-from caco_scale.benchmark.dense import DenseBank, pair_list
+from caco_scale.benchmark.dense import CompiledBank, DenseBank, pair_list
 from caco_scale.benchmark.measure import in_turn, significant
 from caco_scale.config import load_recipe, replace
 from caco_scale.errors import UserError
@@ -23,10 +25,12 @@ from caco_scale.method.contrast import pair_weights
 from caco_scale.training.assemble import build_encoder
 
 
-def run(tmp_path, *words):
+def run(tmp_path, *words, said="", **variables):
     """The JSON that a benchmark saves, which is also its last line."""
-    done = finished([sys.executable, "-m", "caco_scale.benchmark", *map(str, words), "--save", str(tmp_path)])
+    command = [sys.executable, "-m", "caco_scale.benchmark", *map(str, words), "--save", str(tmp_path)]
+    done = finished(command, env={**environment(), **variables})
     assert done.returncode == 0, done.stderr
+    assert said in done.stdout
     (file,) = tmp_path.glob(f"{words[0]}_*.json")
     saved = json.loads(file.read_text())
     assert json.loads(done.stdout.splitlines()[-1]) == saved
@@ -34,13 +38,27 @@ def run(tmp_path, *words):
     return saved
 
 
+SMALL_BANK = ("bank", "--samples", 12, "--size", 300, "--dim", 16, "--rounds", 1, "--threads", 1)
+BANKS = ["sharded bank", "dense, autograd", "dense, gradient written out", "dense, compiled"]
+
+
 def test_the_bank_benchmark_measures_three_banks_that_agree(tmp_path):
-    saved = run(tmp_path, "bank", "--samples", 12, "--size", 300, "--dim", 16, "--rounds", 1, "--threads", 1)
-    assert [row["what"] for row in saved["rows"]] == [
-        "sharded bank",
-        "dense, autograd",
-        "dense, gradient written out",
-    ]
+    """Without a compiler the compiled peer is left out, and that is said."""
+    assert_banks(
+        run(tmp_path, *SMALL_BANK, said="needs a C++ compiler, and there is no cxx", CXX="cxx"), BANKS[:3]
+    )
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    why_not_compiled("cpu") is not None, reason=f"torch.compile needs {why_not_compiled('cpu')}"
+)
+def test_the_bank_benchmark_measures_a_compiled_bank_that_agrees(tmp_path):
+    assert_banks(run(tmp_path, *SMALL_BANK), BANKS)
+
+
+def assert_banks(saved, banks):
+    assert [row["what"] for row in saved["rows"]] == banks
     assert all(row["cpu_seconds"] > 0 for row in saved["rows"])
     for agreement in saved["agreement"].values():
         assert agreement.pop("positives_equal") == 1
@@ -128,12 +146,17 @@ def test_the_bytes_of_the_sharded_bank_do_not_grow_with_it_and_are_those_of_the_
     assert all(row["sharded_bytes"] == 0 for (ranks, _), row in by_size.items() if ranks == 1)
 
 
-@pytest.mark.parametrize("by_autograd", [True, False])
+@pytest.mark.parametrize("how", ["by autograd", "written out", "compiled"])
 @pytest.mark.parametrize("num_views", [2, 4])
-def test_the_dense_peer_is_the_oracle(num_views, by_autograd):
+def test_the_dense_peer_is_the_oracle(num_views, how, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # its formulae, in float64
     queries, keys, rows, velocity = random_inputs(12, 40, 8, num_views)
     queries = [q.requires_grad_() for q in queries]
-    bank = DenseBank(rows, 0.1, 0.07, by_autograd=by_autograd)
+    bank = (
+        CompiledBank(rows, 0.1, 0.07)
+        if how == "compiled"
+        else DenseBank(rows, 0.1, 0.07, by_autograd=how == "by autograd")
+    )
     bank.velocity.copy_(velocity)
     expected = oracle_step(queries, keys, rows, velocity, 0.1, 0.07)
     loss, _, gradient = bank.step(queries, keys, lr=3.0)

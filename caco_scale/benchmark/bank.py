@@ -6,6 +6,10 @@ Shapes: N samples in two views, K rows, D embedding.
 from __future__ import annotations
 
 import functools
+import os
+import shutil
+import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +19,7 @@ if TYPE_CHECKING:  # torch is imported by the contenders, in their processes
     from torch import Tensor
 
 BANK_LR = 3.0
-PEERS = {"dense, autograd": True, "dense, gradient written out": False}
+PEERS = ("autograd", "gradient written out", "compiled")
 KERNELS = {f"sharded bank, Triton, {inputs}": inputs for inputs in ("tf32", "bf16")}  # on CUDA
 # Blocks of N×K numbers that a dense peer holds at its peak, at least: for each pair the logits' softmax, for autograd.
 DENSE_BLOCKS = 6
@@ -33,8 +37,11 @@ def measure(samples: int, size: int, dim: int, rounds: int, threads: int, device
     ]
     needed = DENSE_BLOCKS * samples * size * 4
     if needed < _free_bytes(device):
-        for name, by_autograd in PEERS.items():
-            contenders[name] = functools.partial(prepare_dense, by_autograd=by_autograd, **inputs)
+        for how in PEERS:
+            contenders[f"dense, {how}"] = functools.partial(prepare_dense, how=how, **inputs)
+        if lacking := why_not_compiled(device):
+            del contenders["dense, compiled"]
+            notes.append(f"the compiled dense peer is left out: torch.compile needs {lacking}")
     else:
         notes.append(f"the dense peers are left out: they would take more than {needed / 1e9:,.0f} GB")
     measured = in_turn(contenders, rounds, threads, values=len(contenders) > 1)
@@ -62,6 +69,17 @@ def _free_bytes(device: str) -> int:
         return torch.cuda.mem_get_info()[0]
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(meminfo["MemAvailable"].split()[0]) * 1024
+
+
+def why_not_compiled(device: str) -> str | None:
+    """What torch.compile needs on such a device and does not find; None: nothing."""
+    if device == "cuda":
+        return None if find_spec("triton") else "the package triton"
+    compiler = os.environ.get("CXX", "g++")  # as inductor looks for it
+    if not shutil.which(compiler):
+        return f"a C++ compiler, and there is no {compiler}: install one, or name it in CXX"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return None if header.exists() else f"Python's headers, and there is no {header}"
 
 
 # ---- in a contender's process
@@ -99,21 +117,27 @@ def prepare_sharded(samples: int, size: int, dim: int, device: str, **kernels: A
     return step
 
 
-def prepare_dense(samples: int, size: int, dim: int, device: str, by_autograd: bool) -> Contender:
-    """As :func:`prepare_sharded`, of a :class:`~caco_scale.benchmark.dense.DenseBank`."""
+def prepare_dense(samples: int, size: int, dim: int, device: str, how: str) -> Contender:
+    """As :func:`prepare_sharded`, of one of the PEERS; compiled before it is measured."""
     import torch
 
-    from caco_scale.benchmark.dense import DenseBank
+    from caco_scale.benchmark.dense import CompiledBank, DenseBank
     from caco_scale.method.bank_rows import initial_rows
 
-    bank = DenseBank(initial_rows(0, size, dim, 0, torch.float32, device), by_autograd=by_autograd)
+    rows = initial_rows(0, size, dim, 0, torch.float32, device)
+    bank = CompiledBank(rows) if how == "compiled" else DenseBank(rows, by_autograd=how == "autograd")
     queries, keys = draw_inputs(samples, dim, device)
 
+    def leaves_of(queries):
+        return [q.detach().requires_grad_() for q in queries]
+
     def step():
-        leaves = [q.detach().requires_grad_() for q in queries]
+        leaves = leaves_of(queries)
         loss, positives, gradient = bank.step(leaves, keys, BANK_LR)
         return functools.partial(as_arrays, loss, positives, leaves, gradient)
 
+    if how == "compiled":
+        bank.contrast(leaves_of(queries), keys)
     return step
 
 

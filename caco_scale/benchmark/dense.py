@@ -42,6 +42,17 @@ class DenseBank:
         self, queries: list[Tensor], keys: list[Tensor], lr: float
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """One step of queries, V (B, D) with gradient, and two keys -> (loss, positives, bank gradient)."""
+        loss, positives, gradient = self.contrast(queries, keys)
+        if dist.is_initialized():
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
+        with torch.no_grad():
+            self.velocity.mul_(self.momentum).add_(gradient)
+            self.rows -= lr * self.velocity
+        return loss, positives, gradient
+
+    def contrast(self, queries: list[Tensor], keys: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
+        """As :meth:`step`, of this rank's batch; the queries have their gradients, the bank is as it was."""
         unit = F.normalize(self.rows)
         loss, objective = self.velocity.new_zeros(()), self.velocity.new_zeros(())
         positives, gradient = [], torch.zeros_like(self.velocity)
@@ -63,18 +74,59 @@ class DenseBank:
         loss.backward()
         if self.by_autograd:
             (gradient,) = torch.autograd.grad(objective, self.rows)
-        if dist.is_initialized():
-            dist.all_reduce(gradient)
-            gradient /= dist.get_world_size()
-        with torch.no_grad():
-            self.velocity.mul_(self.momentum).add_(gradient)
-            self.rows -= lr * self.velocity
         return loss.detach(), positives, gradient
 
     def _written_out(self, query: Tensor, similarity: Tensor, weight: Tensor) -> Tensor:
         norm = self.rows.norm(dim=1, keepdim=True)
         mean = (weight * similarity).mean(0)[:, None]
         return -(weight.T @ query / len(query) - mean * self.rows / norm) / (self.bank_temperature * norm)
+
+
+class CompiledBank(DenseBank):
+    """As :class:`DenseBank` by torch.compile, every gradient written out: autograd would make the softmax twice."""
+
+    def __init__(self, rows: Tensor, temperature: float = 0.08, bank_temperature: float = 0.08):
+        super().__init__(rows, temperature, bank_temperature, by_autograd=False)
+        self._compiled = torch.compile(_written_for_a_compiler, dynamic=False)
+
+    @torch.no_grad()
+    def contrast(self, queries: list[Tensor], keys: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
+        values = [query.detach() for query in queries]
+        temperatures = (self.temperature, self.bank_temperature)
+        loss, positives, gradient, dq = self._compiled(self.rows, values, keys, *temperatures)
+        for query, d in zip(queries, dq, strict=True):
+            query.grad = d if query.grad is None else query.grad + d
+        return loss, positives, gradient
+
+
+def _written_for_a_compiler(rows, queries, keys, temperature, bank_temperature):
+    """(loss, positives, bank gradient, V query gradients) in the fewest passes over N×K by torch's operations.
+
+    The positive's share goes where it belongs row by row: no one-hot matrix, and p itself is in both products.
+    """
+    norm = rows.norm(dim=1, keepdim=True)
+    unit, scale = rows / norm, len(queries[0])
+    loss, pull, positives, dq = rows.new_zeros(()), torch.zeros_like(rows), [], [0] * len(queries)
+    for i, j, share in pair_list(len(queries)):
+        query = queries[i]
+        positive = (keys[j] @ unit.T).argmax(1)
+        similarity = query @ unit.T
+        p, log_p = _softmax_at(similarity / temperature, positive)
+        loss = loss - share * log_p.mean()
+        dq[i] = dq[i] + share / (temperature * scale) * (p @ unit - unit[positive])
+        if bank_temperature != temperature:
+            p, log_p = _softmax_at(similarity / bank_temperature, positive)
+        missing = (1 - 2 * log_p.exp())[:, None] * query  # the positive's weight is 1 − p
+        pull = pull + share * (p.T @ query).index_add(0, positive, missing)
+        positives.append(positive)
+    tangent = pull - (pull * unit).sum(1, keepdim=True) * unit
+    return loss, positives, -tangent / (scale * bank_temperature * norm), dq
+
+
+def _softmax_at(logits, positive):
+    log_z = logits.logsumexp(1)
+    log_p = logits.gather(1, positive[:, None])[:, 0] - log_z
+    return (logits - log_z[:, None]).exp(), log_p
 
 
 class PlainOptimizer:
