@@ -270,6 +270,19 @@ def test_incidents_are_listed_with_their_steps(tmp_path):
     assert texts["stop"] == ["stopped by SIGUSR1 after step 40; the same command resumes it"]
 
 
+def test_figures_below_the_drawn_line_are_incidents_though_no_alarm_sounds(tmp_path):
+    lines = list(metrics_lines())
+    low = {4, 6, 8, 20, 22, 24, 26, 28, 30, 40}
+    for line in lines:
+        if line["step"] in low and "loss" in line:
+            line["embedding_std"] = 0.001
+    write_records(tmp_path / "run", make_config(), lines)
+    found = [(i.step, i.kind, i.text.split(",")[0]) for i in incidents(read_run(tmp_path / "run"))]
+    assert found[0] == (4, "low", "3 logged lines below the alarm's")
+    assert [(step, kind) for step, kind, _ in found] == [(4, "low"), (28, "collapse"), (40, "low")]
+    assert found[2][2] == "1 logged line below the alarm's"
+
+
 def test_a_smooth_run_has_no_incidents(tmp_path):
     write_records(tmp_path / "run", make_config())
     assert incidents(read_run(tmp_path / "run")) == []

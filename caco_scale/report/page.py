@@ -20,6 +20,7 @@ KINDS = {  # of incidents, in words
     "corrupt": "corrupt image",
     "store": "store",
     "collapse": "collapse alarm",
+    "low": "near collapse",
     "stop": "stopped",
 }
 

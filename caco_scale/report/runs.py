@@ -17,7 +17,7 @@ import numpy as np
 from caco_scale import config as configuration
 from caco_scale.checkpoint.folder import latest
 from caco_scale.errors import UserError
-from caco_scale.run.alarm import CollapseAlarm
+from caco_scale.run.alarm import CollapseAlarm, collapse_warning
 from caco_scale.run.files import read_json_lines
 from caco_scale.run.lock import is_held
 
@@ -42,7 +42,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Incident:
-    """Something that a smooth run does not have: ``kind`` is resume, skip, corrupt, store, collapse or stop."""
+    """Something that a smooth run does not have: ``kind`` is resume, skip, corrupt, store, collapse, low or stop."""
 
     step: int
     kind: str
@@ -248,12 +248,24 @@ def _corrupt(run):
 def _collapses(run):
     """The collapse alarm, sounded again on the logged figures."""
     width = run.config.model.embedding_dim
-    alarm = CollapseAlarm(width, max_rank=run.config.data.global_batch_size)
-    for record in run.metrics:
-        if is_number(record.get("embedding_std")):
-            warning = alarm.check(record["embedding_std"], record.get("rankme"))
-            if warning:
-                yield Incident(_step_of(record), "collapse", re.sub(r"\. Try .*", "", warning))
+    most = run.config.data.global_batch_size
+    alarm, low = (
+        CollapseAlarm(width, max_rank=most),
+        [],
+    )  # low: steps in a row below a drawn line, no alarm yet
+    for record in [r for r in run.metrics if is_number(r.get("embedding_std"))] + [{}]:
+        std, rankme = record.get("embedding_std"), record.get("rankme")
+        if record and (warning := alarm.check(std, rankme)):
+            yield Incident(_step_of(record), "collapse", re.sub(r"\. Try .*", "", warning))
+            low = []
+        elif record and not alarm.is_raised and collapse_warning(std, width, rankme, max_rank=most):
+            low.append(_step_of(record))
+        elif low:
+            lines = f"{len(low)} logged line{'s' * (len(low) > 1)} below the alarm's"
+            yield Incident(
+                low[0], "low", f"{lines}, to step {low[-1]:,}: it sounds after {alarm.patience} in a row"
+            )
+            low = []
 
 
 def _store_trouble(run):

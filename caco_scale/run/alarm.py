@@ -52,6 +52,11 @@ class CollapseAlarm:
         self._low_checks = 0
         self._raised = False
 
+    @property
+    def is_raised(self) -> bool:
+        """Whether an episode has begun and is not over."""
+        return self._raised
+
     def check(self, std: float, rankme: float | None = None) -> str | None:
         """The figures of now; returns the warning when an episode begins, None otherwise."""
         margin = RECOVERY if self._raised else 1.0
