@@ -179,6 +179,10 @@ def _import_all():
     outside = ("torch.utils.tensorboard", "accelerate.commands.launch", "torch.distributed.run")
     for name in (*modules(), *outside):
         importlib.import_module(name)
+    when_used = ("tyro.constructors", "tyro._backends", "typeguard", "PIL.JpegImagePlugin")
+    for name in when_used:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 def _serve(address):
