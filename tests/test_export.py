@@ -271,7 +271,7 @@ def test_a_file_of_weights_is_exported_as_a_run_is(backbones, tmp_path):
 
 def test_the_model_card_says_what_how_and_how_good(tmp_path):
     run = tmp_path / "run"
-    config = make_config(data__shards="/data/mine/train", data__val_shards="/data/mine/val")
+    config = make_config(data__shards="/home/me/mine/train", data__val_shards="/home/me/mine/val")
     write_records(run, config, metrics_lines())
     save_checkpoint(run, trained_model("tiny", "cifar"), 32, epoch=4.0, num_samples=4096)
     save_checkpoint(run, trained_model("tiny", "cifar"), 8, epoch=1.0, num_samples=4096)
@@ -283,17 +283,18 @@ def test_the_model_card_says_what_how_and_how_good(tmp_path):
         "# tiny, pre-trained without labels (caco)",
         "4 epochs, 32 steps (schedule: bank warm-up of 1 steps (until the bank is full), then 20 epochs; batch 16)",
         "; 32 pixels |",
-        "`/data/mine/train`, 4,096 images",
+        "`mine/train`, 4,096 images",
         "pretrain.py demo --run.dir",
         "| commit | abc1234 |",
-        "k 20, T 0.2, step 32 | `/data/mine/val` | 66.00% |",
-        "untrained | `/data/mine/val` | 20.00% |",
-        "raw pixels, k 20, T 0.2 | `/data/mine/val` | 25.50% |",
+        "k 20, T 0.2, step 32 | `mine/val` | 66.00% |",
+        "untrained | `mine/val` | 20.00% |",
+        "raw pixels, k 20, T 0.2 | `mine/val` | 25.50% |",
         "| kNN, backbone, k 10, T 0.07 | `/other/val` | 71.25% | 70.00 to 72.50 |",
         "| linear, lr 0.1 per 256 images | `/other/val` | 73.50% | 72.00 to 75.00 |",
         "features equal bit for bit",
     ):
         assert words in card, card
+    assert "/home/me" not in card
     export.export(run, tmp_path / "early", "safetensors", step=8)  # before the first evaluation
     assert "None was measured" in (tmp_path / "early.md").read_text()
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from caco_scale.data.views import describe_crop
@@ -126,7 +127,13 @@ def _warmup(config, steps):
 def _data(config, values):
     count = values.get("num_samples")
     images = f", {count:,} images, no labels used" if isinstance(count, int) else ""
-    return f"`{config['data.shards']}`{images}" if config.get("data.shards") else "unknown"
+    return f"`{_place(config['data.shards'])}`{images}" if config.get("data.shards") else "unknown"
+
+
+def _place(data):
+    """A set as a published card names it: of a local path its last two folders, the rest is the author's own."""
+    path = Path(data)
+    return "/".join(path.parts[-2:]) if path.is_absolute() and len(path.parts) > 3 else data
 
 
 def _input(views, assumed):
@@ -154,7 +161,7 @@ def _hardware(environment):
 def _score_lines(config, logged, evaluated):
     """What was measured, each figure with how and on what."""
     rows = [
-        (f"{s.protocol}, {s.how}" if s.how else s.protocol, f"`{s.data}`", s.top1, s.interval)
+        (f"{s.protocol}, {s.how}" if s.how else s.protocol, f"`{_place(s.data)}`", s.top1, s.interval)
         for s in evaluated
     ]
     last, start = logged
@@ -163,7 +170,7 @@ def _score_lines(config, logged, evaluated):
         how += (
             f", features of the query encoder, k {config['eval.knn_k']}, T {config['eval.knn_temperature']:g}"
         )
-        where = f"`{config['data.val_shards']}`" if config["data.val_shards"] else "unknown"
+        where = f"`{_place(config['data.val_shards'])}`" if config["data.val_shards"] else "unknown"
     if last is not None:
         rows.append((f"{how}, step {last['step']:,}", where, last["knn_top1"], None))
     if start is not None:
