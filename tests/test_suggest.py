@@ -87,7 +87,6 @@ def test_what_people_type_is_answered_with_what_they_mean(command):
 
 def test_every_target_of_the_table_is_a_flag_of_some_command():
     there = {flag for name in commands.every_command() for flag in flags_of(name)}
-    there |= {"run.trackers"}  # offered once there is such a flag
     assert {flag for names in MEANT for flag in names.split(" | ")} <= there
 
 

@@ -331,6 +331,8 @@ def wanted(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"give one of {', '.join(map(str, parts))}"
     if typing.get_origin(hint) is tuple:
+        if _bare(parts[0]) is str:
+            return "give one or more words"
         count = "" if parts[-1] is ... else f"{len(parts)} "
         return f"give {count}{'whole ' if _bare(parts[0]) is int else ''}numbers"
     return {int: "give a whole number", float: "give a number", bool: "give true or false"}.get(

@@ -95,6 +95,7 @@ Channels = Annotated[int, ABOVE_0, at_most(512)]
 Bits = Annotated[int, Rule(lambda x: x in (8, 16), "give 8 or 16")]
 Options = tuple[Annotated[str, PAIR], ...]
 Mix = tuple[Annotated[str, SHARE], ...]
+Words = tuple[str, ...]
 Free = Annotated[T, FreeAtResume]
 
 

@@ -4,6 +4,7 @@
     environment.py  what a run ran on                packages.py    the versions that this package needs
     audit.py        which samples every step used
     telemetry.py    metrics and what is shown of them (meter.py: throughput; display.py: bar or lines)
+    trackers.py     W&B, MLflow and others, by accelerate's classes
     signals.py      SIGTERM and the like -> a flag   stopping.py   the files STOP and SAVE, the end of a SLURM job
     diagnostics.py  signs of collapse (alarm.py: which of them are too low)
     profiling.py  where a step goes

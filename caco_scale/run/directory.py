@@ -1,6 +1,7 @@
 """The run directory: what a run leaves on disk (how it is written: :mod:`caco_scale.run.files`).
 
 config.yaml  environment.json  attempts.jsonl  metrics.jsonl  corrupt.jsonl  weights.json (of model.weights)
+trackers.json and the trackers' own folders (of run.trackers)
 checkpoints/  tensorboard/  DONE | INTERRUPTED
 
 **One rule for all records of steps** (metrics.jsonl, corrupt.jsonl): what stands up to step s is on the disk before

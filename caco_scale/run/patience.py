@@ -48,8 +48,11 @@ class Patience:
             self._tasks.put(None)
             self._thread = None
 
-    def call(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns or raises. UserError (:class:`~caco_scale.errors.Hung`): it does neither."""
+    def call(self, function: Callable[[], T], more: float = 0) -> T:
+        """What ``function`` returns or raises. UserError (:class:`~caco_scale.errors.Hung`): it does neither.
+
+        ``more``: as of :meth:`until`.
+        """
         if self._seconds is None or threading.current_thread() is self._thread:
             return function()
         self._refuse_if_gone()
@@ -58,7 +61,7 @@ class Patience:
             self._thread.start()
         task = _Task(function)
         self._tasks.put(task)
-        self.until(task.ended.wait)
+        self.until(task.ended.wait, more=more)
         if task.error is not None:
             raise task.error
         return task.result

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard, a bar or plain lines, throughput, data wait.
+"""What a run says while it trains: metrics.jsonl, TensorBoard, trackers, a bar or lines, throughput, data wait.
 
 The trainer talks to one object, :class:`Telemetry`, on every rank; only the main rank writes and prints. A
 loop reads
@@ -13,8 +13,8 @@ loop reads
     telemetry.log_event(step, {"knn_top1": ...})
 
 Steps count FINISHED steps from 1, as checkpoints do, and the logged ``epoch`` is the float step /
-steps_per_epoch: how many times the data has been gone through, bank warm-up included. The two views of one
-figure never differ: whatever is a number in metrics.jsonl is the TensorBoard scalar of that name.
+steps_per_epoch: how many times the data has been gone through, bank warm-up included. The views of one
+figure never differ: whatever is a number in metrics.jsonl is the TensorBoard scalar of that name, and the trackers'.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from caco_scale.run.directory import RunDirectory, now
 from caco_scale.run.display import LiveBar, PlainLines, is_terminal, summary_table
 from caco_scale.run.files import to_plain
 from caco_scale.run.meter import Meter, RemainingTime
+from caco_scale.run.trackers import Trackers, numbers_of
 
 
 class Telemetry:
@@ -37,7 +38,8 @@ class Telemetry:
     ``run_directory``: where metrics.jsonl and TensorBoard go. ``total_steps``, ``start_step`` (the
     checkpoint's, 0 for a fresh start): finished steps; what TensorBoard holds of later steps than ``kept_step``
     (default: the checkpoint's) is purged. ``images_per_step``: the global batch. ``on_metrics``: called on
-    the main rank with every record of metrics.jsonl. :meth:`close` gives the terminal back, after errors too.
+    the main rank with every record of metrics.jsonl. ``trackers``: of this start, ended with it. :meth:`close` gives
+    the terminal back, after errors too.
     """
 
     def __init__(
@@ -51,10 +53,11 @@ class Telemetry:
         kept_step: int | None = None,
         stream: TextIO | None = None,
         on_metrics: Callable[[dict], object] | None = None,
+        trackers: Trackers | None = None,
     ):
         self.meter = Meter(images_per_step)
         self.is_main = run_directory.is_main
-        self._run, self._on_metrics = run_directory, on_metrics
+        self._run, self._on_metrics, self._trackers = run_directory, on_metrics, trackers
         self._steps_per_epoch = steps_per_epoch
         self._left = RemainingTime(total_steps)
         self._figures: dict[str, Any] = {"epochs": total_steps / steps_per_epoch}
@@ -80,6 +83,10 @@ class Telemetry:
             self._display: LiveBar | PlainLines = LiveBar(stream, total_steps, start_step)
         else:
             self._display = PlainLines(stream, total_steps)
+        if trackers:
+            for line in trackers.notes:
+                self.note(line)
+            self._warn_all(trackers.take_warnings())
 
     def progress(self, step: int) -> None:
         """A step is finished. Cheap: call it after every one."""
@@ -118,9 +125,11 @@ class Telemetry:
         self._run.append_metrics(line)
         if self._on_metrics:
             self._on_metrics(line)
-        numbers = {n: v for n, v in record.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        numbers = numbers_of(record)
         with self._board_errors():  # its queue waits for the disk when it is full
             self._run.disk.call(lambda: [self._board.add_scalar(n, v, step) for n, v in numbers.items()])
+        if self._trackers:
+            self._warn_all(self._trackers.log(step, numbers))
 
     def _of_other_threads(self, error):
         """TensorBoard's writer would print its traceback, beside the one line that its error becomes here."""
@@ -146,6 +155,10 @@ class Telemetry:
         if self.is_main:
             self._display.warn(text)
 
+    def _warn_all(self, lines):
+        for line in lines:
+            self.warn(line)
+
     def summary(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
         """The table at the end of a run: (name, value) pairs."""
         if self.is_main:
@@ -168,6 +181,8 @@ class Telemetry:
                 pass
             except (OSError, UserError) as error:  # must not hide the error that the run may be ending by
                 print(f"warning: the records may lack their end: {one_line(error)}", file=sys.stderr)
+            for line in self._trackers.finish() if self._trackers and not self._run.disk.gone else ():
+                print(f"warning: {line}", file=sys.stderr)
             if threading.excepthook == self._of_other_threads:
                 threading.excepthook = self._thread_hook
             self._run.close()

@@ -32,6 +32,7 @@ from caco_scale.method.contrast import MIN_TEMPERATURE
 from caco_scale.method.encoders import refuse_views, skeleton
 from caco_scale.run.directory import check_place
 from caco_scale.run.stopping import ControlFiles, check_job_end
+from caco_scale.run.trackers import check_trackers
 from caco_scale.training.assemble import TrainingData, build_schedule, encoder_around, parameter_dtype
 from caco_scale.weights.load import Wanted
 from caco_scale.weights.start import StartingWeights, load_start
@@ -81,6 +82,12 @@ def check_stop(start: Start) -> None:
 def check_run_dir(start: Start) -> str | None:
     """Whether the run directory can be made and written, on rank 0."""
     return check_place(start.config.run.dir) if start.rank == 0 else None
+
+
+def check_run_trackers(start: Start) -> None:
+    """Trackers that accelerate does not have, or that are not installed, on rank 0, which alone has any."""
+    if start.rank == 0:
+        check_trackers(start.config.run.trackers)
 
 
 def check_precision(start: Start) -> None:
@@ -243,6 +250,7 @@ BEFORE_DATA: tuple[Check, ...] = (
     *(
         check_stop,
         check_run_dir,
+        check_run_trackers,
         check_precision,
         check_temperatures,
         check_model,

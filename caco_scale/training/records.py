@@ -15,6 +15,7 @@ from caco_scale.run.audit import AuditLog
 from caco_scale.run.directory import RunDirectory
 from caco_scale.run.environment import describe_environment
 from caco_scale.run.telemetry import Telemetry
+from caco_scale.run.trackers import Trackers
 
 
 class Records:
@@ -28,7 +29,7 @@ class Records:
     Attributes:
         telemetry: what the parts of the run write metrics with, and speak through.
     Raises:
-        UserError: an audit log of another run, before anything is changed.
+        UserError: an audit log of another run, before anything is changed; a tracker that does not start.
     """
 
     def __init__(
@@ -56,6 +57,12 @@ class Records:
             )
         # Where a run began is no part of the recipe, and the same file resumes it.
         kept = configuration.with_absolute_places(configuration.replace(config, run__resume="auto"))
+        trackers = Trackers(
+            config.run.trackers,
+            directory,
+            configuration.flatten(kept),
+            kept_step=step if resumed and not of_another else None,
+        )
         directory.write_config(configuration.to_yaml(kept))
         own_bytes = state_bytes(strategy.optimizer)
         devices, hosts, num_bytes = zip(
@@ -81,6 +88,7 @@ class Records:
             start_step=step,
             kept_step=0 if of_another else step,
             on_metrics=on_metrics,
+            trackers=trackers,
         )
         self.telemetry.note(f"resumed from {resumed} at step {step:,}" if resumed else "fresh start")
         self.telemetry.note(f"{strategy.name}: {own_bytes / 1e6:,.2f} MB of optimizer state on rank 0")
