@@ -14,7 +14,7 @@
 # shellcheck source=slurm/lib.sh
 source "${CACO_ROOT:-$SLURM_SUBMIT_DIR}/slurm/lib.sh" || exit 2
 load_site
-cd "$ROOT" || die "no checkout at $ROOT: submit from there, or set CACO_ROOT"
+cd "$ROOT" || die "no folder $ROOT: submit from where slurm/ is, or set CACO_ROOT"
 (($# > 1)) || die "give a source and a destination: sbatch slurm/build_shards.sh SRC DST"
 if [ -z "${SLURM_ARRAY_TASK_COUNT:-}" ] || ((SLURM_ARRAY_TASK_MIN != 1 || SLURM_ARRAY_TASK_MAX != SLURM_ARRAY_TASK_COUNT)); then
   die "the array must count from 1: sbatch --array=1-$((${SLURM_ARRAY_TASK_COUNT:-4})) slurm/build_shards.sh SRC DST"

@@ -35,7 +35,7 @@ load_site() {
   elif [ -n "${SITE:-}" ]; then
     die "SITE=$SITE is not there"
   else
-    say "no $site: the environment is taken as it is (slurm/site.sh.example shows what can be set)"
+    say "no $site: the environment is taken as it is ($site.example shows what can be set)"
   fi
   : "${RUNS:=$ROOT/runs}" "${REQUEUE:=yes}" "${PREFLIGHT:=yes}" "${SHM_GB:=1}" "${MIN_FREE_GB:=20}"
   : "${MAX_FAILURES:=3}" "${MAX_STARTS_PER_STEP:=20}" "${MAX_STARTS:=1000}" "${CACHE_DIR:=}"
@@ -241,20 +241,34 @@ on_one_node() {
 
 # What was started first, to be read years later; a later start from other code says so.
 snapshot() {
-  local folder=$RUN_DIR/slurm/snapshot commit first
-  commit=$(git -C "$ROOT" rev-parse HEAD 2> /dev/null || echo unknown)
+  local folder=$RUN_DIR/slurm/snapshot code first
+  code=$(code_of_start)
   if [ -d "$folder" ]; then
     first=$(cat "$folder/commit")
-    [ "$first" = "$commit" ] || say "warning: the run began with commit $first, this start has $commit"
+    [ "$first" = "$code" ] || say "warning: the run began with $first, this start has $code"
     return
   fi
   mkdir -p "$folder"
-  echo "$commit" > "$folder/commit"
-  git -C "$ROOT" diff HEAD > "$folder/changes.diff" 2> /dev/null
+  echo "$code" > "$folder/commit"
+  ! in_checkout || git -C "$ROOT" diff HEAD > "$folder/changes.diff" 2> /dev/null
   printf '%q ' "RECIPE=$RECIPE" "STRATEGY=$STRATEGY" "RUN_DIR=$RUN_DIR" "$0" "${FLAGS[@]}" > "$folder/command"
   cp "$0" "$folder/job.sh"
   cp "$ROOT/ds_configs/$STRATEGY".* "${SITE:-$ROOT/slurm/site.sh}" "$folder" 2> /dev/null
-  cp "$RECIPE" "$folder/recipe.yaml" 2> /dev/null || cp "$ROOT/caco_scale/recipes/$RECIPE.yaml" "$folder/recipe.yaml"
+  # shellcheck disable=SC2016
+  cp "$RECIPE" "$folder/recipe.yaml" 2> /dev/null || cp "$ROOT/caco_scale/recipes/$RECIPE.yaml" "$folder/recipe.yaml" 2> /dev/null ||
+    on_one_node bash -c 'cat "$(python -m caco_scale path "recipes/$1.yaml")"' recipe "$RECIPE" > "$folder/recipe.yaml"
+}
+
+# Is ROOT the code itself, or a folder that `caco slurm init` has filled, beside an installed package?
+in_checkout() { [ -e "$ROOT/caco_scale/__init__.py" ]; }
+
+# A checkout's commit, or the installed version.
+code_of_start() {
+  if in_checkout; then
+    git -C "$ROOT" rev-parse HEAD
+  else
+    on_one_node python -c 'import caco_scale; print("caco_scale", caco_scale.__version__)'
+  fi 2> /dev/null || echo unknown
 }
 
 # Every node looks at itself and at the others; bad ones are left out, and the job comes back without them.
@@ -403,7 +417,7 @@ train() {
   : "${STRATEGY:=zero2}"
   RC=0
   load_site
-  cd "$ROOT" || die "no checkout at $ROOT: submit from there, or set CACO_ROOT"
+  cd "$ROOT" || die "no folder $ROOT: submit from where slurm/ is, or set CACO_ROOT"
   name_run
   make_places
   leave_if_over

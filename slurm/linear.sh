@@ -17,7 +17,7 @@
 # shellcheck source=slurm/lib.sh
 source "${CACO_ROOT:-$SLURM_SUBMIT_DIR}/slurm/lib.sh" || exit 2
 load_site
-cd "$ROOT" || die "no checkout at $ROOT: submit from there, or set CACO_ROOT"
+cd "$ROOT" || die "no folder $ROOT: submit from where slurm/ is, or set CACO_ROOT"
 (($# > 0)) || die "give a run or a file of weights: sbatch slurm/linear.sh RUN_OR_WEIGHTS --data TRAIN --val VAL"
 EVALUATION=${EVALUATION:-linear}
 one_of EVALUATION linear knn finetune

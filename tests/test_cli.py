@@ -101,6 +101,8 @@ def own_flags(name):
         (["pretrain", "demoo"], "no recipe 'demoo' (did you mean demo?)"),
         (["doctor", "--proceses", "2"], "(did you mean --processes?): caco doctor --help"),
         (["estimate", "demo"], "give --gpus: caco estimate --help"),
+        (["path", "zero2"], "no file 'zero2' comes with caco_scale (did you mean ds_configs/zero2.yaml?)"),
+        (["slurm", "inti"], "'inti' is no command (did you mean init?)"),
         (["completion", "tcsh"], "SHELL is 'tcsh': give one of bash, zsh"),
     ],
 )
@@ -138,6 +140,9 @@ MISTAKES = [  # in the places and names that flags give
     ["report", NOWHERE],
     ["report", "{tars}"],
     ["doctor", NOWHERE],
+    ["path", "ds_configs/zero9.yaml"],
+    ["slurm", "init", "{file}"],
+    ["slurm", "init", "s3://bucket/jobs"],
     ["shards", "build", NOWHERE, "to"],
     ["shards", "verify", NOWHERE],
     ["shards", "index", NOWHERE],
@@ -271,7 +276,7 @@ def written_commands():
     """Every command of the pages' blocks and lines, as the words after ``caco``."""
     text = pages()
     module = r"(?:python -m|launch [^\n`]*?-m) (caco_scale[\w.]*|data_prep) ([^\n`#|;]*)"
-    pattern = module + r"|\b(caco|caco-shards) ([^\n`#|;]*)"
+    pattern = module + r"|\b(caco|caco-shards) ([^\n`#|;)]*)"
     found = []
     for module, words, program, more in re.findall(pattern, text):
         words = shlex.split((words or more).split("  #")[0].rstrip(".,) "))
@@ -308,11 +313,13 @@ def test_a_checkout_is_installed_in_place():
 
 def test_the_launchers_that_the_pages_name_are_read():
     parser = launch_command_parser()
-    found = set(re.findall(r"accelerate launch ((?:--\w+ \S+ )*-m caco_scale[\w.]*)", pages()))
-    assert len(found) > 5
+    found = set(re.findall(r'accelerate launch ((?:--\w+ (?:"[^"]+"|\S+) )*-m caco_scale[\w.]*)', pages()))
+    assert len(found) > 9
     for words in found:
-        given = parser.parse_args(re.sub(r"\$\w+", "1", words).split())
-        assert given.config_file is None or (ROOT / given.config_file).exists(), words
+        given = parser.parse_args(shlex.split(re.sub(r"\$\w+", "1", words)))
+        if given.config_file is not None:
+            name = re.sub(r"^\$\(caco path (.*)\)$", r"\1", given.config_file)
+            assert (ROOT / name).exists(), words
 
 
 def test_the_readmes_commands_are_read(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Every example, as a stranger runs it: from an installed wheel, in an empty folder."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,11 +34,12 @@ def installed(tmp_path_factory):
     source = folder / "source"
     source.mkdir()
     tracked = ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "--"]
-    tracked += ["caco_scale", "data_prep", "pyproject.toml", "README.md", "LICENSE"]
+    tracked += ["caco_scale", "data_prep", "ds_configs", "slurm", "pyproject.toml", "README.md", "LICENSE"]
     for name in subprocess.run(tracked, capture_output=True, text=True, check=True).stdout.splitlines():
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
+    (source / "slurm" / "site.sh").write_text("# of the cluster of who builds\n")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     build = [] if find_spec("setuptools") is None else ["--no-build-isolation"]  # nothing to be fetched
     subprocess.run([*pip, "wheel", "--no-deps", *build, "-w", folder, source], check=True)
@@ -92,6 +94,48 @@ def test_an_example_under_two_processes(words, installed, tmp_path):
     assert "2 process(es), 5 steps" in said
 
 
-def test_the_wheel_holds_types_and_the_page(installed):
-    for name in ("py.typed", "examples/README.md"):
-        assert (installed / "caco_scale" / name).is_file()
+def test_the_wheel_holds_all_that_the_checkout_does(installed):
+    """And no more: the builder's own slurm/site.sh stays at home."""
+    source = installed.parent / "source"
+    folders = {"caco_scale": "caco_scale", "data_prep": "data_prep"}
+    folders |= {name: f"caco_scale/{name}" for name in ("ds_configs", "slurm")}
+    wanted = {
+        f"{inside}/{path.relative_to(source / name)}"
+        for name, inside in folders.items()
+        for path in (source / name).rglob("*")
+        if path.is_file() and path != source / "slurm/site.sh"
+    }
+    there = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
+    there = {name for name in there if "__pycache__" not in name and not name.endswith(".so")}
+    assert {name for name in there if name.startswith(("caco_scale/", "data_prep/"))} == wanted
+    assert {name.split("/")[0] for name in there} <= {"caco_scale", "data_prep", "bin"} | {
+        path.name for path in installed.glob("*.dist-info")
+    }
+
+
+def test_a_wheel_alone_names_and_writes_its_files(installed, tmp_path):
+    packaged = str(installed / "caco_scale/ds_configs/zero2.yaml")
+    assert run(["-m", "caco_scale", "path", "ds_configs/zero2.yaml"], tmp_path, installed) == f"{packaged}\n"
+    listed = run(["-m", "caco_scale", "path"], tmp_path, installed).splitlines()
+    assert {"ds_configs/fsdp2.yaml", "slurm/800ep.sh", "recipes/demo.yaml"} <= set(listed)
+    words = [sys.executable, "-m", "caco_scale", "pretrain", "demo", "--deepspeed"]
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert '--config_file "$(caco path ds_configs/zero2.yaml)" -m' in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    said = run(["-m", "caco_scale", "slurm", "init", "jobs"], tmp_path, installed).splitlines()
+    assert said[0] == "wrote 19 files to jobs/slurm and jobs/ds_configs"
+    assert {f"jobs/{name}" for name in listed if not name.startswith("recipes/")} == {
+        str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()
+    }
+
+
+@pytest.mark.long
+def test_a_wheel_alone_trains_under_its_launcher_config(installed, tmp_path):
+    config = run(["-m", "caco_scale", "path", "ds_configs/zero2.yaml"], tmp_path, installed).strip()
+    launch = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "1"]
+    words = ["-m", "caco_scale.pretrain", "demo", "--run.max_steps", "2", "--eval.knn_every", "0"]
+    assert re.search(
+        "training sees 1 process.*, zero2$", run([*launch, *words], tmp_path, installed), re.MULTILINE
+    )
+    assert (tmp_path / "runs/demo/DONE").exists()

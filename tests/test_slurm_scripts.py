@@ -4,9 +4,13 @@ import os
 import shlex
 import stat
 import subprocess
+import sys
 
 import pytest
 from launch import ROOT
+
+import caco_scale
+from caco_scale.commands.slurm import write
 
 STUBS = {
     "sbatch": """
@@ -147,3 +151,36 @@ def test_an_evaluation_that_was_stopped_is_not_completed(run, says, code, variab
     assert done.returncode == ends_with, done.stdout + done.stderr
     assert says in done.stdout
     assert (run.folder / "requeued").exists() == requeued
+
+
+def test_scripts_of_a_users_own_folder_find_each_other_and_the_package(run):
+    """As ``caco slurm init`` writes them, beside an installed package: submitted, and a job's life to its end."""
+    folder = run.folder / "my jobs"
+    write(folder)
+    (folder / "slurm/site.sh").write_text("MIN_FREE_GB=0 PREFLIGHT=no\n")
+    python = run.folder / "python"  # the doctor alone takes seconds
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *doctor*) exit 0 ;; esac\nPYTHONPATH={ROOT} exec {sys.executable} "$@"\n'
+    )
+    python.chmod(stat.S_IRWXU)
+    submitted = run(folder / "slurm/submit.sh", "200ep", "--", "--optim.lr", "0.2", SITE="")
+    assert submitted.returncode == 0, submitted.stderr
+    assert f"--output={folder}/runs/caco_r50_200ep/slurm/job-%j.out" in (run.folder / "words").read_text()
+    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NAME": "caco"}
+    job |= {
+        "PROCESSES_PER_NODE": "1",
+        "SAYS": "error: stopped",
+        "CODE": "2",
+        "SITE": "",
+        "SLURM_SUBMIT_DIR": "/",
+    }
+    done = run(run.folder / "script", **job)
+    assert "failed at step 0" in done.stdout, done.stdout + done.stderr
+    assert done.stderr == ""
+    snapshot = folder / "runs/caco_r50_200ep/slurm/snapshot"
+    assert (snapshot / "commit").read_text() == f"caco_scale {caco_scale.__version__}\n"
+    assert (snapshot / "recipe.yaml").read_text() == (
+        ROOT / "caco_scale/recipes/caco_r50_200ep.yaml"
+    ).read_text()
+    assert (snapshot / "zero2.yaml").read_text() == (folder / "ds_configs/zero2.yaml").read_text()
+    assert (run.folder / "requeued").exists()

@@ -73,8 +73,9 @@ def pretrain(
     """Pre-train an image encoder with CaCo (arXiv:2203.14370), as ``python -m caco_scale.pretrain`` does.
 
     The same recipe and flags train the same run, to the last digit. In a script or a notebook it is one process;
-    several are this same script under the launcher: ``accelerate launch --config_file ds_configs/ddp.yaml script.py``,
-    where every process makes this call. A second call with the same ``run.dir`` resumes, as the command does.
+    several are this same script under the launcher,
+    ``accelerate launch --config_file "$(caco path ds_configs/ddp.yaml)" script.py``, where every process makes this
+    call. A second call with the same ``run.dir`` resumes, as the command does.
 
     Args:
         recipe: the name of a recipe (``demo``, ``caco_r50_200ep``, ...) or the path of a YAML file; the ``config.yaml``

@@ -35,6 +35,10 @@ COMMANDS = {
     "estimate": Command("caco_scale.doctor.estimate", "Steps, hours and price of a run.", "Estimate"),
     "preflight": Command("caco_scale.doctor.preflight", "Check the nodes of a job.", "Preflight"),
     "benchmark": Command("caco_scale.benchmark.__main__", "Measure against straightforward peers."),
+    "path": Command(
+        "caco_scale.commands.path", "Where a file is that comes with it: launcher configs, recipes.", "Named"
+    ),
+    "slurm": Command("caco_scale.commands.slurm", "Job scripts for a SLURM cluster."),
     "completion": Command(
         "caco_scale.commands.completion", "Print what makes a shell complete these.", "Completion"
     ),

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from caco_scale import shipped
 from caco_scale.distributed.environment import number
 from caco_scale.errors import UserError, one_line
-
-CHECKOUT = Path(__file__).parents[2]  # where ds_configs/ lies beside the package
+from caco_scale.shipped import spelled
 
 # DeepSpeed settings that change only speed and memory, each tried against one process. Any other is refused.
 EXACT_KEYS = {
@@ -68,12 +68,12 @@ def deepspeed_config(environment: Mapping[str, str]) -> dict:
 
 
 def find_deepspeed_json(name: str) -> Path:
-    """The JSON file that a launcher's config names: from the working directory, beside it, or in the checkout."""
+    """The JSON file that a launcher's config names: from the working directory, beside it, or of the package."""
     beside = _launcher_config_folder()
     places = [
         Path.cwd() / name,
         *([beside / name, beside / Path(name).name] if beside else []),
-        CHECKOUT / name,
+        *([shipped.place(name)] if name in shipped.names() else []),
     ]
     for path in places:
         if path.is_file():
@@ -132,7 +132,7 @@ def check_deepspeed(config: dict, source: str) -> None:
     if zero["stage"] not in (1, 2, 3):
         refuse(
             f"zero_optimization.stage {zero['stage']}",
-            "partitions nothing: use --config_file ds_configs/ddp.yaml",
+            f"partitions nothing: use --config_file {spelled('ds_configs/ddp.yaml')}",
         )
     unknown = [key for key in config if key not in EXACT_KEYS]
     unknown += [f"zero_optimization.{key}" for key in zero if key not in EXACT_ZERO_KEYS]
@@ -144,7 +144,7 @@ def check_deepspeed(config: dict, source: str) -> None:
     if unknown:
         refuse(
             ", ".join(unknown),
-            "is not known to train the same model: remove it (ds_configs/*.json show what is)",
+            f"is not known to train the same model: remove it ({spelled('ds_configs/*.json')} show what is)",
         )
     if config.get("gradient_clipping", "auto") not in ("auto", 0):
         clipping = config["gradient_clipping"]

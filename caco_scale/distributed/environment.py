@@ -13,9 +13,9 @@ from collections.abc import Generator, Mapping
 from typing import NamedTuple
 
 from caco_scale.errors import UserError
+from caco_scale.shipped import spelled
 
 PORTS = range(1, 2**16)
-HERE = "launch with accelerate launch --config_file ds_configs/ddp.yaml --num_processes N, or"
 
 
 class Names(NamedTuple):
@@ -107,8 +107,8 @@ def place_of(environment: Mapping[str, str], on_cpu: bool, asked_world_size: int
         return _checked(environment, TORCH)
     if number(environment, TORCH.rank, 0, 0) > 0:
         raise UserError(
-            f"RANK is {environment['RANK']} but WORLD_SIZE is not above 1: unset RANK, as another launch's, {HERE} set "
-            "WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+            f"RANK is {environment['RANK']} but WORLD_SIZE is not above 1: unset RANK, as another launch's, "
+            f"{_or_launch()} set WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         )
     for names in MPI if on_cpu and asked_world_size != 1 and TORCH.size not in environment else ():
         if number(environment, names.size, 1) > 1:
@@ -140,6 +140,11 @@ def is_on_one_node(environment: Mapping[str, str]) -> bool:
     return all(size == local for size, local in sizes)
 
 
+def _or_launch():
+    config = spelled("ds_configs/ddp.yaml")
+    return f"launch with accelerate launch --config_file {config} --num_processes N, or"
+
+
 def _checked(environment, names):
     known = [f"{name}={environment[name]}" for name in names[:3] if name in environment]
     needed = [names.size, names.rank, "MASTER_ADDR", *(["MASTER_PORT"] if names is TORCH else [])]
@@ -149,7 +154,7 @@ def _checked(environment, names):
     if missing:
         raise UserError(
             f"{' '.join(known)} in the environment without {', '.join(missing)}: unset {unset}, as another "
-            f"launch's{one}, {HERE} set what is missing"
+            f"launch's{one}, {_or_launch()} set what is missing"
         )
     size, rank = number(environment, names.size, 1), number(environment, names.rank, 0, 0)
     local_rank = number(environment, names.local_rank, 0, 0)
@@ -157,7 +162,7 @@ def _checked(environment, names):
     if rank >= size or local_rank >= size or local_size > size or local_rank >= local_size:
         raise UserError(
             f"{' '.join(known)} {names.local_size}={local_size}: a rank must be below the number of processes; unset "
-            f"{unset}, as another launch's{one}, {HERE} correct them"
+            f"{unset}, as another launch's{one}, {_or_launch()} correct them"
         )
     port = number(environment, "MASTER_PORT", 29500)
     if port not in PORTS:
@@ -188,7 +193,7 @@ def check_parallelism(environment: Mapping[str, str]) -> None:
         engine = "Megatron-LM" if "MEGATRON" in name else "parallelism"
         raise UserError(
             f"the launcher asks for {engine} ({name}={environment[name]}), which this program does not train with: "
-            f"unset {name}, or use one of ds_configs/*.yaml"
+            f"unset {name}, or use one of {spelled('ds_configs/*.yaml')}"
         )
 
 

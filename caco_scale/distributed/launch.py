@@ -1,6 +1,6 @@
 """Join the processes of a launch, and refuse a launch that would train otherwise than its user believes.
 
-The launcher's config file (``accelerate launch --config_file ds_configs/<strategy>.yaml``) chooses the strategy; it
+The launcher's config file (``accelerate launch --config_file .../<strategy>.yaml``) chooses the strategy; it
 reaches a process as environment variables. A launch gone wrong ends as N times one process, or as another strategy:
 nothing fails, the loss falls, and the result is another one. So all of it is checked before anything is built.
 """
@@ -37,6 +37,7 @@ from caco_scale.distributed.environment import (
     place_of,
 )
 from caco_scale.errors import UserError, one_line
+from caco_scale.shipped import spelled
 
 # torch renames the option; both names mean the same here, and 2.11 knows only this one.
 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
@@ -76,12 +77,12 @@ def check_fsdp(environment: Mapping[str, str]) -> None:
     if version != "2":
         raise UserError(
             f"the launcher asks for FSDP version {version}, whose flat parameters LARS cannot tell apart: use "
-            "--config_file ds_configs/fsdp2.yaml (fsdp_version: 2)"
+            f"--config_file {spelled('ds_configs/fsdp2.yaml')} (fsdp_version: 2)"
         )
     if is_true(environment, "FSDP_OFFLOAD_PARAMS"):
         raise UserError(
             "the launcher asks for FSDP2 with parameters offloaded to the host, which is not supported: set "
-            "fsdp_offload_params: false, or use --config_file ds_configs/zero3_offload.yaml"
+            f"fsdp_offload_params: false, or use --config_file {spelled('ds_configs/zero3_offload.yaml')}"
         )
 
 
@@ -216,12 +217,12 @@ def _start_deepspeed(on_cpu, options, place):
     if is_true(os.environ, "ACCELERATE_USE_CPU"):
         raise UserError(
             "the launcher asks for DeepSpeed and for ACCELERATE_USE_CPU, under which accelerate leaves DeepSpeed out: "
-            "drop --cpu (use_cpu); ds_configs/zero*.yaml run on a CPU without it"
+            f"drop --cpu (use_cpu); {spelled('ds_configs/zero*.yaml')} run on a CPU without it"
         )
     if "LOCAL_RANK" not in os.environ:
         raise UserError(
             "ACCELERATE_USE_DEEPSPEED is set but no launcher gave this process a rank: launch with accelerate launch "
-            "--config_file ds_configs/zero2.yaml --num_processes N -m caco_scale.pretrain ..."
+            f"--config_file {spelled('ds_configs/zero2.yaml')} --num_processes N -m caco_scale.pretrain ..."
         )
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -239,7 +240,8 @@ def _start_deepspeed(on_cpu, options, place):
     if accelerator.distributed_type.value != "DEEPSPEED":
         raise UserError(
             f"the launcher asks for DeepSpeed but accelerate trains with {accelerator.distributed_type.value}: launch "
-            "with accelerate launch --config_file ds_configs/zero2.yaml --num_processes N -m caco_scale.pretrain ..."
+            f"with accelerate launch --config_file {spelled('ds_configs/zero2.yaml')} --num_processes N "
+            "-m caco_scale.pretrain ..."
         )
     return accelerator
 
@@ -260,7 +262,7 @@ def import_deepspeed() -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"the launcher asks for DeepSpeed, but {error.name or error} is not installed: pip install {error.name}, "
-            "or use --config_file ds_configs/fsdp2.yaml"
+            f"or use --config_file {spelled('ds_configs/fsdp2.yaml')}"
         ) from None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -303,7 +305,7 @@ def check_world_size(world_size: int, asked: int, environment: Mapping[str, str]
         if asked != world_size:
             raise UserError(
                 f"run.world_size asks for {asked} processes but training sees {world_size}: "
-                "launch with accelerate launch --config_file ds_configs/ddp.yaml --num_processes "
+                f"launch with accelerate launch --config_file {spelled('ds_configs/ddp.yaml')} --num_processes "
                 f"{asked}, or correct run.world_size"
             )
         return
@@ -317,5 +319,6 @@ def check_world_size(world_size: int, asked: int, environment: Mapping[str, str]
         spoken = ", ".join(f"{name}={value}" for name, value in counts.items())
         raise UserError(
             f"the launch speaks of several processes ({spoken}) but training sees 1: launch with accelerate launch "
-            "--config_file ds_configs/ddp.yaml --num_processes N, or confirm one process by --run.world_size 1"
+            f"--config_file {spelled('ds_configs/ddp.yaml')} --num_processes N, or confirm one process by "
+            "--run.world_size 1"
         )

@@ -22,7 +22,7 @@ class Plan:
     processes: Annotated[int | None, Rule(lambda x: x >= 1, "give at least 1"), shown("N")] = None
     """Processes of a launch to come, which one process answers for (default: this launch is checked)."""
     strategy: str = "ddp"
-    """Their strategy: a name in ds_configs/."""
+    """Their strategy: the name of a launcher config, as caco path lists them (zero2)."""
 
 
 @exit_on_user_error

@@ -1,6 +1,6 @@
 """Check machine, launch, configuration, data and storage before a run, and say what to fix.
 
-    accelerate launch --config_file ds_configs/zero2.yaml --num_processes N -m caco_scale.doctor [RECIPE] [--flags]
+    accelerate launch --config_file "$(caco path ds_configs/zero2.yaml)" --num_processes N -m caco_scale.doctor ...
     python -m caco_scale.doctor [RECIPE] [--flags]                  as one process would train
     python -m caco_scale.doctor [RECIPE] [--flags] --processes 32 --strategy zero2      as they would, asked of one
 
@@ -22,6 +22,7 @@ from caco_scale.config import Config
 from caco_scale.errors import UserError, one_line
 from caco_scale.flags.choices import BATCH_RULES, STRATEGIES
 from caco_scale.run import packages
+from caco_scale.shipped import spelled
 
 if TYPE_CHECKING:  # imported where they are used: a torch that is missing is a finding
     from caco_scale.data.store.base import Store
@@ -78,7 +79,7 @@ def check_versions(
             continue
         if found is None:
             why = ", which accelerate needs for DeepSpeed" if name == "transformers" else ""
-            instead = ", or use ds_configs/fsdp2.yaml" if name in DEEPSPEED else ""
+            instead = f", or use {spelled('ds_configs/fsdp2.yaml')}" if name in DEEPSPEED else ""
             findings.append(fail(f"{name} is not installed{why}: pip install {name}{instead}"))
         elif not packages.is_new_enough(requirement, found):
             lowest = str(requirement.specifier).removeprefix(">=")
@@ -306,7 +307,7 @@ def _less_memory(start, estimate, room, offloaded):
     if config.bank.rule not in BATCH_RULES:  # whose negatives are those of one forward
         size = largest_micro_batch(config, start.strategy, start.world_size, estimate, room, offloaded)
     helps = start.device.type == "cuda" and not offloaded
-    strategies = ", or ds_configs/zero2.yaml, fsdp2.yaml, zero3_offload.yaml" if helps else ""
+    strategies = f", or {spelled('ds_configs/zero2.yaml')} (fsdp2, zero3_offload)" if helps else ""
     if size:
         return f"give --data.micro_batch_size {size}, which fits by this estimate, more processes{strategies}"
     rest = (estimate.total - estimate.activations) / 1e9

@@ -4,9 +4,9 @@
     python -m caco_scale.embed neighbours features.parquet --query cat/1.jpg --to near.html
     python -m caco_scale.embed duplicates features.parquet --above 0.95 --to list.txt
 
-The first is the command extract, which is meant where none is named; several processes share it (accelerate launch
---config_file ds_configs/ddp.yaml --num_processes N -m caco_scale.embed ...) and write the same file. The ending of a
-file's name chooses its form.
+The first is the command extract, which is meant where none is named. Several processes share it and write the same
+file: accelerate launch --config_file "$(caco path ds_configs/ddp.yaml)" --num_processes N -m
+caco_scale.embed ... The ending of a file's name chooses its form.
 """
 
 import importlib

@@ -4,7 +4,8 @@ RUN_OR_WEIGHTS is a run directory, one of its checkpoints, or a file: an export 
 CaCo's authors, MoCo, DINO, torchvision or timm; or a Hugging Face directory in timm's layout. --data and --val are
 shard sets or folders of class folders, so that transfer to another data set is the same command. One label an image:
 multi-label sets (PASCAL VOC07) are out of scope.
-Several processes: accelerate launch --config_file ds_configs/ddp.yaml --num_processes N -m caco_scale.evaluate ...
+Several processes:
+accelerate launch --config_file "$(caco path ds_configs/ddp.yaml)" --num_processes N -m caco_scale.evaluate ...
 """
 
 import importlib

@@ -25,6 +25,7 @@ from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.errors import UserError
 from caco_scale.evaluate.results import INTERVAL_WORDS, ResultFolder, same_set
 from caco_scale.run.environment import describe_environment
+from caco_scale.shipped import spelled
 from caco_scale.weights.build import gist
 from caco_scale.weights.load import Weights, describe, load_weights
 
@@ -242,7 +243,7 @@ def processes_of(flags: Any) -> "Accelerator":
     if strategy != "ddp":
         raise UserError(
             f"the launcher asks for {strategy}, but this command partitions nothing: use "
-            "--config_file ds_configs/ddp.yaml"
+            f"--config_file {spelled('ds_configs/ddp.yaml')}"
         )
     try:
         return start_processes(flags.world_size, flags.timeout_seconds)

@@ -8,6 +8,10 @@ This file knows neither commands nor recipes: of a target in the table it offers
 
 from collections.abc import Collection, Iterable, Mapping
 
+from caco_scale.shipped import spelled
+
+ZERO2 = "ds_configs/zero2.yaml"
+
 # Flag, or flags of which a command has the first one that it has -> what people type for it. The first line with a word
 # and a flag of the command counts.
 MEANT = {
@@ -89,7 +93,7 @@ ELSEWHERE = (
     (
         "strategy deepspeed fsdp zero zero_stage distributed ddp sync_bn dist_url local_rank",
         ("run.world_size",),
-        "the launcher says the strategy: accelerate launch --config_file ds_configs/zero2.yaml -m ...",
+        f"the launcher says the strategy: accelerate launch --config_file {ZERO2} -m ...",
     ),
     (
         "momentum sgd_momentum optim.momentum optim.beta1 beta1 beta2 betas",
@@ -172,7 +176,7 @@ def advice(name: str, flags: Mapping[str, str], usage: str = "") -> str:
     found = by_table(name, flags)
     for words, needed, text in ELSEWHERE:
         if not found and name in words.split() and any(flag in flags for flag in needed):
-            return f" ({text})"
+            return f" ({text.replace(ZERO2, spelled(ZERO2))})"
     found = found or meant(name, flags)
     if found and not flags[found[0]].startswith("--"):
         return f" (give {flags[found[0]]} without a flag)"

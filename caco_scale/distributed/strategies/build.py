@@ -11,6 +11,7 @@ from caco_scale.distributed.strategies.ddp import DataParallel
 from caco_scale.distributed.strategies.fsdp2 import FullyShardedDataParallel
 from caco_scale.distributed.strategies.zero import Zero
 from caco_scale.errors import UserError
+from caco_scale.shipped import spelled
 
 
 def build_strategy(
@@ -56,10 +57,10 @@ def check_combination(name: str, dtype: torch.dtype, compiled: bool) -> None:
     if name.startswith("zero") and dtype == torch.float64:
         raise UserError(
             "precision.compute fp64 cannot be had from DeepSpeed, which keeps fp32 master parameters: use "
-            "--config_file ds_configs/fsdp2.yaml or ds_configs/ddp.yaml"
+            f"--config_file {spelled('ds_configs/fsdp2.yaml')} or {spelled('ds_configs/ddp.yaml')}"
         )
     if name in ("zero3", "fsdp2") and compiled:
         raise UserError(
             f"precision.compile is not supported where parameters are partitioned ({name}): use --config_file "
-            "ds_configs/zero2.yaml, which still partitions the optimizer, or drop it"
+            f"{spelled('ds_configs/zero2.yaml')}, which still partitions the optimizer, or drop it"
         )
