@@ -78,7 +78,7 @@ def run_ranks(function, world_size, *args):
             rank, value, error = results.get()
             if error is not None:
                 for process in processes:
-                    process.terminate()
+                    process.kill()  # under a shielded server SIGTERM does not end it
                 raise AssertionError(f"rank {rank} of {world_size} raised:\n{error}")
             collected[rank] = value
         for process in processes:

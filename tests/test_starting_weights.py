@@ -189,7 +189,7 @@ def mistakes(path, pair):
     )
     yield "resnet18", "run", "is a tiny, not a resnet18: give --model.arch tiny$"
     yield "resnet34", "hub", "is a timm/test_resnet, not a resnet34: give --model.arch timm/test_resnet$"
-    yield "own_nets:net", "run", "is a tiny, not a own_nets:net"
+    yield "own_nets:net", "run", "is a tiny, not an own_nets:net"
     yield "resnet18", "typo", "has no model 'resnet1O8' .did you mean resnet18?"
     yield "resnet18", "transformers", "another library than timm .*ViTModel"
     yield "resnet18", "empty", "in several files .model.safetensors.index.json"

@@ -347,7 +347,7 @@ def test_an_evaluation_says_what_it_assumes_unless_it_was_told(tmp_path, capsys)
     weights = load_weights(save(torchvision_state().state_dict(), tmp_path / "w.pth"))
     accelerator: Any = SimpleNamespace(is_main_process=True, num_processes=1, device=torch.device("cpu"))
     manifest = SimpleNamespace(num_samples=4, classes=["a", "b"], class_counts=[2, 2])
-    store: Any = SimpleNamespace(url="set", manifest=manifest, unchecked="")
+    store: Any = SimpleNamespace(url="set", manifest=manifest, unchecked="", fingerprint=object)
     images: Any = {"size": 224, "resize": 256, "mean": weights.mean, "std": (1.0, 1.0, 1.0)}
     rest: Any = {"dtype": torch.float32, "autocast_dtype": None, "images_at_once": 1, "workers": 0, "seed": 0}
     task = Task(accelerator=accelerator, weights=weights, train=store, val=store, **images, **rest)

@@ -165,11 +165,12 @@ def _exactly(connection, count):
 
 
 def modules():
-    """The names of the package's modules, as its files tell; not of _augment_cpu, which is no module of Python."""
+    """The names of the package's modules, as its files tell; not of the kernels, which are interpreted where the
+    environment says so as they are imported, nor of _augment_cpu, which is no module of Python."""
     for package in ("caco_scale", "data_prep"):
         for path in sorted((ROOT / package).rglob("*.py")):
             words = path.relative_to(ROOT).with_suffix("").parts
-            if words[-1] != "__main__" and "examples" not in words:
+            if words[-1] not in ("__main__", "kernels") and "examples" not in words:
                 yield ".".join(words[: -1 if words[-1] == "__init__" else None])
 
 

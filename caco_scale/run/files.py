@@ -185,10 +185,8 @@ def json_lines_backwards(path: str | Path, block: int = 1 << 16) -> Iterator[dic
     if not Path(path).exists():
         return
     with open_ordinary(Path(path), "rb") as file:
-        end, rest = (
-            file.seek(0, os.SEEK_END),
-            [],
-        )  # rest: parts of a line that begins further in front, the last first
+        end = file.seek(0, os.SEEK_END)
+        rest = []  # the parts of a line that begins further in front, the last first
         while end:
             start = max(0, end - block)
             file.seek(start)
