@@ -33,7 +33,7 @@ SETTINGS = {"bank.size": 20, "views.scale": (0.2, 1.0), "recipe": "demo", "optim
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch):
     """No variable of a user's tracker, and nothing of accelerate's that the next test would find."""
-    for name in [name for name in os.environ if name.split("_")[0] in ("WANDB", "MLFLOW")]:
+    for name in [name for name in os.environ if name.split("_")[0] in ("WANDB", "MLFLOW", "COMET")]:
         monkeypatch.delenv(name)
     was_there = bool(PartialState._shared_state)
     PartialState(cpu=True)  # a run has one; accelerate's classes ask it
@@ -367,6 +367,27 @@ def test_a_fresh_start_is_a_new_run_and_a_tracker_that_comes_later_is_whole(tmp_
         train(telemetry, 5, 5)
     assert [step for step, of in fake.starts[0].logged if "loss" in of] == [1, 2, 3, 4]
     assert [len(history(run, "loss")) for run in store.values()] == [3, 5]
+
+
+def test_comet_is_offline_and_its_archive_is_written_again(tmp_path, monkeypatch):
+    module, starts = types.ModuleType("comet_ml"), []
+    module.__version__, module.ExperimentConfig = "3.58.8", dict
+    logged = lambda found: types.SimpleNamespace(
+        log_parameters=lambda values: None,
+        set_step=lambda step: None,
+        log_metric=lambda name, value, step: found.append((name, step, value)),
+        end=lambda: None,
+    )
+    module.start = lambda **options: starts.append((options, [])) or logged(starts[-1][1])
+    monkeypatch.setitem(sys.modules, "comet_ml", module)
+    for kept_step, last in ((None, 3), (2, 4)):
+        with closing(start(tmp_path, ["comet_ml"], kept_step)) as telemetry:
+            train(telemetry, (kept_step or 0) + 1, last)
+    (first, _), (second, found) = starts
+    assert first == second
+    assert (second["online"], second["mode"]) == (False, "create")
+    assert second["experiment_config"]["offline_directory"] == str(tmp_path / "comet")
+    assert [step for name, step, _ in found if name == "loss"] == [1, 2, 3, 4]
 
 
 # ---- W&B

@@ -9,6 +9,8 @@ was added, in between. trackers.json in the run directory keeps its id of the ru
                last step that it has; W&B drops what comes for an older one
     mlflow     files in run.dir/mlruns; with MLFLOW_TRACKING_URI that store. The same run goes on. It can neither change
                nor remove: steps above the checkpoint's that it has keep their values, parameters those of the start
+    comet_ml   offline in run.dir/comet, with COMET_START_ONLINE as "others". A resume writes the archive of that key
+               again, whole; Comet writes it at a start's end, so a killed one has left none
     others     as they are set up; those registered with accelerate, too. Every start is a new run there, whole
 
 Only the main rank has any. All of a tracker runs in a thread of its own (MLflow's run belongs to one) that training
@@ -170,14 +172,33 @@ class _MLflow(_Tracker):
         return {name: value for name, value in settings.items() if name not in known}
 
     def where(self):
-        return f"mlflow ui --backend-store-uri {quoted(self.run / 'mlruns')}" if self.set else ""
+        command = f"mlflow ui --backend-store-uri {quoted(self.run / 'mlruns')}"
+        return f"MLFLOW_ALLOW_FILE_STORE=true {command}" if self.set else ""
 
     def end(self):
         for name in self.set:
             os.environ.pop(name, None)
 
 
-KINDS: dict[str, type[_Tracker]] = {"wandb": _Wandb, "mlflow": _MLflow}
+class _Comet(_Tracker):
+    def options(self):
+        if os.environ.get("COMET_START_ONLINE"):
+            return {}
+        self.identity = self.identity or uuid4().hex
+        config = import_module("comet_ml").ExperimentConfig
+        folder = config(offline_directory=str(self.run / "comet"), name=self.title, display_summary_level=0)
+        return {
+            "online": False,
+            "experiment_key": self.identity,
+            "mode": "create",
+            "experiment_config": folder,
+        }
+
+    def project(self):
+        return os.environ.get("COMET_PROJECT_NAME", PROJECT)
+
+
+KINDS: dict[str, type[_Tracker]] = {"wandb": _Wandb, "mlflow": _MLflow, "comet_ml": _Comet}
 
 
 class _Failed(Exception):
