@@ -15,11 +15,11 @@ from warm import environment
 
 from caco_scale.benchmark import paper
 from caco_scale.benchmark.__main__ import main
-from caco_scale.benchmark.bank import why_not_compiled
 from caco_scale.benchmark.counts import count_step
 from caco_scale.benchmark.dense import CompiledBank, DenseBank, pair_list
 from caco_scale.benchmark.measure import in_turn, significant
 from caco_scale.config import load_recipe, replace
+from caco_scale.distributed.compilation import lacking
 from caco_scale.errors import UserError
 from caco_scale.method.contrast import pair_weights
 from caco_scale.training.assemble import build_encoder
@@ -50,9 +50,7 @@ def test_the_bank_benchmark_measures_three_banks_that_agree(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(
-    why_not_compiled("cpu") is not None, reason=f"torch.compile needs {why_not_compiled('cpu')}"
-)
+@pytest.mark.skipif(lacking("cpu") is not None, reason=f"torch.compile needs {lacking('cpu')}")
 def test_the_bank_benchmark_measures_a_compiled_bank_that_agrees(tmp_path):
     assert_banks(run(tmp_path, *SMALL_BANK), BANKS)
 

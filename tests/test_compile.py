@@ -1,11 +1,13 @@
-"""Compiled encoders and augmentation: one graph for each size of view, and none for what comes after."""
+"""``precision.compile``: where it is on; one graph for each size of view, and none for what comes after."""
 
 import copy
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from gloo import run_ranks
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -13,12 +15,120 @@ from caco_scale import config as configuration
 from caco_scale.data.augment import IMAGENET_STD, augment
 from caco_scale.data.order import sample_keys
 from caco_scale.data.views import ViewSpec, draw_colour
+from caco_scale.distributed import compilation
+from caco_scale.distributed.compilation import lacking, reason_against
 from caco_scale.distributed.strategies.build import compile_encoders
 from caco_scale.distributed.syncbn import convert_sync_batchnorm
+from caco_scale.errors import UserError
 from caco_scale.method.model import Encoder, QueryKeyModel
-from caco_scale.training.assemble import build_augment
+from caco_scale.training import assemble, checks
+from caco_scale.training.assemble import build_augment, resolve_precision
+from caco_scale.training.checks import Start, check_precision
 
-COMPILED = configuration.replace(configuration.load_recipe("demo"), precision__compile=True)
+COMPILED = configuration.replace(configuration.load_recipe("demo"), precision__compile="true")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, None),
+        ({"strategy": "zero2"}, None),
+        ({"device_type": "cpu"}, "only on CUDA"),
+        ({"device_type": "mps"}, "only on CUDA"),
+        ({"strategy": "zero3"}, "zero3 partitions the parameters"),
+        ({"recomputes": True}, "model.checkpoint_activations"),
+        ({"fp64": True}, "precision.compute fp64"),
+        ({"lacks": "the package triton"}, "it needs the package triton"),
+    ],
+)
+def test_auto_compiles_on_cuda_where_nothing_speaks_against_it(changed, expected):
+    facts = {"device_type": "cuda", "strategy": "ddp", "recomputes": False, "fp64": False, "lacks": None}
+    assert reason_against(**{**facts, **changed}) == expected
+
+
+def test_it_is_settled_once_and_said_in_a_line_and_in_the_configuration(monkeypatch):
+    auto = configuration.Config()
+    assert auto.precision.compile == "auto"
+    monkeypatch.setattr(assemble, "lacking", lambda device_type: None)
+    for name in ("ddp", "zero1", "zero2"):
+        config, line = resolve_precision(auto, CUDA, name)
+        assert line == "precision bf16, compiled: the first steps take minutes"
+    saved = configuration.to_yaml(config)
+    assert "compute: bf16\n  compile: 'true'\n" in saved
+    assert resolve_precision(config, CPU) == (config, line)  # what is settled stays
+    config, line = resolve_precision(auto, CPU)
+    assert (config.precision.compile, line) == ("false", "precision fp32, not compiled (auto: only on CUDA)")
+    given = configuration.replace(auto, precision__compile="false", precision__compute="fp32")
+    assert resolve_precision(given, CUDA) == (given, "precision fp32, not compiled")
+    monkeypatch.setattr(assemble, "lacking", lambda device_type: "a C compiler")
+    config, line = resolve_precision(auto, CUDA)
+    assert (config.precision.compile, line) == (
+        "false",
+        "precision bf16, not compiled (auto: it needs a C compiler)",
+    )
+
+
+def rank_resolve(rank, world_size):
+    assemble.lacking = lambda device_type: "a C compiler" if rank else None
+    return resolve_precision(configuration.Config(), CUDA)[0].precision.compile
+
+
+def test_a_rank_without_a_compiler_decides_for_all():
+    assert run_ranks(rank_resolve, 2) == ["false"] * 2
+
+
+def test_what_a_machine_lacks_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(compilation, "find_spec", lambda name: None)
+    assert "the package triton" in lacking("cuda")
+    monkeypatch.setattr(compilation, "find_spec", lambda name: name)
+    for variable, kind in (("CC", "C"), ("CXX", "C++")):
+        monkeypatch.setenv(variable, "no-such-compiler")
+        device = "cuda" if variable == "CC" else "cpu"
+        assert lacking(device).startswith(f"a {kind} compiler, and there is no no-such-compiler: install one")
+        monkeypatch.setenv(variable, "sh")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    monkeypatch.setattr(compilation.sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert f"there is no {tmp_path}/Python.h" in lacking("cuda")
+    (tmp_path / "Python.h").touch()
+    assert lacking("cuda") == "a GPU of compute capability 7.0, and this one has 6.1"
+    assert lacking("cpu") is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert lacking("cuda") is None
+
+
+def test_an_explicit_true_is_refused_where_it_cannot_be_had(monkeypatch):
+    start = Start(COMPILED, "ddp", 0, 1, CPU)
+    monkeypatch.setattr(checks, "lacking", lambda device_type: None)
+    check_precision(start)
+    with pytest.raises(UserError, match=r"precision.compile .*zero3"):
+        check_precision(replace(start, strategy="zero3"))
+    monkeypatch.setattr(checks, "lacking", lambda device_type: "a C compiler")
+    with pytest.raises(UserError, match=r"needs a C compiler; or give --precision.compile false"):
+        check_precision(start)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(True, "true"), (False, "false"), ("yes", "true"), ("auto", "auto")]
+)
+def test_booleans_of_old_configurations_are_read(old, new, tmp_path):
+    words = configuration.from_dict({"precision": {"compile": old}}, "an old checkpoint")
+    assert words.precision.compile == new
+    assert not configuration.differences(words, configuration.Config())  # free at a resume
+    (tmp_path / "old.yaml").write_text(f"precision:\n  compile: {str(old).lower()}\n")
+    assert configuration.load_recipe(tmp_path / "old.yaml").precision.compile == new
+    assert configuration.parse(["demo", f"--precision.compile={old}"]).precision.compile == new
+
+
+@pytest.mark.parametrize("words", [[], ["--run.seed", "1"]])
+def test_the_flag_is_a_switch_still(words):
+    assert configuration.parse(["demo", "--precision.compile", *words]).precision.compile == "true"
+    assert configuration.parse(["demo", "--no-precision.compile", *words]).precision.compile == "false"
+    assert configuration.parse(["--precision.compile", "auto", "demo"]).precision.compile == "auto"
+    assert configuration.parse(["--precision.compile", "demo_moco", *words]).recipe == "demo_moco"
+    with pytest.raises(UserError, match=r"is perhaps.*give one of auto, true, false"):
+        configuration.parse(["demo", "--precision.compile", "perhaps"])
 
 
 def test_multi_crop_compiles_each_encoder_once_for_each_size():

@@ -33,8 +33,8 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults():
 def test_underscores_and_hyphens_and_lower_case_booleans():
     for flag in ("--eval.knn_every", "--eval.knn-every"):
         assert parse(["demo", flag, "7"]).eval.knn_every == 7
-    assert parse(["--precision.compile", "true"]).precision.compile is True
-    assert parse(["--precision.compile=true"]).precision.compile is True
+    assert parse(["--eval.baselines", "false"]).eval.baselines is False
+    assert parse(["--eval.baselines=true"]).eval.baselines is True
     assert parse(["--data.shards", "true"]).data.shards == "true"
 
 
@@ -174,7 +174,7 @@ def test_values_of_a_recipe_are_the_words_that_stand_there(tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     config = parse([str(tmp_path / "mine.yaml"), "--precision.compile", "on", "--data.audit=-y"])
     assert (config.data.shards, config.data.val_shards, config.data.audit) == ("010", "-x", "-y")
-    assert (config.run.dir, config.eval.baselines, config.precision.compile) == ("2026-01-01", False, True)
+    assert (config.run.dir, config.eval.baselines, config.precision.compile) == ("2026-01-01", False, "true")
     assert config.views.jitter == (1.0, 0.5, 0.0, 0.001)
     assert config.recipe == "mine"
 

@@ -104,7 +104,7 @@ def test_what_cannot_be_recomputed_is_one_line_before_training():
     with pytest.raises(
         UserError, match=r"give --model.checkpoint_activations false, or --precision.compile false"
     ):
-        check_precision(start_of(**on, precision__compile=True))
+        check_precision(start_of(**on, precision__compile="true"))
 
 
 def test_the_doctor_counts_less():

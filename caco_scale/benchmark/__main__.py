@@ -79,10 +79,10 @@ class Step(Benchmark):
         from caco_scale.training.checks import Start, check_temperatures
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        config = resolve_precision(config, device)
+        config, line = resolve_precision(config, device)
         check_temperatures(Start(config, "ddp", 0, 1, device))
-        case = (config, self.steps, self.rounds, self.threads, device.type)
-        return "one training step, augmentation included", measure(*case)
+        result, notes = measure(config, self.steps, self.rounds, self.threads, device.type)
+        return "one training step, augmentation included", (result, [*notes, line])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class Counted(Benchmark):
         from caco_scale.training.checks import Start, check_temperatures
 
         device, batch = torch.device("cpu"), config.data.global_batch_size
-        config = resolve_precision(config, device)
+        config, _ = resolve_precision(config, device)
         check_temperatures(Start(config, "ddp", 0, 1, device))
         if uneven := [number for number in self.processes if batch % number]:
             raise UserError(f"--processes {uneven[0]} does not divide --data.global_batch_size {batch:,}")

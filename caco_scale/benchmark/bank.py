@@ -6,14 +6,11 @@ Shapes: N samples in two views, K rows, D embedding.
 from __future__ import annotations
 
 import functools
-import os
-import shutil
-import sysconfig
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caco_scale.benchmark.measure import Contender, Measured, Round, in_turn, median
+from caco_scale.distributed.compilation import lacking
 
 if TYPE_CHECKING:  # torch is imported by the contenders, in their processes
     from torch import Tensor
@@ -39,9 +36,9 @@ def measure(samples: int, size: int, dim: int, rounds: int, threads: int, device
     if needed < _free_bytes(device):
         for how in PEERS:
             contenders[f"dense, {how}"] = functools.partial(prepare_dense, how=how, **inputs)
-        if lacking := why_not_compiled(device):
+        if lacks := lacking(device):
             del contenders["dense, compiled"]
-            notes.append(f"the compiled dense peer is left out: torch.compile needs {lacking}")
+            notes.append(f"the compiled dense peer is left out: torch.compile needs {lacks}")
     else:
         notes.append(f"the dense peers are left out: they would take more than {needed / 1e9:,.0f} GB")
     measured = in_turn(contenders, rounds, threads, values=len(contenders) > 1)
@@ -69,17 +66,6 @@ def _free_bytes(device: str) -> int:
         return torch.cuda.mem_get_info()[0]
     meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(meminfo["MemAvailable"].split()[0]) * 1024
-
-
-def why_not_compiled(device: str) -> str | None:
-    """What torch.compile needs on such a device and does not find; None: nothing."""
-    if device == "cuda":
-        return None if find_spec("triton") else "the package triton"
-    compiler = os.environ.get("CXX", "g++")  # as inductor looks for it
-    if not shutil.which(compiler):
-        return f"a C++ compiler, and there is no {compiler}: install one, or name it in CXX"
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    return None if header.exists() else f"Python's headers, and there is no {header}"
 
 
 # ---- in a contender's process

@@ -159,7 +159,7 @@ def prepare_peer(config: Config, steps: int, device: str) -> Contender:
     from caco_scale.method.bank_rows import initial_rows
     from caco_scale.training.assemble import MicroBatches, build_model
 
-    config = configuration.replace(config, precision__compute="fp32", precision__compile=False)
+    config = configuration.replace(config, precision__compute="fp32", precision__compile="false")
     model = build_model(config).to(device)
     rows = initial_rows(0, config.bank.size, config.model.embedding_dim, 0, torch.float32, device)
     bank = DenseBank(rows, config.loss.temperature, config.bank.temperature, by_autograd=False)

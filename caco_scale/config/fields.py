@@ -11,11 +11,11 @@ from typing import Annotated
 import tyro
 
 from caco_scale.flags.choices import (
+    AutoSwitch,
     BankExchange,
     BankKernel,
     BankRule,
     Compute,
-    InMemory,
     KernelInputs,
     Optimizer,
     Predictor,
@@ -104,7 +104,7 @@ class Data:
     """Where a node keeps whole shards of an object store; auto = in its temporary directory, none = nowhere."""
     cache_bytes: Free[Count] = 0
     """Most bytes that the cache takes; 0 = four fifths of what is free on its disk."""
-    in_memory: Free[InMemory] = "auto"
+    in_memory: Free[AutoSwitch] = "auto"
     """Whether decoded images stay in memory: true, false, or auto (if they take less than a gigabyte of a node)."""
     retries: Free[Count] = 8
     """Failed attempts in a row, with growing pauses, after which an object store counts as unreachable."""
@@ -226,8 +226,8 @@ class Ema:
 class Precision:
     compute: Compute = "auto"
     """Number format of the forward pass; auto = bf16 on CUDA, fp32 on CPU. Parameters stay fp32 (fp64: all)."""
-    compile: Free[bool] = False
-    """Compile the encoders and the augmentation with torch.compile."""
+    compile: Free[AutoSwitch] = "auto"
+    """Compile encoders and augmentation with torch.compile: true, false, or auto (on CUDA, where that can be had)."""
     channels_last: Free[bool] = True
     """Give the encoders channels_last inputs, with which convolutions are faster. Not with fp64."""
 

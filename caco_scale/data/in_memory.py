@@ -30,7 +30,7 @@ from caco_scale.data.samples import image_in
 from caco_scale.data.store.base import Store
 from caco_scale.distributed.environment import processes_of_node
 from caco_scale.errors import UserError
-from caco_scale.flags.choices import InMemory
+from caco_scale.flags.choices import AutoSwitch
 
 AUTO_BYTES = 10**9  # of a node's memory, which are taken unasked
 MOST_OF_FREE = 0.8  # of the memory that is free when a run begins
@@ -131,7 +131,7 @@ def memory_here(environment: Mapping[str, str] = os.environ) -> Memory:
 
 
 def room_for(
-    store: Store, wanted: InMemory, memory: Memory, estimate: Callable[[], int] | None = None
+    store: Store, wanted: AutoSwitch, memory: Memory, estimate: Callable[[], int] | None = None
 ) -> tuple[int, str | None]:
     """How many bytes of decoded images each process of a node may keep, and a line about it.
 

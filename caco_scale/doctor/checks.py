@@ -126,8 +126,8 @@ def join_launch(config: Config) -> tuple[list[Finding], "Start | None"]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         findings.append(ok(f"{properties.name}, {properties.total_memory / 1e9:.1f} GB"))
-    config = resolve_precision(config, device)
-    return findings, Start(config, strategy, accelerator.process_index, processes, device)
+    config, line = resolve_precision(config, device, strategy)
+    return [*findings, ok(line)], Start(config, strategy, accelerator.process_index, processes, device)
 
 
 def plan_launch(config: Config, strategy: str, processes: int) -> tuple[list[Finding], "Start | None"]:
@@ -149,8 +149,9 @@ def plan_launch(config: Config, strategy: str, processes: int) -> tuple[list[Fin
     except UserError as error:
         return [fail(one_line(error))], None
     device = torch.device("cuda" if cuda else "cpu")
-    start = Start(resolve_precision(config, device), strategy, 0, processes, device)
-    return [ok(f"planned: strategy {strategy}, {processes} process(es), {device}")], start
+    config, line = resolve_precision(config, device, strategy)
+    start = Start(config, strategy, 0, processes, device)
+    return [ok(f"planned: strategy {strategy}, {processes} process(es), {device}"), ok(line)], start
 
 
 def bank_rows(config: Config, world_size: int) -> str:

@@ -1,9 +1,9 @@
 """A command line to frozen dataclasses: the one flag style of every command, by tyro.
 
 A flag is a field's name, dotted where it stands in a section: ``--bank.size 4096``, ``--short_side=160``; ``_`` and
-``-`` are alike, no flag is abbreviated, the last of two wins. A bool's flag stands alone or before ``true`` or
-``false``, and ``--no-FLAG`` is its ``false``. ``~`` at the beginning of a value is the user's home. The docstring under
-a field is its line in ``--help``. A mistake is one line that names the nearest flag.
+``-`` are alike, no flag is abbreviated, the last of two wins. A switch's flag stands alone or before ``true`` or
+``false`` (some take ``auto``, too), and ``--no-FLAG`` is its ``false``. ``~`` at the beginning of a value is the user's
+home. The docstring under a field is its line in ``--help``. A mistake is one line that names the nearest flag.
 
 This file knows dataclasses, their rules and errors; which commands there are, and what a recipe is, it does not know.
 """
@@ -240,14 +240,15 @@ def _group(arguments, hints, prog, name_of, usage=""):
             words.append(at_home(word + equals + value))
             continue
         name = word[2:].replace("-", "_")
-        if name not in flags and name.startswith("no_") and _bare(hints.get(name[3:])) is bool and not equals:
+        if name not in flags and name.startswith("no_") and _is_switch(hints.get(name[3:])) and not equals:
             name, equals, value = name[3:], "=", "false"
         if name not in flags:
             meant = advice(name, _written(hints), usage)
             raise UserError(f"unknown flag {word}{meant}: {prog} --help lists them all")
-        if _bare(hints[name]) is bool and not equals and _stands_alone(rest, len(flags) < len(hints)):
+        hint = hints[name]
+        if not equals and _is_switch(hint) and _stands_alone(rest, hint, len(flags) < len(hints)):
             equals, value = "=", "true"
-        values = _take_values([value] if equals else [], rest, hints[name], name_of(name))
+        values = _take_values([value] if equals else [], rest, hint, name_of(name))
         given.append([f"--{name}", *values])
     return words, given
 
@@ -262,7 +263,7 @@ def _take_values(values, rest, hint, called):
         raise UserError(f"{called} {what}: {wanted(hint)}")
     if _bare(hint) is bool:
         return [BOOLS.get(word.lower(), word) for word in values]
-    if "true" in choices(hint):  # true, false and other words
+    if _is_switch(hint):
         return [BOOLS.get(word.lower(), word).lower() for word in values]
     return [at_home(word) for word in values]
 
@@ -306,9 +307,15 @@ def _check_complete(words, given, hints, needed, prog, usage):
         raise UserError(f"give {' and '.join(missing)}: {prog} --help says what they are")
 
 
-def _stands_alone(rest, has_positionals):
-    """Is a bool's flag before these words without a value? A word that is none may be a positional argument."""
-    return not rest or rest[0].startswith("--") or (has_positionals and rest[0].lower() not in BOOLS)
+def _is_switch(hint):
+    """A bool, or ``true``, ``false`` and other words."""
+    return _bare(hint) is bool or "true" in choices(hint)
+
+
+def _stands_alone(rest, hint, has_positionals):
+    """Is a switch before these words without one of its values? Another word may be a positional argument."""
+    values = {*BOOLS, *choices(hint)}
+    return not rest or rest[0].startswith("--") or (has_positionals and rest[0].lower() not in values)
 
 
 def _metavar(name, hints):

@@ -84,7 +84,7 @@ def check(plan: Sequence[Planned]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for planned in plan:
         with _named(planned):
-            config, _ = fit_to_set(resolve_precision(planned.config, device))
+            config, _ = fit_to_set(resolve_precision(planned.config, device)[0])
             start = Start(config, "ddp", 0, 1, device)
             refuse_to_start(start, (*BEFORE_DATA, *OF_DATA, check_room))
 

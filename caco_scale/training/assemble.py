@@ -29,10 +29,12 @@ from caco_scale.data.store.base import Store
 from caco_scale.data.store.mixed import MixedStore
 from caco_scale.data.views import ViewSpec
 from caco_scale.distributed.collectives import from_rank_0, gather_objects
+from caco_scale.distributed.compilation import lacking, reason_against
 from caco_scale.distributed.recompute import recompute_blocks
 from caco_scale.distributed.strategies import build as strategies
 from caco_scale.distributed.strategies.base import Strategy
 from caco_scale.distributed.syncbn import convert_sync_batchnorm
+from caco_scale.flags.choices import StrategyName
 from caco_scale.method.bank import ShardedBank
 from caco_scale.method.encoders import build_backbone, takes_views_at_once
 from caco_scale.method.model import Encoder, QueryKeyModel
@@ -54,11 +56,30 @@ def make_data(config: Config, accelerator: Accelerator) -> None:
         accelerator.wait_for_everyone()
 
 
-def resolve_precision(config: Config, device: torch.device) -> Config:
-    """``precision.compute`` auto -> bf16 on CUDA, fp32 on a CPU."""
-    if config.precision.compute != "auto":
-        return config
-    return configuration.replace(config, precision__compute="bf16" if device.type == "cuda" else "fp32")
+def resolve_precision(
+    config: Config, device: torch.device, strategy: StrategyName = "ddp"
+) -> tuple[Config, str]:
+    """The config with every ``auto`` of ``precision`` settled, and a line for users. Collective: ranks decide alike.
+
+    ``compute``: bf16 on CUDA, fp32 on a CPU. ``compile``: true on CUDA, unless there is a :func:`reason_against` it, or
+    a rank lacks what it takes.
+    """
+    compute, compiled, why = config.precision.compute, config.precision.compile, ""
+    if compute == "auto":
+        compute = "bf16" if device.type == "cuda" else "fp32"
+    lacks = next(filter(None, gather_objects(lacking(device.type))), None)
+    if compiled == "auto":
+        recomputes = config.model.checkpoint_activations
+        reason = reason_against(device.type, strategy, recomputes, compute == "fp64", lacks)
+        compiled, why = ("false", f" (auto: {reason})") if reason else ("true", "")
+    how = "compiled: the first steps take minutes" if compiled == "true" else f"not compiled{why}"
+    config = configuration.replace(config, precision__compute=compute, precision__compile=compiled)
+    return config, f"precision {compute}, {how}"
+
+
+def is_compiled(config: Config) -> bool:
+    """Whether a config of :func:`resolve_precision` compiles."""
+    return config.precision.compile == "true"
 
 
 def open_training(
@@ -236,12 +257,12 @@ class MicroBatches:
 
 def build_augment(config: Config, backend: str = "inductor") -> Callable:
     """``augment``; with ``precision.compile`` compiled once for each size of view, to few passes over the images."""
-    return torch.compile(augment, backend=backend, dynamic=False) if config.precision.compile else augment
+    return torch.compile(augment, backend=backend, dynamic=False) if is_compiled(config) else augment
 
 
 def augmentation_note(config: Config, device: torch.device) -> str | None:
     """A line where views are augmented slowly for want of compiled code (``data/augment_cpu.py``), else None."""
-    fused = device.type == "cpu" and not config.precision.compile and config.precision.compute != "fp64"
+    fused = device.type == "cpu" and not is_compiled(config) and config.precision.compute != "fp64"
     return absent() if fused else None
 
 
@@ -320,7 +341,7 @@ def build_strategy(
         accelerator,
         model,
         partial(build_optimizer, config.optim.name, weight_decay=config.optim.weight_decay),
-        config.precision.compile,
+        is_compiled(config),
     )
     init_optimizer_state(strategy.optimizer, strategy.partitions)
     return strategy

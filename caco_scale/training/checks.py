@@ -24,6 +24,7 @@ from caco_scale.data.listed_files import Listings
 from caco_scale.data.order import share_size
 from caco_scale.data.store.base import ALL
 from caco_scale.distributed.collectives import assert_equal_on_all_ranks
+from caco_scale.distributed.compilation import lacking
 from caco_scale.distributed.recompute import recompute_blocks
 from caco_scale.distributed.strategies.build import check_combination
 from caco_scale.errors import UserError
@@ -33,7 +34,13 @@ from caco_scale.method.encoders import refuse_views, skeleton
 from caco_scale.run.directory import check_place
 from caco_scale.run.stopping import ControlFiles, check_job_end
 from caco_scale.run.trackers import check_trackers
-from caco_scale.training.assemble import TrainingData, build_schedule, encoder_around, parameter_dtype
+from caco_scale.training.assemble import (
+    TrainingData,
+    build_schedule,
+    encoder_around,
+    is_compiled,
+    parameter_dtype,
+)
 from caco_scale.weights.load import Wanted
 from caco_scale.weights.start import StartingWeights, load_start
 
@@ -43,7 +50,7 @@ class Start:
     """A run that is about to start: what is settled of it, and what its checks have found.
 
     Attributes:
-        config: with ``precision.compute`` settled.
+        config: with ``precision`` settled.
         strategy: one of :data:`~caco_scale.flags.choices.STRATEGIES`.
         rank, world_size, device: of this process among those that will train.
         newest: the newest complete checkpoint of the run directory, which whoever starts looks for.
@@ -91,14 +98,17 @@ def check_run_trackers(start: Start) -> None:
 
 
 def check_precision(start: Start) -> None:
-    """Number formats that the strategy or the GPU cannot do."""
+    """Number formats, and compiled code, that the strategy or this machine cannot do."""
     config = start.config
-    check_combination(start.strategy, parameter_dtype(config), config.precision.compile)
-    if config.precision.compile and config.model.checkpoint_activations:
+    compiled = is_compiled(config)
+    check_combination(start.strategy, parameter_dtype(config), compiled)
+    if compiled and config.model.checkpoint_activations:
         raise UserError(
             "precision.compile chooses by itself what is computed twice: give --model.checkpoint_activations false, or "
             "--precision.compile false"
         )
+    if compiled and (lacks := lacking(start.device.type)):
+        raise UserError(f"precision.compile needs {lacks}; or give --precision.compile false")
     if (
         start.device.type == "cuda"
         and config.precision.compute == "bf16"

@@ -66,7 +66,8 @@ def _run(config, signals, on_metrics, beginning):
         print(
             f"training sees {accelerator.num_processes} process(es), {accelerator.device}, {name}", flush=True
         )
-    config = resolve_precision(config, accelerator.device)
+    config, line = resolve_precision(config, accelerator.device, name)
+    accelerator.print(line)
     if auto_fields(config):  # they follow the set
         make_data(config, accelerator)
     listings = listings_of(config, accelerator.print)
