@@ -1,25 +1,28 @@
 """``precision.compile``: where it is on; one graph for each size of view, and none for what comes after."""
 
 import copy
+import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from gloo import run_ranks
 from torch import nn
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from caco_scale import config as configuration
 from caco_scale.data.augment import IMAGENET_STD, augment
 from caco_scale.data.order import sample_keys
 from caco_scale.data.views import ViewSpec, draw_colour
 from caco_scale.distributed import compilation
-from caco_scale.distributed.compilation import lacking, reason_against
-from caco_scale.distributed.strategies.build import compile_encoders
+from caco_scale.distributed.compilation import compile_encoders, lacking, reason_against
+from caco_scale.distributed.strategies.build import build_strategy
 from caco_scale.distributed.syncbn import convert_sync_batchnorm
 from caco_scale.errors import UserError
+from caco_scale.method.ema import ema_update
 from caco_scale.method.model import Encoder, QueryKeyModel
 from caco_scale.training import assemble, checks
 from caco_scale.training.assemble import build_augment, resolve_precision
@@ -51,7 +54,7 @@ def test_it_is_settled_once_and_said_in_a_line_and_in_the_configuration(monkeypa
     auto = configuration.Config()
     assert auto.precision.compile == "auto"
     monkeypatch.setattr(assemble, "lacking", lambda device_type: None)
-    for name in ("ddp", "zero1", "zero2"):
+    for name in ("ddp", "zero1", "zero2", "fsdp2"):
         config, line = resolve_precision(auto, CUDA, name)
         assert line == "precision bf16, compiled: the first steps take minutes"
     saved = configuration.to_yaml(config)
@@ -69,13 +72,10 @@ def test_it_is_settled_once_and_said_in_a_line_and_in_the_configuration(monkeypa
     )
 
 
-def rank_resolve(rank, world_size):
-    assemble.lacking = lambda device_type: "a C compiler" if rank else None
-    return resolve_precision(configuration.Config(), CUDA)[0].precision.compile
-
-
-def test_a_rank_without_a_compiler_decides_for_all():
-    assert run_ranks(rank_resolve, 2) == ["false"] * 2
+def test_a_rank_without_a_compiler_decides_for_all(monkeypatch):
+    monkeypatch.setattr(assemble, "lacking", lambda device_type: None)
+    monkeypatch.setattr(assemble, "gather_objects", lambda own: [own, "a C compiler"])
+    assert resolve_precision(configuration.Config(), CUDA)[0].precision.compile == "false"
 
 
 def test_what_a_machine_lacks_is_named(monkeypatch, tmp_path):
@@ -127,7 +127,7 @@ def test_the_flag_is_a_switch_still(words):
     assert configuration.parse(["demo", "--no-precision.compile", *words]).precision.compile == "false"
     assert configuration.parse(["--precision.compile", "auto", "demo"]).precision.compile == "auto"
     assert configuration.parse(["--precision.compile", "demo_moco", *words]).recipe == "demo_moco"
-    with pytest.raises(UserError, match=r"is perhaps.*give one of auto, true, false"):
+    with pytest.raises(UserError, match=r"is 'perhaps': give one of auto, true, false"):
         configuration.parse(["demo", "--precision.compile", "perhaps"])
 
 
@@ -158,6 +158,92 @@ def test_crops_at_once_compile_once_too_and_give_the_same():
     assert counter.frame_count == 3
     for before, after in zip(*(model.buffers() for model in models), strict=True):
         torch.testing.assert_close(after, before)
+
+
+class Block(nn.Module):
+    """Of one shape with others, and another number within: code that is compiled for one is wrong for the next."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.conv, self.norm, self.gain = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), gain
+
+    def forward(self, x):
+        return x + self.gain * self.norm(self.conv(x)).tanh()
+
+
+def rank_fsdp2(rank, world_size):
+    """Three steps on two sizes of view, eager and compiled by block -> whether all is equal, and what was compiled."""
+    accelerator = SimpleNamespace(device=CPU, process_index=rank, num_processes=world_size)
+    torch.manual_seed(0)
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 4, 3), Block(0.5), Block(2.0), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    encoder = convert_sync_batchnorm(Encoder(backbone, nn.Linear(4, 4)), alone=True)
+    counter, found = CompileCounterWithBackend("aot_eager"), []
+    torch.manual_seed(rank)
+    views = [torch.randn(3, 3, side, side, dtype=torch.float64) for side in (8, 8, 6, 6)]
+    sgd = lambda query: torch.optim.SGD(query.parameters(), lr=0.1, momentum=0.9)
+    for compiled in (False, True):
+        model = QueryKeyModel(copy.deepcopy(encoder), crops_at_once=True).double()
+        names = list(model.state_dict())
+        strategy = build_strategy("fsdp2", accelerator, model, sgd, compiled, counter)
+        assert list(strategy.module.state_dict()) == names
+        losses = []
+        for _ in range(3):
+            queries, keys = strategy(views)
+            loss = sum((query * key).sum().exp() for query in queries for key in keys) / world_size
+            strategy.backward(loss)
+            assert strategy.step(loss, 0.1)
+            ema_update(strategy.module.query, strategy.module.key, 0.9)
+            losses.append(loss.detach())
+        with strategy.evaluation_encoder() as whole, torch.no_grad():
+            features = whole.eval().features(views[0])
+        state = {n: p.full_tensor() for n, p in strategy.module.named_parameters()}
+        velocity = [s["momentum_buffer"].full_tensor() for s in strategy.optimizer.state.values()]
+        found.append([*losses, *state.values(), *strategy.module.buffers(), *velocity, features])
+    assert len(found[0]) == len(found[1])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
+    return counter.frame_count
+
+
+def test_fsdp2_compiles_by_block_and_trains_the_same():
+    """In fp64, with local crops and synchronised BatchNorm; of each block two sizes for the query, one for the key."""
+    assert run_ranks(rank_fsdp2, 2) == [2 * 3] * 2
+
+
+def test_code_that_is_compiled_too_often_is_a_warning_by_the_fields_name(capsys, monkeypatch):
+    monkeypatch.setattr(compilation._at_the_limit, "said", False)
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        compilation._expect(56)
+        assert torch._dynamo.config.recompile_limit == 64
+        torch._dynamo.config.recompile_limit = 1
+        for function in (lambda x: x + 1, lambda x: x + 2):
+            compiled = torch.compile(function, backend="eager", dynamic=False)
+            for size in (1, 2, 3):
+                compiled(torch.ones(size))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "precision.compile: '<lambda>'" in warnings[0]
+    assert "was compiled 1 times (torch's recompile_limit)" in warnings[0]
+
+
+def test_compiled_code_is_kept_beside_the_run_unless_the_user_has_said_where(tmp_path, monkeypatch):
+    monkeypatch.delenv(compilation.PLACE, raising=False)
+    folder = tmp_path / "run" / "compile_cache"
+    with compilation.code_kept_in(folder) as line:
+        assert os.environ[compilation.PLACE] == str(folder)
+        assert folder.is_dir()
+        assert line == f"compiled code is kept in {folder}, for later starts"
+    assert compilation.PLACE not in os.environ
+    monkeypatch.setattr(compilation.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError("no locks")))
+    with compilation.code_kept_in(folder) as line:
+        assert "no locks" in line
+        assert compilation.PLACE not in os.environ
+    monkeypatch.setenv(compilation.PLACE, "/somewhere")
+    with compilation.code_kept_in(folder) as line:
+        assert line == f"compiled code is kept in /somewhere ({compilation.PLACE})"
+    assert os.environ[compilation.PLACE] == "/somewhere"
 
 
 def drawn(side, seed):

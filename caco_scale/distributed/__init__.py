@@ -5,6 +5,7 @@
     deepspeed_config.py   what a launch asks of DeepSpeed, checked
     collectives.py        what crosses ranks, with one process built in
     partition.py          which part of a parameter this rank holds, whatever engine cut it up
+    compilation.py        torch.compile: what it takes, what it compiles, where its code is kept
     syncbn.py             BatchNorm over the global batch on any device
     strategies/           DDP, ZeRO and FSDP2 behind one interface
 

@@ -34,7 +34,6 @@ from caco_scale.distributed.recompute import recompute_blocks
 from caco_scale.distributed.strategies import build as strategies
 from caco_scale.distributed.strategies.base import Strategy
 from caco_scale.distributed.syncbn import convert_sync_batchnorm
-from caco_scale.flags.choices import StrategyName
 from caco_scale.method.bank import ShardedBank
 from caco_scale.method.encoders import build_backbone, takes_views_at_once
 from caco_scale.method.model import Encoder, QueryKeyModel
@@ -56,9 +55,7 @@ def make_data(config: Config, accelerator: Accelerator) -> None:
         accelerator.wait_for_everyone()
 
 
-def resolve_precision(
-    config: Config, device: torch.device, strategy: StrategyName = "ddp"
-) -> tuple[Config, str]:
+def resolve_precision(config: Config, device: torch.device, strategy: str = "ddp") -> tuple[Config, str]:
     """The config with every ``auto`` of ``precision`` settled, and a line for users. Collective: ranks decide alike.
 
     ``compute``: bf16 on CUDA, fp32 on a CPU. ``compile``: true on CUDA, unless there is a :func:`reason_against` it, or

@@ -13,13 +13,20 @@ from caco_scale.config import Config
 from caco_scale.config.fit import auto_fields
 from caco_scale.data.workers import start_fork_server
 from caco_scale.distributed.collectives import assert_equal_on_all_ranks, gather_objects
+from caco_scale.distributed.compilation import code_kept_in
 from caco_scale.distributed.environment import share_of_node
 from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.errors import UserError
 from caco_scale.run.directory import RunDirectory
 from caco_scale.run.patience import Patience
 from caco_scale.run.signals import Signals
-from caco_scale.training.assemble import build_schedule, build_strategy, make_data, resolve_precision
+from caco_scale.training.assemble import (
+    build_schedule,
+    build_strategy,
+    is_compiled,
+    make_data,
+    resolve_precision,
+)
 from caco_scale.training.checks import BEFORE_DATA, OF_DATA, OF_RUN, Start, refuse_to_start
 from caco_scale.training.evaluations import owes_evaluation
 from caco_scale.training.fit import fit_to_set, list_sets, listings_of
@@ -115,20 +122,24 @@ def _run(config, signals, on_metrics, beginning):
                 "continues it"
             )
             return Outcome(step, None, directory.path, config)
-        strategy, weights_sha256 = _build(config, name, accelerator, start, directory, resumed)
-        with Loop(
-            config,
-            strategy,
-            data,
-            schedule,
-            end,
-            directory,
-            checkpointer,
-            resumed,
-            signals,
-            on_metrics,
-            weights_sha256,
-        ) as loop:
+        with contextlib.ExitStack() as training:
+            if is_compiled(config):
+                accelerator.print(training.enter_context(code_kept_in(directory.path / "compile_cache")))
+            strategy, weights_sha256 = _build(config, name, accelerator, start, directory, resumed)
+            loop = Loop(
+                config,
+                strategy,
+                data,
+                schedule,
+                end,
+                directory,
+                checkpointer,
+                resumed,
+                signals,
+                on_metrics,
+                weights_sha256,
+            )
+            training.enter_context(loop)
             beginning.close()
             stopped_by = loop.train()
         return Outcome(loop.step, stopped_by, directory.path, config)

@@ -1,11 +1,10 @@
 """Choose and build the strategy of a launch, and refuse what it could not train exactly."""
 
-from typing import Any
-
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from caco_scale.distributed.compilation import compile_blocks, compile_encoders
 from caco_scale.distributed.strategies.base import OptimizerBuilder, Strategy
 from caco_scale.distributed.strategies.ddp import DataParallel
 from caco_scale.distributed.strategies.fsdp2 import FullyShardedDataParallel
@@ -20,6 +19,7 @@ def build_strategy(
     model: nn.Module,
     build_optimizer: OptimizerBuilder,
     compiled: bool = False,
+    backend: str = "inductor",
 ) -> Strategy:
     """The strategy ``name`` (:data:`~caco_scale.flags.choices.STRATEGIES`) around a fresh model. Collective.
 
@@ -28,39 +28,39 @@ def build_strategy(
         model: a :class:`~caco_scale.method.model.QueryKeyModel` with the same weights on every rank.
         build_optimizer: makes the optimizer of the query encoder. One that has to know what the flat tensors of
             an engine are made of has a method ``attach(engine)``, as LARS has.
-        compiled: whether the encoders are to be compiled.
+        compiled: whether the encoders are to be compiled, by a ``backend`` of torch.compile.
     Raises:
         UserError: a combination that would not train the same model.
     """
     check_combination(name, next(model.parameters()).dtype, compiled)
+    if name == "fsdp2":
+        strategy = FullyShardedDataParallel(accelerator, model, build_optimizer)
+        if (
+            compiled
+        ):  # afterwards: a copy of the encoder that it keeps for evaluations must not have compiled parts
+            compile_blocks(strategy.module, backend)
+        return strategy
     if compiled:
-        compile_encoders(model)
+        compile_encoders(model, backend)
     if name == "ddp":
         return DataParallel(accelerator, model, build_optimizer)
-    if name == "fsdp2":
-        return FullyShardedDataParallel(accelerator, model, build_optimizer)
     return Zero(accelerator, model, build_optimizer)
-
-
-def compile_encoders(model: Any, backend: str = "inductor") -> None:
-    """Compile both encoders: once for each size of view, whatever follows (a graph of free sizes would be slower)."""
-    model.query.compile(backend=backend, dynamic=False)
-    model.key.compile(backend=backend, dynamic=False)
 
 
 def check_combination(name: str, dtype: torch.dtype, compiled: bool) -> None:
     """Refuse by name what a strategy cannot do exactly, with what can.
 
     Raises:
-        UserError: fp64 under ZeRO; compiled encoders whose parameters are partitioned.
+        UserError: fp64 under ZeRO; compiled encoders under ZeRO-3.
     """
     if name.startswith("zero") and dtype == torch.float64:
         raise UserError(
             "precision.compute fp64 cannot be had from DeepSpeed, which keeps fp32 master parameters: use "
             f"--config_file {spelled('ds_configs/fsdp2.yaml')} or {spelled('ds_configs/ddp.yaml')}"
         )
-    if name in ("zero3", "fsdp2") and compiled:
+    if name == "zero3" and compiled:
         raise UserError(
-            f"precision.compile is not supported where parameters are partitioned ({name}): use --config_file "
-            f"{spelled('ds_configs/zero2.yaml')}, which still partitions the optimizer, or drop it"
+            "precision.compile is not supported where DeepSpeed partitions the parameters (zero3): use --config_file "
+            f"{spelled('ds_configs/fsdp2.yaml')}, which partitions them, too, or {spelled('ds_configs/zero2.yaml')}, or "
+            "give --precision.compile false"
         )
