@@ -228,6 +228,18 @@ def test_code_that_is_compiled_too_often_is_a_warning_by_the_fields_name(capsys,
     assert "was compiled 1 times (torch's recompile_limit)" in warnings[0]
 
 
+def test_a_failure_of_the_compiler_says_how_to_train_without_it():
+    def fails(graph, inputs):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(Exception, match="a bug") as caught, compilation.failures_explained():
+        torch.compile(torch.sin, backend=fails)(torch.ones(2))
+    assert caught.value.__notes__ == ["torch.compile has failed: --precision.compile false trains without it"]
+    with pytest.raises(ValueError, match="other") as caught, compilation.failures_explained():
+        raise ValueError("other")
+    assert not hasattr(caught.value, "__notes__")
+
+
 def test_compiled_code_is_kept_beside_the_run_unless_the_user_has_said_where(tmp_path, monkeypatch):
     monkeypatch.delenv(compilation.PLACE, raising=False)
     folder = tmp_path / "run" / "compile_cache"

@@ -126,6 +126,17 @@ _at_the_limit = _AtTheLimit()
 
 
 @contextlib.contextmanager
+def failures_explained() -> Generator[None]:
+    """Within it, an error of the compiler carries what a user can do: under ``auto`` nobody has asked for it."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+            error.add_note("torch.compile has failed: --precision.compile false trains without it")
+        raise
+
+
+@contextlib.contextmanager
 def code_kept_in(folder: Path) -> Generator[str]:
     """Within it, what is compiled is kept in a folder, where later starts find it -> a line that says where it is.
 
