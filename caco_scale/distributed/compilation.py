@@ -143,8 +143,11 @@ def code_kept_in(folder: Path) -> Generator[str]:
     All processes of a run may share the folder: inductor and Triton name files by the hash of what they are made from,
     and put them in place whole, by renaming. Where the user has named a place, that one stays.
     """
-    if PLACE in os.environ:
-        yield f"compiled code is kept in {os.environ[PLACE]} ({PLACE})"
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    before = os.environ.get(PLACE, default_cache_dir())  # which inductor names by itself when it is imported
+    if os.path.abspath(before) != os.path.abspath(default_cache_dir()):
+        yield f"compiled code is kept in {before} ({PLACE})"
         return
     folder = folder.absolute()
     try:
@@ -160,4 +163,4 @@ def code_kept_in(folder: Path) -> Generator[str]:
     try:
         yield f"compiled code is kept in {folder}, for later starts"
     finally:
-        os.environ.pop(PLACE, None)
+        os.environ[PLACE] = before
