@@ -35,9 +35,7 @@ def build_strategy(
     check_combination(name, next(model.parameters()).dtype, compiled)
     if name == "fsdp2":
         strategy = FullyShardedDataParallel(accelerator, model, build_optimizer)
-        if (
-            compiled
-        ):  # afterwards: a copy of the encoder that it keeps for evaluations must not have compiled parts
+        if compiled:  # only now: the copy of the encoder that it keeps for evaluations has no compiled parts
             compile_blocks(strategy.module, backend)
         return strategy
     if compiled:
@@ -61,6 +59,6 @@ def check_combination(name: str, dtype: torch.dtype, compiled: bool) -> None:
     if name == "zero3" and compiled:
         raise UserError(
             "precision.compile is not supported where DeepSpeed partitions the parameters (zero3): use --config_file "
-            f"{spelled('ds_configs/fsdp2.yaml')}, which partitions them, too, or {spelled('ds_configs/zero2.yaml')}, or "
-            "give --precision.compile false"
+            f"{spelled('ds_configs/fsdp2.yaml')}, which partitions them, too, {spelled('ds_configs/zero2.yaml')}, "
+            "or give --precision.compile false"
         )
