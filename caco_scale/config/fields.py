@@ -71,7 +71,7 @@ class Run:
     timeout_seconds: Free[Seconds] = 1800
     """Seconds to wait for a process in one exchange, a batch, or the disk of run.dir; then the run ends as hung."""
     trackers: Free[Words] = ()
-    """Trackers of accelerate's beside TensorBoard: wandb, mlflow, comet_ml, ..., offline by default; none = none."""
+    """Trackers of accelerate's beside TensorBoard: wandb, mlflow, comet_ml (offline by default), ...; none = none."""
     profile_steps: Free[Count] = 0
     """Steps to measure after the first few: a trace and a table of their parts in run.dir/profile; 0 = none."""
     resume: Free[Place] = "auto"
