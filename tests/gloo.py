@@ -37,17 +37,18 @@ def _rank_main(rank, world_size, store_path, function, args, results, environmen
         dist.destroy_process_group()
 
 
-def run_ranks(function, world_size, *args):
-    """Call ``function(rank, world_size, *args)`` on ``world_size`` spawned gloo ranks; results in rank order.
+def run_ranks(function, world_size, *args, afresh=False):
+    """Call ``function(rank, world_size, *args)`` on ``world_size`` gloo ranks; results in rank order.
 
     ``function`` is a module-level function; what it returns is pickled (numpy arrays, plain Python; a tensor is
     sent by value only if the caller detaches and clones it). A rank that raises fails the caller with its traceback.
+    ``afresh``: ranks import all by themselves, for what the environment decides when a module is imported.
     """
     import tempfile
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # A server that has imported torch forks the ranks: a tenth of a second, where a fresh start takes seconds.
-    context = mp.get_context("forkserver")
+    context = mp.get_context("spawn" if afresh else "forkserver")
     with tempfile.TemporaryDirectory() as folder:
         results = context.SimpleQueue()
         processes = [

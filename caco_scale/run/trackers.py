@@ -211,9 +211,8 @@ class _Running:
     def __init__(self, name: str, kind: _Tracker):
         self.name, self.kind = name, kind
         self.own: Any = None
-        self._last: dict[
-            str, int
-        ] = {}  # the last step of every figure: two lines of a step may both have its epoch
+        # The last step of every figure: two lines of a step may both have its epoch.
+        self._last: dict[str, int] = {}
         self._thread = Patience(f"tracker {name}", SECONDS)
 
     def start(self, settings: dict[str, Any]) -> None:
