@@ -79,7 +79,7 @@ def run_ranks(function, world_size, *args, afresh=False):
             rank, value, error = results.get()
             if error is not None:
                 for process in processes:
-                    process.kill()  # under a shielded server SIGTERM does not end it
+                    process.kill()
                 raise AssertionError(f"rank {rank} of {world_size} raised:\n{error}")
             collected[rank] = value
         for process in processes:

@@ -48,8 +48,6 @@ def test_an_unpacked_source_has_no_name_and_is_read_by_other_processes(temporary
     assert read_first(source) == read_first(pickle.loads(pickle.dumps(source))) == b"picture"
     with multiprocessing.get_context("forkserver").Pool(1) as pool:
         assert pool.apply(read_first, (source,)) == b"picture"
-        pool.close()  # it ends by itself: under a shielded server SIGTERM does not end it
-        pool.join()
 
 
 def test_a_killed_dry_run_leaves_nothing(temporary, tmp_path):

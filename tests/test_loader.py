@@ -436,18 +436,17 @@ def test_evaluation_names_what_it_leaves_out(corrupt_shards, workers):
 TRAINER = """
 import multiprocessing, signal, sys
 sys.path[:0] = sys.argv[2:]
-from multiprocessing import forkserver
 import torch
-from caco_scale.data.workers import start_fork_server
+from caco_scale.data.fork_server import start_fork_server
 from test_loader import batches
 
 received = []
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
     signal.signal(number, lambda number, frame: received.append(number))
-start_fork_server()
+server = start_fork_server()
 stream = batches(sys.argv[1], num_steps=60, workers=2)
 next(stream)
-pids = [p.pid for p in multiprocessing.active_children()] + [forkserver._forkserver._forkserver_pid]
+pids = [p.pid for p in multiprocessing.active_children()] + [server._forkserver_pid]
 print("pids", *pids, flush=True)
 sys.stdin.readline()
 print("finished", 1 + sum(1 for _ in stream), sorted(received), flush=True)
@@ -484,6 +483,28 @@ def wait_until_gone(pids, seconds=60):
 
 
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc to see processes")
+
+
+BESIDE = """
+import multiprocessing, sys
+sys.path[:0] = sys.argv[2:]
+from test_loader import batches
+
+stream = batches(sys.argv[1], num_steps=60, workers=1)
+next(stream)
+(worker,) = multiprocessing.active_children()
+with multiprocessing.get_context("forkserver").Pool(1) as pool:
+    print(pool.apply(abs, (-3,)), flush=True)
+print(worker.is_alive(), sum(1 for _ in stream), flush=True)
+"""
+
+
+def test_a_pool_of_the_users_beside_the_loader_ends_by_sigterm(shards):
+    """As Pool.terminate asks: what comes from multiprocessing's own fork server has no signal blocked."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    command = [sys.executable, "-c", BESIDE, shards, *paths]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "3\nTrue 59\n", "")
 
 
 @needs_proc

@@ -93,8 +93,6 @@ def test_a_fork_server_child_reads_and_a_forked_one_refuses(uploaded, expected):
     assert contents(store) == expected  # this process has used obstore
     with multiprocessing.get_context("forkserver").Pool(2, set_environment, (dict(os.environ),)) as pool:
         assert pool.map(contents, [store] * 2) == [expected] * 2
-        pool.close()  # they end by themselves: under a shielded server SIGTERM does not end them
-        pool.join()
     with multiprocessing.get_context("fork").Pool(1) as pool:
         with pytest.raises(UserError, match="forkserver"):
             pool.apply(contents, (store,))

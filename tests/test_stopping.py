@@ -264,7 +264,7 @@ def test_one_process_that_sees_its_jobs_end_stops_all(flags, tmp_path):
     flags["run.stop_before_end_seconds"] = 60
     *said, error = train(flags, {END: "tomorrow"}, code=2).splitlines()
     assert error.startswith(f"error: {END} is 'tomorrow'")
-    assert [line.split()[0] for line in said] == ["training", "precision"]  # what it sees: no step, no traceback
+    assert [line.split()[0] for line in said] == ["training", "precision"]  # no step, no traceback
     flags["run.stop_before_end_seconds"] = 0
     train(flags, {END: "1600000000"})
     assert json.loads((run / "DONE").read_text())["step"] == SWITCH + 2

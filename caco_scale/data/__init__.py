@@ -1,8 +1,8 @@
 """Images and their order: shards and folders, object stores and caches, decoding, views, batches.
 
 From an image to the step: ``store`` (where it lies) -> ``order``, ``mixed_order`` (who is next) -> ``pipeline``
-(decoded, cropped) -> ``loader`` (a batch; ``workers``) -> ``to_device`` -> ``augment``; ``views`` decodes and cuts,
-``in_memory`` keeps what is decoded.
+(decoded, cropped) -> ``loader`` (a batch; ``workers`` from a ``fork_server``) -> ``to_device`` -> ``augment``;
+``views`` decodes and cuts, ``in_memory`` keeps what is decoded.
 
 What a set is: ``addresses`` (where), ``scan``, ``folders`` and ``splits`` (files and folders), ``listed_files`` (which
 a run is of), ``shards`` and ``shard_index`` (the format; ``index_checks``), ``samples`` and ``tars`` (of a tar),

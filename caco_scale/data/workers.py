@@ -1,22 +1,18 @@
 """The processes that prepare batches: how they start, end, hang and die.
 
-They come from a fork server that has imported the loader and nothing of the trainer: no CUDA, no fork of a
-process with threads. Signals for the process group (Ctrl-C, a scheduler's SIGTERM and SIGUSR1) do not reach them,
+They come from a fork server of their own, which has imported the loader and nothing of the trainer: no CUDA, no fork
+of a process with threads. Signals for the process group (Ctrl-C, a scheduler's SIGTERM and SIGUSR1) do not reach them,
 because the trainer still wants batches while it saves its last checkpoint; but they die with it, however it dies.
 
 A batch comes in shared memory, ``/dev/shm``, of which containers have little (Docker's 64 MB). One that does not fit
 comes through the worker's pipe: torch would drop it, and the trainer wait for ever.
 """
 
-import contextlib
 import functools
 import multiprocessing
-import multiprocessing.forkserver
 import multiprocessing.queues
-import multiprocessing.resource_tracker
 import os
 import queue
-import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import cast
@@ -25,10 +21,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from webdataset.pipeline import DataPipeline
 
+from caco_scale.data.fork_server import WorkerContext, start_fork_server
 from caco_scale.distributed.collectives import exchange_timeout
 from caco_scale.distributed.environment import processes_of_node
 from caco_scale.errors import UserError, one_line
-from caco_scale.run.scratch import use_own_names
 from caco_scale.run.signals import end_with_trainer, shielded
 
 LAST_WORD_SECONDS = 5  # for workers that were killed
@@ -64,7 +60,7 @@ def stream(
         batch_size=None,
         collate_fn=_in_the_message if through_pipes else _as_is,
         num_workers=workers,
-        multiprocessing_context="forkserver" if workers else None,
+        multiprocessing_context=WorkerContext() if workers else None,
         worker_init_fn=functools.partial(_start_worker, dict(os.environ)),
         timeout=LOOK_SECONDS if workers else 0,
         prefetch_factor=PREFETCH if workers else None,
@@ -75,7 +71,7 @@ def stream(
         return _unwrap(_Reader(iter(loader)), stop)
     check_semaphores()
     start_fork_server()
-    with shielded(), _main_module_hidden():
+    with shielded():
         return _unwrap(iter(loader), stop)
 
 
@@ -276,34 +272,3 @@ class _Deadline:
             worker.join(LAST_WORD_SECONDS)
             if worker.is_alive():
                 multiprocessing.process._children.discard(worker)  # ty: ignore[missing-attribute]
-
-
-def start_fork_server() -> None:
-    """Start the process that workers are forked from, if it does not run. Returns while it still imports.
-
-    Worth calling early: its imports then overlap with building the model. It starts with the group's signals
-    blocked, and so do the workers: torch's workers take a dead server for a dead trainer.
-    """
-    use_own_names()
-    multiprocessing.set_forkserver_preload(["caco_scale.data.loader"])
-    with shielded(), _main_module_hidden():
-        multiprocessing.forkserver.ensure_running()
-
-
-@contextlib.contextmanager
-def _main_module_hidden():
-    """Keep new workers from importing the trainer's main module, as multiprocessing would have each do.
-
-    It costs seconds and hundreds of megabytes a worker (DeepSpeed is behind it), and nothing of it is used
-    there.
-    """
-    main = sys.modules["__main__"]
-    hidden = {name: getattr(main, name) for name in ("__spec__", "__file__") if hasattr(main, name)}
-    try:
-        main.__spec__ = None
-        if "__file__" in hidden:
-            del main.__file__
-        yield
-    finally:
-        for name, value in hidden.items():
-            setattr(main, name, value)

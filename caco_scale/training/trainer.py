@@ -11,7 +11,7 @@ from caco_scale.checkpoint.folder import read_values
 from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.config import Config
 from caco_scale.config.fit import auto_fields
-from caco_scale.data.workers import start_fork_server
+from caco_scale.data.fork_server import start_fork_server
 from caco_scale.distributed.collectives import assert_equal_on_all_ranks, gather_objects
 from caco_scale.distributed.compilation import code_kept_in, failures_explained
 from caco_scale.distributed.environment import share_of_node
