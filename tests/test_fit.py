@@ -1,23 +1,30 @@
 """Values that follow the number of images, and what of a recipe does not fit it."""
 
+import os
 import re
 import shlex
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from launch import SMALL
+from PIL import Image
 from shard_sets import make_shard_set
 
 import caco_scale
 from caco_scale.config import check, flatten, from_dict, load_recipe, parse, replace, to_dict, to_yaml
 from caco_scale.config.fit import RULES, auto_fields, fit
+from caco_scale.data.channel_stats import channel_stats
 from caco_scale.data.order import Order
+from caco_scale.data.store import open_store
+from caco_scale.data.workers import too_many_workers
 from caco_scale.doctor.checks import examine_start
 from caco_scale.doctor.estimate import total_steps
 from caco_scale.errors import UserError
 from caco_scale.training.checks import Start
 from caco_scale.training.fit import few_steps_for_lanes, fit_to_set, misfits
+from caco_scale.weights.load import load_weights
 
 OWN = ("own_images_small", "own_images")
 
@@ -29,6 +36,8 @@ def values(config):
 @pytest.mark.parametrize(
     ("recipe", "images", "expected"),
     [  # batch, bank, epochs, lr warm-up, bank warm-up, its ramp
+        ("own_images_small", 60, [8, 32, 800, 10, 40, 140]),
+        ("own_images_small", 200, [16, 128, 800, 10, 40, 240]),
         ("own_images_small", 1_000, [32, 256, 800, 10, 40, 500]),
         ("own_images_small", 5_000, [64, 512, 800, 10, 40, 500]),
         ("own_images", 20_000, [256, 2048, 500, 10, 25, 500]),
@@ -46,7 +55,7 @@ def test_rules_by_the_number_of_images(recipe, images, expected):
 
 def test_every_number_of_images_gives_a_recipe_that_fits():
     recipes = [load_recipe(name) for name in OWN]
-    for images in sorted({*range(640, 3000, 7), *(int(640 * 1.3**k) for k in range(35))}):
+    for images in sorted({*range(80, 3000, 7), *(int(640 * 1.3**k) for k in range(35))}):
         for recipe in recipes:
             config, _ = fit(recipe, images)
             order = Order([images], seed=0, global_batch_size=config.data.global_batch_size)
@@ -126,6 +135,82 @@ def test_an_auto_without_a_set_is_the_sets_own_error(tmp_path):
     with pytest.raises(UserError, match=r"data\.shards is empty"):
         fit_to_set(config)
     assert total_steps(config)[::2] == (1251 * 210, 1024)  # of ImageNet, as for every recipe
+
+
+# ---- by the machine, and by measuring
+
+
+def test_workers_follow_the_cores_of_a_process_and_too_many_are_one_line(monkeypatch):
+    recipe = load_recipe("own_images_small")
+    assert to_dict(recipe)["data"]["workers"] == "auto"
+    for cores, processes, expected in ((2, 1, 1), (1, 1, 1), (16, 4, 3), (128, 1, 16), (2, 8, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        given = replace(recipe, data__global_batch_size=8, bank__size=8, bank__warmup_epochs=0)
+        given = replace(given, bank__warmup_ramp_steps=0, optim__epochs=4, optim__warmup_epochs=1)
+        config, lines = fit_to_set(given)
+        assert config.data.workers == expected
+        assert len(lines) == 1
+        assert lines[0].startswith(f"data.workers {expected} for {cores} core(s) and {processes} process(es)")
+        assert fit_to_set(replace(given, data__workers=5))[0].data.workers == 5
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert too_many_workers("data.workers", 2) is None
+    line = too_many_workers("data.workers", 3)
+    assert line.startswith("data.workers 3 for each of 2 processes here: more than the 4 core(s)")
+    assert line.endswith("give --data.workers 1")
+
+
+def colourful(folder, count=8):
+    """Images that are halves of two colours, whose statistics are known."""
+    folder.mkdir()
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:16] = (255, 51, 102)
+    pixels[16:] = (0, 153, 102)
+    pixels[:8, :, 2] = 204
+    for number in range(count):
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return pixels
+
+
+def test_mean_and_deviation_are_measured_once_and_kept(tmp_path, monkeypatch, capsys):
+    pixels = colourful(tmp_path / "set").reshape(-1, 3) / 255
+    flags = {**SMALL, "data.shards": tmp_path / "set", "data.val_shards": "", "run.dir": tmp_path / "run"}
+    flags |= {"views.size": 32, "run.max_steps": 1, "views.stats": "measure"}
+    run = caco_scale.pretrain(**flags)
+    assert run.config.views.mean == tuple(pixels.mean(0).round(4))
+    assert run.config.views.std == tuple(pixels.std(0).round(4))
+    assert run.config.views.stats == "given"
+    assert "views.std 0.5 0.2 0.1732: measured on 8 of 8 training images" in capsys.readouterr().out
+    assert load_recipe(tmp_path / "run/config.yaml").views == run.config.views
+    assert load_weights(run.path).mean == run.config.views.mean
+    monkeypatch.setattr("caco_scale.training.fit.channel_stats", None)  # nothing is measured at a resume
+    assert caco_scale.pretrain(**{**flags, "run.max_steps": 2}).config.views == run.config.views
+    assert "views.std 0.5 0.2 0.1732, as in " in capsys.readouterr().out
+
+
+def test_a_sample_is_measured_by_the_seed_and_a_constant_channel_refused(tmp_path, monkeypatch):
+    shards = make_shard_set(tmp_path / "set", num_images=24, size=32)
+    monkeypatch.setattr("caco_scale.data.channel_stats.SAMPLE", 8)
+    found = [channel_stats(open_store(shards), 32, seed=seed) for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+    assert found[0][2] == 8
+    (tmp_path / "grey").mkdir()
+    Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / "grey/a.png")
+    with pytest.raises(UserError, match=r"channel 0 of 1 images of .*grey is the same everywhere"):
+        channel_stats(open_store(str(tmp_path / "grey")), 32)
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_a_normalisation_is_given_or_measured(name, tmp_path):
+    with pytest.raises(UserError, match=rf"views.{name} is given and views.stats is measure"):
+        parse(["own_images", f"--views.{name}", "0.5", "0.4", "0.3", "--views.stats", "measure"])
+    (tmp_path / "own.yaml").write_text("views: {stats: measure}\n")
+    with pytest.raises(UserError, match=r"--views\.stats given"):
+        parse([str(tmp_path / "own.yaml"), f"--views.{name}", "0.5", "0.4", "0.3"])
+    assert (
+        parse(["demo", "--views.stats", "measure"]).views.stats == "measure"
+    )  # a flag overrules the recipe's
 
 
 # ---- what does not fit
@@ -213,11 +298,12 @@ def test_the_doctor_says_rules_and_misfits(tmp_path):
         "100",
     ]
     words += ["--model.arch", "tiny", "--views.size", "32", "--data.workers", "0"]
+    words += ["--data.global_batch_size", "32"]
     start = Start(parse(words), "ddp", 0, 1, torch.device("cpu"))
     texts = [(finding.status, finding.text) for finding in examine_start(start, offloaded=False)]
     assert (
         "ok",
-        "data.global_batch_size 32 for 96 images: a power of two that leaves 64 steps an epoch, 32 to 1,024",
+        "optim.epochs 800 for 96 images: 10 million images seen, 200 to 800 epochs",
     ) in texts
     notes = [text for status, text in texts if status == "note"]
     assert any("bank.size 100 is more than the 96 images" in text for text in notes)

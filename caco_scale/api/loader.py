@@ -155,6 +155,8 @@ def batches(
     config = Config(run=Run(seed=seed), data=images, views=views or Views())
     config = configuration.settle_channels(config, Config())
     views = config.views
+    if views.stats == "measure":
+        raise UserError("views: stats measure is of a run: give mean and std")
     view_specs(views, channels)  # refuses now what it would refuse at the first batch
     configuration.check(config)
     store = open_training(config, flag="data")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, TypeVar, overload
 
-from caco_scale.config.fields import Config
+from caco_scale.config.fields import Config, Views
 from caco_scale.config.recipes import load_recipe, recipe_names
 from caco_scale.config.values import check, replace, settle_channels
 from caco_scale.errors import UserError
@@ -47,8 +47,22 @@ def parse(arguments: Iterable[str], prog: str = "python -m caco_scale.pretrain",
 
 
 def _checked(config, recipe):
+    _refuse_two_sources(config.views, recipe.views)
     config = settle_channels(config, recipe)
     if not config.run.dir.strip():
         raise UserError(f"run.dir is empty: give a directory, or leave it out for runs/{config.recipe}")
     check(config)
     return config
+
+
+def _refuse_two_sources(views, of_recipe):
+    """UserError for a mean or deviation that is given, and to be measured as well."""
+    if views.stats != "measure":
+        return
+    before = Views() if of_recipe.stats == "measure" else of_recipe  # a flag may overrule what a recipe gives
+    for name in ("mean", "std"):
+        if getattr(views, name) != getattr(before, name):
+            raise UserError(
+                f"views.{name} is given and views.stats is measure: leave views.mean and views.std out, or give "
+                "--views.stats given"
+            )

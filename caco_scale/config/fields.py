@@ -19,6 +19,7 @@ from caco_scale.flags.choices import (
     KernelInputs,
     Optimizer,
     Predictor,
+    Stats,
     Stem,
 )
 from caco_scale.flags.rules import (
@@ -96,8 +97,8 @@ class Data:
     """Images per optimizer step over all processes; auto = by the number of images (config/fit.py)."""
     micro_batch_size: Free[Count] = 0
     """Images per forward on one process (gradient accumulation); 0, or more than it has = its whole share."""
-    workers: Free[Workers] = 4
-    """Loader processes per training process; 0 = load in the training process."""
+    workers: Free[IntOrAuto[Workers]] = 4
+    """Loader processes per training process; 0 = load in the training process, auto = by the cores of the machine."""
     max_corrupt: Free[Share] = 0.001
     """Share of undecodable images above which the run stops (each is replaced and reported)."""
     cache_dir: Free[Place] = "auto"
@@ -146,6 +147,8 @@ class Views:
     """Mean of every channel on a scale of 0 to 1; the default stands for 0.5 each where channels are not 3."""
     std: tuple[PositiveFloat, ...] = (0.229, 0.224, 0.225)
     """Standard deviation of every channel on a scale of 0 to 1; as views.mean."""
+    stats: Stats = "given"
+    """Where mean and std come from: given (the two fields above), or measure (on training images, at a fresh start)."""
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,18 @@ def power_of_two(most: float, least: int, highest: int) -> int:
 
 def batch_size(n: int, _: Config) -> tuple[int, str]:
     """Small sets need steps more than they need large batches; CIFAR-10's 50,000 are usual with 512."""
-    return power_of_two(n / 64, 32, 1024), "a power of two that leaves 64 steps an epoch, 32 to 1,024"
+    least = power_of_two(n / 10, 8, 32)  # below 320 images a tenth of them, or an epoch would have few steps
+    return power_of_two(n / 64, least, 1024), "a power of two that leaves 64 steps an epoch, 32 to 1,024" + (
+        "; of few images a tenth" if least < 32 else ""
+    )
 
 
 def bank_size(n: int, _: Config) -> tuple[int, str]:
     """1,024 rows were better than 16,384 for 10,000 images; the paper's 65,536 are a twentieth of ImageNet."""
-    return power_of_two(n / 8, 256, 65536), "an eighth of the images, a power of two, 256 to 65,536"
+    least = power_of_two(n, 1, 256)  # never more rows than images
+    return power_of_two(n / 8, least, 65536), "an eighth of the images, a power of two, 256 to 65,536" + (
+        "; of few images not more than those" if least < 256 else ""
+    )
 
 
 def epochs(n: int, _: Config) -> tuple[int, str]:
@@ -65,20 +71,30 @@ RULES: dict[str, Callable[[int, Config], tuple[float, str]]] = {  # a rule may a
 }
 
 
+MEASURED = ("views.stats", "views.mean", "views.std")  # what views.stats measure settles
+
+
 def auto_fields(config: Config) -> list[str]:
-    """The fields that still are ``auto``, in the order of their rules."""
+    """The fields that a look at the set settles: those that are ``auto``, by their rules, and what is to be measured.
+
+    ``data.workers`` is none of them: it follows the machine.
+    """
+    return _by_rule(config) + [*MEASURED] * (config.views.stats == "measure")
+
+
+def _by_rule(config):
     flat = flatten(config)
     return [name for name in RULES if flat[name] == AUTO_WORD]
 
 
 def fit(config: Config, num_images: int) -> tuple[Config, list[str]]:
-    """A config with every ``auto`` settled for so many images, and a line for each: the value and its rule.
+    """A config with the ``auto`` of every rule settled for so many images, and a line for each: value and rule.
 
     Raises:
         UserError: what the rules give does not go with what is given.
     """
     lines = []
-    for name in auto_fields(config):
+    for name in _by_rule(config):
         value, rule = RULES[name](num_images, config)
         config = replace(config, **{name.replace(".", "__"): value})
         lines.append(f"{name} {value:,g} for {num_images:,} images: {rule}")

@@ -14,6 +14,7 @@ import multiprocessing.queues
 import os
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from typing import cast
 
@@ -32,6 +33,7 @@ LOOK_SECONDS = (
     2  # between two looks whether a worker has died, or a stop is asked for, while the trainer waits
 )
 PREFETCH = 2  # batches that a worker has ready
+warnings.filterwarnings("ignore", message="This DataLoader will create")  # too_many_workers says it
 SHARED_MEMORY = "/dev/shm"
 MORE_SHARED_MEMORY = "give the container more (docker run --shm-size 1g)"
 
@@ -92,6 +94,29 @@ def small_shared_memory(batch_bytes: int, workers: int) -> str | None:
         f"{SHARED_MEMORY} has {free / 1e6:,.1f} MB free, the batches of data.workers {workers} take up to "
         f"{needed / 1e6:,.1f} MB: they come through pipes, which costs a copy; {MORE_SHARED_MEMORY}, or fewer "
         "--data.workers"
+    )
+
+
+def cores_here() -> tuple[int, int]:
+    """The cores that this process may use, and how many of the launch's processes share the machine."""
+    return len(os.sched_getaffinity(0)), processes_of_node()
+
+
+def bearable_workers() -> int:
+    """Workers that a process can have on this machine: its share of the cores but one, its own; one at least."""
+    cores, processes = cores_here()
+    return max(1, cores // processes - 1)
+
+
+def too_many_workers(flag: str, workers: int) -> str | None:
+    """A line where the processes here have more workers than there are cores, else None. ``flag``: who asked."""
+    cores, processes = cores_here()
+    if workers * processes <= cores:
+        return None
+    each = f" for each of {processes} processes here" if processes > 1 else ""
+    return (
+        f"{flag} {workers}{each}: more than the {cores} core(s), they take turns and each takes memory; give --{flag} "
+        f"{bearable_workers()}"
     )
 
 

@@ -20,6 +20,7 @@ from caco_scale.data.store import open_store
 from caco_scale.data.store.base import Store
 from caco_scale.data.store.folder import split_folders
 from caco_scale.data.views import describe_crop, usual_resize
+from caco_scale.data.workers import too_many_workers
 from caco_scale.distributed.collectives import gather_objects
 from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.errors import UserError
@@ -306,6 +307,8 @@ def introduce_encoder(task: Encoding, flags: Any) -> None:
     if weights.unmatched:
         task.say(f"in the file but not used: {gist(weights.unmatched)}")
     task.say(f"images for evaluation: {describe_crop(task.size, task.resize)}")
+    if crowded := too_many_workers("workers", task.workers):
+        task.say(crowded)
 
 
 def _introduce(task, flags):

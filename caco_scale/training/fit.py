@@ -8,32 +8,50 @@ from caco_scale import config as configuration
 from caco_scale.checkpoint.folder import read_values
 from caco_scale.checkpoint.resume import goes_on_from
 from caco_scale.config import Config
-from caco_scale.config.fit import auto_fields, bank_size, batch_size, fit
+from caco_scale.config.fit import MEASURED, auto_fields, bank_size, batch_size, fit
+from caco_scale.data.channel_stats import channel_stats
 from caco_scale.data.listed_files import Listings
 from caco_scale.data.order import Order
 from caco_scale.data.store import is_listed
+from caco_scale.data.workers import bearable_workers, cores_here
 from caco_scale.distributed.collectives import from_rank_0, rank
+from caco_scale.flags.rules import AUTO
 from caco_scale.training.assemble import build_schedule, open_training, open_validation
 from caco_scale.training.places import mixed
 
 LISTINGS = "listings"  # in a run's directory
 FEWEST_STEPS = 10  # of an epoch, and of a learning rate's warm-up
 KEY_TIMES = 3  # averaging times of the key encoder that a training must have
+MOST_WORKERS = 16  # that data.workers auto gives a process
 
 
 def fit_to_set(config: Config, listings: Listings | None = None) -> tuple[Config, list[str]]:
     """The config with every ``auto`` settled, and a line for each. Collective: rank 0 looks, all get the same.
 
-    A run that goes on keeps the values of its checkpoint, whatever the rules or the set say by now.
+    A run that goes on keeps the values of its checkpoint, whatever the rules or the set say by now; but for
+    ``data.workers``, which each process settles by its own machine.
 
     Raises:
         UserError: on every rank; there is no such set.
     """
+    config, lines = _settle_workers(config)
     fields = auto_fields(config)
     if not fields:
+        return config, lines
+    settled, more = from_rank_0(lambda: _settle(config, fields, listings))
+    config = configuration.replace(config, **{n.replace(".", "__"): v for n, v in settled.items()})
+    return config, lines + more
+
+
+def _settle_workers(config):
+    if config.data.workers != AUTO:
         return config, []
-    settled, lines = from_rank_0(lambda: _settle(config, fields, listings))
-    return configuration.replace(config, **{n.replace(".", "__"): v for n, v in settled.items()}), lines
+    workers, (cores, processes) = min(bearable_workers(), MOST_WORKERS), cores_here()
+    line = (
+        f"data.workers {workers} for {cores} core(s) and {processes} process(es) here: a process's share of the cores "
+        f"but one, 1 to {MOST_WORKERS}"
+    )
+    return configuration.replace(config, data__workers=workers), [line]
 
 
 def _settle(config, fields, listings):
@@ -41,11 +59,32 @@ def _settle(config, fields, listings):
     path = goes_on_from(config)
     if path:
         saved = configuration.flatten(configuration.from_dict(read_values(path)["config"], f"{path} config"))
-        return {n: saved[n] for n in fields}, [f"{n} {saved[n]:,g}, as in {path}" for n in fields]
+        told = [n for n in fields if n != "views.stats"]
+        return {n: saved[n] for n in fields}, [f"{n} {_in_words(saved[n])}, as in {path}" for n in told]
     store = open_training(configuration.replace(config, data__cache_dir="none"), listings=listings)
     fitted, lines = fit(config, store.manifest.num_samples)
+    if set(MEASURED) <= set(fields):
+        fitted, line = _measure(fitted, store)
+        lines.append(line)
     flat = configuration.flatten(fitted)
     return {name: flat[name] for name in fields}, lines
+
+
+def _measure(config, store):
+    """The config with the mean and standard deviation of its images, as given ones, and a line."""
+    views = config.views
+    mean, std, images = channel_stats(
+        store, views.size, resize=config.eval.resize, seed=config.run.seed, workers=config.data.workers
+    )
+    line = (
+        f"views.mean {_in_words(mean)}, views.std {_in_words(std)}: measured on {images:,} of "
+        f"{store.manifest.num_samples:,} training images"
+    )
+    return configuration.replace(config, views__mean=mean, views__std=std, views__stats="given"), line
+
+
+def _in_words(value):
+    return " ".join(map(str, value)) if isinstance(value, tuple) else f"{value:,g}"
 
 
 def listings_of(config: Config, say: Callable[[str], object]) -> Listings:
@@ -89,9 +128,9 @@ def misfits(config: Config, order: Order, world_size: int) -> list[str]:
             f"and leaves {n - steps * batch:,} images out; {fix}"
         )
     if config.bank.size > n and rule != "inbatch":
-        fix = f"give --bank.size {rows}" if rows <= n else "it needs more images"
         found.append(
-            f"bank.size {config.bank.size:,} is more than the {n:,} images: rows outnumber what they stand for; {fix}"
+            f"bank.size {config.bank.size:,} is more than the {n:,} images: rows outnumber what they stand for; "
+            f"give --bank.size {rows}"
         )
     if schedule.warmup_steps > main:
         fix = f"--bank.warmup_epochs {max(1, config.optim.epochs // 4)}"

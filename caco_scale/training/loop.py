@@ -24,7 +24,7 @@ from caco_scale.data.counters import COUNTERS
 from caco_scale.data.folders import in_words
 from caco_scale.data.loader import Batch, batch_bytes, cache_is_large_enough
 from caco_scale.data.to_device import on_device
-from caco_scale.data.workers import StoppedWaiting, small_shared_memory
+from caco_scale.data.workers import StoppedWaiting, small_shared_memory, too_many_workers
 from caco_scale.distributed.collectives import gather_if_any
 from caco_scale.distributed.strategies.base import Strategy
 from caco_scale.errors import UserError
@@ -309,7 +309,8 @@ class Loop:
         unchecked = {s.unchecked for s in (store, self.data.val_store) if s}
         left_out = (s.left_out for s in (store, self.data.val_store) if s)
         slow = augmentation_note(config, self.strategy.device)
-        for note in filter(None, (*unchecked, *left_out, self.data.room_note, slow)):
+        crowded = too_many_workers("data.workers", config.data.workers)
+        for note in filter(None, (*unchecked, *left_out, self.data.room_note, slow, crowded)):
             self.records.telemetry.note(note)
         for line in misfits(config, self.data.order, self.strategy.world_size):
             self.records.telemetry.warn(line)
