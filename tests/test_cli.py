@@ -1,4 +1,4 @@
-"""The one command: it lists and runs all, every one has help and answers a typo; the README's are understood."""
+"""The one command: it lists and runs all, every one has help and answers a typo; the pages' are understood."""
 
 import contextlib
 import dataclasses
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from launch import ROOT, SMALL, environment
+from pages import PAGES
 from shard_sets import make_shard_set
 
 from caco_scale.__main__ import dispatch
@@ -265,8 +266,7 @@ def test_the_program_trains_with_loader_processes(tmp_path):
 
 def pages():
     """The text of the pages and of the recipes' headers, with lines that end in a backslash joined."""
-    names = ["README.md", "CONTRIBUTING.md", "slurm/README.md", "caco_scale/examples/README.md"]
-    texts = [(ROOT / name).read_text() for name in names]
+    texts = [(ROOT / name).read_text() for name in PAGES]
     for recipe in sorted((ROOT / "caco_scale/recipes").glob("*.yaml")):
         texts.append("\n".join(re.findall("^#(.*)", recipe.read_text(), re.MULTILINE)))
     return re.sub(r" *\\\n *", " ", "\n".join(texts))
@@ -322,7 +322,7 @@ def test_the_launchers_that_the_pages_name_are_read():
             assert (ROOT / name).exists(), words
 
 
-def test_the_readmes_commands_are_read(monkeypatch, tmp_path):
+def test_the_pages_commands_are_read(monkeypatch, tmp_path):
     """As far as flags go: nothing is run."""
     monkeypatch.chdir(tmp_path)
     read = set()

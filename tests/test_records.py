@@ -1,14 +1,15 @@
-"""The README's measured figures have records, and both say the same."""
+"""The pages' measured figures have records, and both say the same."""
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from launch import ROOT
+from pages import PAGES
+
 BENCHMARKS = ROOT / "tests/benchmarks"
 
 
 def test_every_record_is_there_and_its_words_stand_on_a_page():
-    pages = ("README.md", "CONTRIBUTING.md", "caco_scale/recipes/caco_vitb16_300ep.yaml")
+    pages = (*PAGES, "caco_scale/recipes/caco_vitb16_300ep.yaml")
     text = " ".join(" ".join((ROOT / page).read_text().replace("\n#", "\n").split()) for page in pages)
     rows = re.findall(
         r'^\| ("[^\n]*") \| ([^\n]*) \|$', (BENCHMARKS / "RECORDS.md").read_text(), re.MULTILINE

@@ -181,7 +181,7 @@ class Bank:
     exchange: Free[BankExchange] = "statistics"
     """What ranks exchange: exact softmax statistics, or whole rows of logits (equal result, heavy)."""
     kernel: BankKernel = "torch"
-    """How the bank computes: torch (chunks), or Triton kernels on CUDA (README, "How fast")."""
+    """How the bank computes: torch (chunks), or Triton kernels on CUDA: quicker, with a few other positives."""
     kernel_inputs: KernelInputs = "tf32"
     """Number format that the Triton kernels' matrix products read (their sums are fp32)."""
     temperature: PositiveFloat = 0.08

@@ -1,4 +1,4 @@
-"""Figures of the README that no command of the package measures. One line of JSON each, for ``figures_*.json``.
+"""Figures of the pages that no command of the package measures. One line of JSON each, for ``figures_*.json``.
 
 PYTHONPATH=. python tests/benchmarks/figures.py {listing,strategies,kernels,colours,start,memory}
 PYTHONPATH=. python tests/benchmarks/figures.py loader SHARDS PIXELS
