@@ -392,4 +392,6 @@ def test_a_shell_completes_commands_flags_and_choices():
     assert completed("caco sweep study.yaml --bank.si", bash) == ["--bank.size"]
     assert completed("caco sweep de", bash) == []  # a file, no recipe
     assert completed("caco pretrain demo some/fi", bash) == []  # the shell's own file names
+    assert completed("caco path ds_configs/zero2", bash) == ["ds_configs/zero2.yaml", "ds_configs/zero2.json"]
+    assert completed("caco path sl", bash)[:2] == ["slurm", "slurm/200ep.sh"]
     assert "bashcompinit" in script("zsh")

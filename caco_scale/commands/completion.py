@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
+from caco_scale import shipped
 from caco_scale.commands import table as commands
 from caco_scale.config import Config, recipe_names
 from caco_scale.errors import exit_on_user_error
@@ -66,6 +67,8 @@ def script(shell: str) -> str:
         words += [(f'"{command} --{name}"', choices(hint)) for name, hint in hints.items() if choices(hint)]
         if _takes(kinds[:1], "takes_recipe"):
             words.append((f'"{command} {command.split()[-1]}"', recipe_names()))
+        if command == "path":
+            words.append(('"path path"', [*shipped.FOLDERS, *shipped.names()]))
     return (ZSH if shell == "zsh" else "") + SCRIPT.format(
         groups="|".join(groups),
         commands=" ".join(commands.COMMANDS),
