@@ -33,7 +33,9 @@ SETTINGS = {"bank.size": 20, "views.scale": (0.2, 1.0), "recipe": "demo", "optim
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch):
     """No variable of a user's tracker, and nothing of accelerate's that the next test would find."""
-    for name in [name for name in os.environ if name.split("_")[0] in ("WANDB", "MLFLOW", "COMET")]:
+    for name in [
+        name for name in os.environ if name.split("_")[0] in ("WANDB", "MLFLOW", "COMET", "TRACKIO")
+    ]:
         monkeypatch.delenv(name)
     was_there = bool(PartialState._shared_state)
     PartialState(cpu=True)  # a run has one; accelerate's classes ask it
@@ -76,6 +78,18 @@ def fake(monkeypatch):
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "fake", Fake)
     monkeypatch.setattr(Fake, "starts", [], raising=False)
     return Fake
+
+
+def instead_of(package, stand_in):
+    """A fixture: a new module of a class ``stand_in`` in a package's place."""
+
+    @pytest.fixture
+    def module(monkeypatch):
+        found = stand_in()
+        monkeypatch.setitem(sys.modules, package, found)
+        return found
+
+    return module
 
 
 def start(path, names, kept_step=None, stream=None):
@@ -316,11 +330,7 @@ class MLflow(types.ModuleType):
         self.active.run = None
 
 
-@pytest.fixture
-def mlflow(monkeypatch):
-    module = MLflow()
-    monkeypatch.setitem(sys.modules, "mlflow", module)
-    return module
+mlflow = instead_of("mlflow", MLflow)
 
 
 def history(run, name):
@@ -418,11 +428,7 @@ class WandB(types.ModuleType):
         return run
 
 
-@pytest.fixture
-def wandb(monkeypatch):
-    module = WandB()
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    return module
+wandb = instead_of("wandb", WandB)
 
 
 def test_wandb_is_offline_and_its_newest_folder_is_whole(tmp_path, wandb):
@@ -464,3 +470,93 @@ def test_wandb_online_goes_on_after_its_last_step(tmp_path, wandb, monkeypatch):
     assert wandb.runs[1].project == "ours"
     assert list(rows) == list(range(1, 10))
     assert len(list((tmp_path / "wandb").iterdir())) == 2
+
+
+# ---- Trackio: a stand-in, and the package where it is installed
+
+
+class Trackio(types.ModuleType):
+    """The part of Trackio that accelerate's class and ours use: runs of one project, by id."""
+
+    def __init__(self):
+        super().__init__("trackio")
+        self.runs, self.config = [], types.SimpleNamespace(update=lambda values, **_: None)
+        self.Api = lambda: types.SimpleNamespace(runs=lambda project: list(self.runs))
+
+    def init(self, project, name=None):
+        run = types.SimpleNamespace(name=name, project=project, rows=[])
+        run.log = lambda values, step: run.rows.append((step, values))
+        run.finish = lambda: None
+        run.delete = lambda: self.runs.remove(run)
+        self.runs.append(run)
+        return run
+
+
+trackio = instead_of("trackio", Trackio)
+
+
+def test_trackio_writes_the_run_again_whole(tmp_path, trackio):
+    other = trackio.init("caco_scale", "mine-of-another")
+    telemetry = start(tmp_path / "mine", ["trackio"])
+    train(telemetry, 1, 7)
+    killed(telemetry)
+    stream = io.StringIO()
+    with closing(start(tmp_path / "mine", ["trackio"], kept_step=5, stream=stream)) as telemetry:
+        train(telemetry, 6, 9, value=3.0)
+    kept, run = trackio.runs
+    assert kept is other
+    assert run.name.startswith("mine-")
+    assert f"tracker trackio: run {run.name}, trackio show --project caco_scale" in stream.getvalue()
+    losses = [1.0, 2.0, 3.0, 4.0, 5.0, 18.0, 21.0, 24.0, 27.0]
+    assert [(step, row["loss"]) for step, row in run.rows if "loss" in row] == list(enumerate(losses, 1))
+    assert [(step, row["knn_top1"]) for step, row in run.rows if "knn_top1" in row] == [(4, 40.0), (8, 80.0)]
+
+
+def test_trackio_elsewhere_has_a_new_run_a_start(tmp_path, trackio, monkeypatch):
+    with closing(start(tmp_path, ["trackio"])) as telemetry:
+        train(telemetry, 1, 2)
+    monkeypatch.setenv("TRACKIO_SERVER_URL", "http://host")
+    with closing(start(tmp_path, ["trackio"], kept_step=2)) as telemetry:
+        train(telemetry, 3, 3)
+    here, there = trackio.runs
+    assert (bool(here.name), there.name) == (True, None)
+    assert [step for step, row in there.rows if "loss" in row] == [1, 2, 3]
+
+
+REAL_TRACKIO = """
+import json, os, sys
+from caco_scale.run.trackers import PROJECT
+
+if sys.argv[1] == "train":
+    import caco_scale
+    caco_scale.pretrain("demo", **json.loads(sys.argv[2]))
+else:
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+    found = {run.name: SQLiteStorage.get_logs(PROJECT, run.name) for run in trackio.Api().runs(PROJECT)}
+    print(json.dumps(found, default=str))
+"""
+
+
+@pytest.mark.long
+def test_a_run_that_was_killed_is_whole_in_the_real_trackio(tmp_path):
+    pytest.importorskip("trackio")
+    shards, run = make_shard_set(tmp_path / "set", num_images=96, samples_per_shard=20), tmp_path / "run"
+    flags = {**SMALL, "data.shards": str(shards), "data.val_shards": str(shards), "run.dir": str(run)}
+    flags |= {"run.trackers": ["trackio"], "run.save_every": 4, "eval.knn_every": 2, "optim.epochs": 3}
+    flags["run.max_steps"] = 0
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
+    words = [sys.executable, "-c", REAL_TRACKIO, "train", json.dumps(flags)]
+    process = start_command(words, env=environment)
+    kill_when(process, lambda: progress(run)[1] > 9 and any(run.glob("checkpoints/step_*")))
+    done = finished(words, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed from" in done.stdout
+    shown = finished([sys.executable, "-c", REAL_TRACKIO, "show"], env=environment)
+    ((name, rows),) = json.loads(shown.stdout.splitlines()[-1]).items()
+    assert json.loads((run / "trackers.json").read_text()) == {"trackio": name}
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for figure in ("loss", "knn_top1"):
+        expected = [(record["step"], record[figure]) for record in records if figure in record]
+        assert [(row["step"], row[figure]) for row in rows if row.get(figure) is not None] == expected
+        assert expected

@@ -11,6 +11,8 @@ was added, in between. trackers.json in the run directory keeps its id of the ru
                nor remove: steps above the checkpoint's that it has keep their values, parameters those of the start
     comet_ml   offline in run.dir/comet, with COMET_START_ONLINE as "others". A resume writes the archive of that key
                again, whole; Comet writes it at a start's end, so a killed one has left none
+    trackio    where Trackio keeps all runs (TRACKIO_DIR): its dashboard compares them. A resume removes the run there
+               and writes it again, whole, by the same name; with TRACKIO_SPACE_ID or TRACKIO_SERVER_URL as "others"
     others     as they are set up; those registered with accelerate, too. Every start is a new run there, whole
 
 Only the main rank has any. All of a tracker runs in a thread of its own (MLflow's run belongs to one) that training
@@ -198,7 +200,27 @@ class _Comet(_Tracker):
         return os.environ.get("COMET_PROJECT_NAME", PROJECT)
 
 
-KINDS: dict[str, type[_Tracker]] = {"wandb": _Wandb, "mlflow": _MLflow, "comet_ml": _Comet}
+class _Trackio(_Tracker):
+    def options(self):
+        if os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL"):
+            self.identity = None
+            return {}
+        for older in import_module("trackio").Api().runs(PROJECT) if self.identity else ():
+            if older.name == self.identity:
+                older.delete()
+        self.identity = self.identity or f"{self.title}-{uuid4().hex[:8]}"
+        return {"name": self.identity}
+
+    def where(self):
+        return f"trackio show --project {PROJECT}" if self.identity else ""
+
+
+KINDS: dict[str, type[_Tracker]] = {
+    "wandb": _Wandb,
+    "mlflow": _MLflow,
+    "comet_ml": _Comet,
+    "trackio": _Trackio,
+}
 
 
 class _Failed(Exception):
