@@ -215,6 +215,10 @@ check_before_start() {
   if [ "$LAST_END" = stopped ] && ((RESTART > 0)); then return; fi # it trained a moment ago, as it is
   on_one_node python -m caco_scale.doctor "$RECIPE" "${CACHE[@]}" "${FLAGS[@]}" --run.dir "$RUN_DIR" \
     --processes "$PROCESSES" --strategy "$STRATEGY" > "$LOGS/doctor.log" 2>&1 && return
+  if tail -n 1 "$LOGS/doctor.log" | grep -q ': it would train, with '; then # whoever submits may know better
+    sed -n 's/^warn /warning: /p' "$LOGS/doctor.log"
+    return
+  fi
   line=$(grep -m 1 -E '^(FAIL|error:)' "$LOGS/doctor.log" || tail -n 1 "$LOGS/doctor.log")
   refuse_start "${line#error: } (all in $LOGS/doctor.log)"
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 from launch import ROOT, finished
 from shard_sets import make_shard_set
+from test_doctor_mistakes import FITS
 
 from caco_scale.config import load_recipe, recipe_names, replace
 from caco_scale.config.fit import fit
@@ -18,6 +19,8 @@ from caco_scale.errors import UserError
 from caco_scale.run.directory import check_place
 from caco_scale.training import checks
 from caco_scale.training.checks import Start
+
+FITTING = [word for name, value in FITS.items() for word in (f"--{name}", str(value))]
 
 
 def failures(findings):
@@ -194,15 +197,13 @@ def examine(arguments, config=None, num_processes=2):
 
 
 def test_a_healthy_launch_is_ready_and_a_broken_one_is_not(tmp_path):
-    shards = make_shard_set(tmp_path / "set", num_images=32)
-    flags = ["demo", "--data.shards", str(shards), "--data.val_shards", "", "--eval.knn_every", "0"]
-    flags += ["--eval.baselines", "False"]
-    flags += ["--data.global_batch_size", "8", "--data.window", "16", "--run.dir", str(tmp_path / "run")]
+    shards = make_shard_set(tmp_path / "set", num_images=96)
+    flags = ["demo", *FITTING, "--data.shards", str(shards), "--run.dir", str(tmp_path / "run")]
     healthy = examine(flags, "zero2")
     assert healthy.returncode == 0, healthy.stdout + healthy.stderr
     assert "strategy zero2, 2 process(es), backend gloo, cpu" in healthy.stdout
     assert "global batch 8 = 2 process(es) x 4 images" in healthy.stdout
-    assert "32 images, 4 steps an epoch" in healthy.stdout
+    assert "96 images, 12 steps an epoch" in healthy.stdout
     assert healthy.stdout.count("memory of a rank under zero2") == 1
     assert not (tmp_path / "run").exists()
 
@@ -227,10 +228,9 @@ main(["demo", "--data.shards", {str(tmp_path / "none")!r}])
 
 
 def test_a_launch_to_come_is_answered_by_one_process(tmp_path):
-    shards = make_shard_set(tmp_path / "set", num_images=32)
-    flags = ["demo", "--data.shards", str(shards), "--data.val_shards", "", "--eval.knn_every", "0"]
-    flags += ["--eval.baselines", "False", "--data.window", "16", "--run.dir", str(tmp_path / "run")]
-    plan = ["--processes", "4", "--strategy", "zero2", "--data.global_batch_size", "8"]
+    shards = make_shard_set(tmp_path / "set", num_images=96)
+    flags = ["demo", *FITTING, "--data.shards", str(shards), "--run.dir", str(tmp_path / "run")]
+    plan = ["--processes", "4", "--strategy", "zero2"]
     planned = examine([*flags, *plan])
     assert planned.returncode == 0, planned.stdout + planned.stderr
     assert "planned: strategy zero2, 4 process(es), cpu" in planned.stdout
@@ -277,7 +277,7 @@ def test_the_estimate_is_held_against_the_memory_there_is_and_what_fits_is_propo
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert "but each of 2 processes here has" in found(1.9 * needed.total)[1]
     assert found(2 * needed.total)[0] == "ok"
-    assert found(1, planned=True)[0] == "note"  # another machine's matter
+    assert found(1, plan=doctor.Planned("ddp", 1))[0] == "warn"  # perhaps another machine's matter
 
 
 def test_a_micro_batch_that_is_proposed_fits(monkeypatch):
@@ -295,10 +295,13 @@ def test_a_micro_batch_that_is_proposed_fits(monkeypatch):
 
 def test_a_plan_that_cannot_be():
     config = replace(load_recipe("demo"), run__world_size=8)
-    assert "run.world_size 8, but 4 processes" in failures(doctor.plan_launch(config, "ddp", 4)[0])[0]
-    assert "give one of ddp, zero1" in failures(doctor.plan_launch(config, "zero9", 8)[0])[0]
+    assert (
+        "run.world_size 8, but 4 processes"
+        in failures(doctor.plan_launch(config, doctor.Planned("ddp", 4))[0])[0]
+    )
+    assert "give one of ddp, zero1" in failures(doctor.plan_launch(config, doctor.Planned("zero9", 8))[0])[0]
     config = replace(config, precision__compute="fp64")
-    _, start = doctor.plan_launch(config, "zero2", 8)
+    _, start = doctor.plan_launch(config, doctor.Planned("zero2", 8))
     (refused,) = failures(doctor.found(checks.check_precision, start))
     assert "fp64 cannot be had from DeepSpeed" in refused
     assert examine(["demo", "--processes", "0"]).stderr == "error: --processes is 0: give at least 1\n"

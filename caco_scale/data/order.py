@@ -86,7 +86,7 @@ def share_size(global_batch_size: int, world_size: int) -> int:
         lower = global_batch_size // world_size * world_size
         raise UserError(
             f"data.global_batch_size {global_batch_size} cannot be divided by {world_size} processes: "
-            f"give {lower or world_size} or {lower + world_size}, or another number of processes"
+            f"give {f'{lower} or ' if lower else ''}{lower + world_size}, or another number of processes"
         )
     return global_batch_size // world_size
 
@@ -193,9 +193,10 @@ class Order:
                 f"data.lanes {lanes} at least 0"
             )
         if self.num_samples < size:
+            fits = 1 << max(self.num_samples.bit_length() - 1, 0)
             raise UserError(
                 f"the shard set has {self.num_samples} images, fewer than one global batch of {size}: "
-                "lower data.global_batch_size or give a larger set"
+                f"give --data.global_batch_size {fits}, or a larger set"
             )
         if lanes and size % lanes:
             raise UserError(

@@ -16,6 +16,7 @@ from typing import Any
 from caco_scale.distributed.blocks import find_blocks
 
 PLACE = "TORCHINDUCTOR_CACHE_DIR"  # inductor's and, in a folder of it, Triton's
+KEPT_IN = "compile_cache"  # in a run's directory
 LEAST_CAPABILITY = (7, 0)  # of a GPU for which Triton makes code
 SIZES = 2  # of views, at most: the global ones and the local crops
 

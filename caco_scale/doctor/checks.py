@@ -4,8 +4,9 @@
     python -m caco_scale.doctor [RECIPE] [--flags]                  as one process would train
     python -m caco_scale.doctor [RECIPE] [--flags] --processes 32 --strategy zero2      as they would, asked of one
 
-One line per finding: ``ok``, ``note``, or ``FAIL`` followed by what fixes it. Exit code 1 where the run would fail, so
-that a script can ask before it queues a job. All ranks check, rank 0 speaks; nothing is trained, and nothing written.
+One line per finding: ``ok``; ``note``; ``warn``, where the run would train, but not well, or perhaps not on the
+machines to come; ``FAIL``, where it would fail. The last two say what helps. Exit code 1 with any of these two, so that
+a script can ask before it queues a job. All ranks check, rank 0 speaks; nothing is trained, and nothing written.
 """
 
 import os
@@ -36,7 +37,7 @@ DEEPSPEED = ("deepspeed", "transformers")  # accelerate's DeepSpeed plugin impor
 
 @dataclass(frozen=True)
 class Finding:
-    """``status``: ok, note or FAIL. ``text``: what was found, in a failure with what fixes it."""
+    """``status``: ok, note, warn or FAIL. ``text``: what was found, of the last two with what helps."""
 
     status: str
     text: str
@@ -48,6 +49,10 @@ def ok(text: str) -> Finding:
 
 def note(text: str) -> Finding:
     return Finding("note", text)
+
+
+def warn(text: str) -> Finding:
+    return Finding("warn", text)
 
 
 def fail(text: str) -> Finding:
@@ -130,7 +135,16 @@ def join_launch(config: Config) -> tuple[list[Finding], "Start | None"]:
     return [*findings, ok(line)], Start(config, strategy, accelerator.process_index, processes, device)
 
 
-def plan_launch(config: Config, strategy: str, processes: int) -> tuple[list[Finding], "Start | None"]:
+@dataclass(frozen=True)
+class Planned:
+    """A launch to come: its strategy and number of processes; ``gpu_gb``: of a GPU there, None = as here or unknown."""
+
+    strategy: str
+    processes: int
+    gpu_gb: float | None = None
+
+
+def plan_launch(config: Config, plan: Planned) -> tuple[list[Finding], "Start | None"]:
     """What of a launch can be known before it -> (findings, Start or None): rank 0 of so many, on a device as here."""
     import torch
 
@@ -138,20 +152,33 @@ def plan_launch(config: Config, strategy: str, processes: int) -> tuple[list[Fin
     from caco_scale.training.assemble import resolve_precision
     from caco_scale.training.checks import Start
 
+    processes, strategy = plan.processes, plan.strategy.removesuffix("_offload")
     if strategy not in STRATEGIES:
         return [fail(f"--strategy {strategy}: give one of {', '.join(STRATEGIES)}, {OFFLOADING}")], None
     if config.run.world_size not in (0, processes):
         return [fail(f"run.world_size {config.run.world_size}, but {processes} processes are planned")], None
     cuda = torch.cuda.is_available()
     try:
-        if not cuda:
+        if not cuda and not plan.gpu_gb:
             refuse_lost_driver(os.environ)
     except UserError as error:
         return [fail(one_line(error))], None
     device = torch.device("cuda" if cuda else "cpu")
+    where = f"{device}"
+    if plan.gpu_gb:
+        where = f"GPUs of {plan.gpu_gb:g} GB"
+        if config.precision.compute == "auto":  # as on those
+            config = configuration.replace(config, precision__compute="bf16")
     config, line = resolve_precision(config, device, strategy)
-    start = Start(config, strategy, 0, processes, device)
-    return [ok(f"planned: strategy {strategy}, {processes} process(es), {device}"), ok(line)], start
+    findings = [ok(f"planned: strategy {strategy}, {processes} process(es), {where}"), ok(line)]
+    here = torch.cuda.device_count() if cuda else 0
+    if here and processes > here and not plan.gpu_gb:
+        findings.append(
+            note(
+                f"this machine has {here} GPU(s): {processes} processes take {-(-processes // here)} such machines"
+            )
+        )
+    return findings, Start(config, strategy, 0, processes, device)
 
 
 def bank_rows(config: Config, world_size: int) -> str:
@@ -255,10 +282,10 @@ def worker_rate(config: Config, manifest: Any, corrupt: dict[str, str] | None = 
     return batch / max(seconds, 1e-6)
 
 
-def check_memory(start: "Start", offloaded: bool = False, planned: bool = False) -> list[Finding]:
+def check_memory(start: "Start", offloaded: bool = False, plan: Planned | None = None) -> list[Finding]:
     """The estimate of a rank's memory, against the GPU's or its share of the machine's -> findings.
 
-    ``offloaded``: as of ``estimate_memory``. ``planned``: the launch is to come, maybe on other machines.
+    ``offloaded``: as of ``estimate_memory``. ``plan``: the launch is to come, maybe on other machines.
     """
     import torch
 
@@ -278,51 +305,116 @@ def check_memory(start: "Start", offloaded: bool = False, planned: bool = False)
     )
     name = f"{strategy} with offloading" if offloaded else strategy
     text = f"memory of a rank under {name}, estimated: {estimate.total / 1e9:.2f} GB ({parts})"
-    if device.type != "cuda":
-        if planned:
-            return [note(f"{text}; compare it with a GPU of the machines that will train, this one has none")]
-        processes = number(os.environ, "LOCAL_WORLD_SIZE", 1)
-        room = free_memory() / processes
-        has = f"each of {processes} processes here" if processes > 1 else "this machine"
-        if estimate.total > room:
-            return [
-                fail(
-                    f"{text}, but {has} has {room / 1e9:.1f} GB free: {_less_memory(start, estimate, room, offloaded)}"
-                )
-            ]
-        return [ok(f"{text}; {has} has {room / 1e9:.1f} GB free")]
-    free, total = torch.cuda.mem_get_info(device)
-    if estimate.total > 0.95 * total:
-        fix = _less_memory(start, estimate, 0.95 * total, offloaded)
-        return [fail(f"{text}, but the GPU has {total / 1e9:.1f} GB: {fix}")]
+    on_gpu = device.type == "cuda" or bool(plan and plan.gpu_gb)
+    if on_gpu:
+        free, total = (plan.gpu_gb * 1e9,) * 2 if plan and plan.gpu_gb else torch.cuda.mem_get_info(device)
+        whose, room = "the GPU has" if device.type == "cuda" else "a GPU there has", 0.95 * total
+        has = f"{whose} {total / 1e9:.1f} GB"
+    else:
+        processes = plan.processes if plan else number(os.environ, "LOCAL_WORLD_SIZE", 1)
+        room = free = free_memory() / processes
+        whose = f"each of {processes} processes here has" if processes > 1 else "this machine has"
+        has = f"{whose} {room / 1e9:.1f} GB free"
+    if estimate.total > room:
+        fix = _less_memory(start, estimate, room, offloaded, on_gpu)
+        if plan and not on_gpu:  # they may train elsewhere
+            gpu = "if others train, give --gpu-gb and the memory of one of their GPUs in GB; otherwise"
+            return [warn(f"{text}, but {has}: {gpu} {fix}")]
+        return [fail(f"{text}, but {has}: {fix}")]
     if estimate.total > free:
         return [note(f"{text}; only {free / 1e9:.1f} GB of the GPU's {total / 1e9:.1f} GB are free now")]
-    return [ok(f"{text}; the GPU has {total / 1e9:.1f} GB")]
+    return [ok(f"{text}; {has}")]
 
 
-def _less_memory(start, estimate, room, offloaded):
+def _less_memory(start, estimate, room, offloaded, on_gpu):
     """What to give for a rank to fit into so many bytes."""
     from caco_scale.doctor.memory import largest_micro_batch
 
     config, size = start.config, None
     if config.bank.rule not in BATCH_RULES:  # whose negatives are those of one forward
         size = largest_micro_batch(config, start.strategy, start.world_size, estimate, room, offloaded)
-    helps = start.device.type == "cuda" and not offloaded
-    strategies = f", or {spelled('ds_configs/zero2.yaml')} (fsdp2, zero3_offload)" if helps else ""
+    helps = on_gpu and not offloaded
+    zero2 = spelled("ds_configs/zero2.yaml")
+    more = f"more processes, or {zero2} (fsdp2, zero3_offload)" if helps else "or more processes"
     if size:
-        return f"give --data.micro_batch_size {size}, which fits by this estimate, more processes{strategies}"
+        return f"give --data.micro_batch_size {size}, which fits by this estimate, {more}"
     rest = (estimate.total - estimate.activations) / 1e9
     return (
         f"no smaller --data.micro_batch_size can be had, {rest:.2f} GB are not activations: give a smaller model, "
-        "--bank.size or --data.global_batch_size, fewer pixels (--views.size), --model.checkpoint_activations, more "
-        f"processes{strategies}"
+        "--bank.size or --data.global_batch_size, fewer pixels (--views.size), --model.checkpoint_activations "
+        f"true, {more}"
     )
 
 
-def examine(config: Config, plan: tuple[str, int] | None = None) -> list[Finding]:
+def check_disk(start: "Start") -> list[Finding]:
+    """Whether the checkpoints that a run keeps, and the one that it writes, fit beside what is there -> findings."""
+    from caco_scale.doctor.memory import checkpoint_bytes
+
+    config, folder = start.config, Path(start.config.run.dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    one, keep = checkpoint_bytes(config), config.run.keep_checkpoints or 1
+    there = sum(path.stat().st_size for path in folder.glob("checkpoints/**/*") if path.is_file())
+    free, needed = shutil.disk_usage(existing).free, (keep + 1) * one - there
+    if needed <= free:
+        return [ok(f"a checkpoint takes {_size(one)}, {keep} are kept")]
+    fewer = 0 < 2 * one - there <= free
+    fix = (
+        "give --run.keep_checkpoints 1, or another --run.dir"
+        if fewer
+        else "free some, or give another --run.dir"
+    )
+    return [
+        fail(
+            f"run.dir {folder} has {_size(free)} free, and its checkpoints take up to {_size(needed)} more: {keep} "
+            f"kept and one being written, {_size(one)} each: {fix}"
+        )
+    ]
+
+
+def _size(num_bytes):
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+
+
+def check_end(start: "Start") -> list[Finding]:
+    """A run that has nothing left to train -> findings."""
+    from caco_scale.checkpoint.folder import read_values
+    from caco_scale.training.assemble import build_schedule
+
+    if not (start.resumed and start.data):
+        return []
+    step, config = read_values(start.resumed)["step"], start.config
+    total = build_schedule(config, start.data.order.steps_per_epoch).total_steps
+    end = min(total, config.run.max_steps or total)
+    if step < end:
+        return []
+    more = f"--optim.epochs {2 * config.optim.epochs}" if end == total else "--run.max_steps 0"
+    return [
+        warn(
+            f"{start.resumed} is at step {step:,} of {end:,}: nothing is left to train; give {more} to train on, or "
+            "another --run.dir"
+        )
+    ]
+
+
+def compiled_code(config: Config) -> list[Finding]:
+    """What earlier starts have left of compiled code, of which nothing is removed by itself -> findings."""
+    from caco_scale.distributed.compilation import KEPT_IN
+
+    folder = Path(config.run.dir, KEPT_IN)
+    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if not total:
+        return []
+    return [
+        note(
+            f"{folder}: {_size(total)} of compiled code, which may be removed: a start compiles what it lacks"
+        )
+    ]
+
+
+def examine(config: Config, plan: Planned | None = None) -> list[Finding]:
     """All findings, in the order of a start; what cannot be checked after a failure is left out.
 
-    ``plan``: (strategy, number of processes) of a launch to come; None = this launch.
+    ``plan``: a launch to come; None = this launch.
     """
     from caco_scale.run.directory import check_place
 
@@ -330,7 +422,7 @@ def examine(config: Config, plan: tuple[str, int] | None = None) -> list[Finding
     try:
         from caco_scale.distributed.launch import launched_strategy, offloads
 
-        strategy = plan[0] if plan else launched_strategy(os.environ)
+        strategy = plan.strategy if plan else launched_strategy(os.environ)
         offloaded = strategy == OFFLOADING if plan else offloads(os.environ)
     except UserError as error:
         return [fail(one_line(error)), *check_versions("ddp"), *place]
@@ -338,13 +430,13 @@ def examine(config: Config, plan: tuple[str, int] | None = None) -> list[Finding
     findings = check_versions(strategy)
     if any(f.status == "FAIL" for f in findings):
         return findings + place
-    launch, start = plan_launch(config, strategy, plan[1]) if plan else join_launch(config)
+    launch, start = plan_launch(config, plan) if plan else join_launch(config)
     if start is None:
         return findings + launch + place
-    return findings + launch + examine_start(start, offloaded, planned=plan is not None)
+    return findings + launch + examine_start(start, offloaded, plan)
 
 
-def examine_start(start: "Start", offloaded: bool, planned: bool = False) -> list[Finding]:
+def examine_start(start: "Start", offloaded: bool, plan: Planned | None = None) -> list[Finding]:
     """The checks of a start, to the last, and what only the doctor looks at -> findings; as of :func:`check_memory`."""
     from caco_scale.checkpoint.folder import latest
     from caco_scale.training.assemble import augmentation_note
@@ -361,13 +453,13 @@ def examine_start(start: "Start", offloaded: bool, planned: bool = False) -> lis
     slow = augmentation_note(start.config, start.device)
     findings += [note(slow)] if slow else []
     if start.micro_batch_size:
-        findings += [ok(bank_rows(start.config, start.world_size)), *check_memory(start, offloaded, planned)]
+        findings += [ok(bank_rows(start.config, start.world_size)), *check_memory(start, offloaded, plan)]
+        findings += check_disk(start)
     if start.data:
-        lines = [
-            *misfits(start.config, start.data.order, start.world_size),
-            few_steps_for_lanes(start.data.order),
-        ]
-        findings += [note(line) for line in lines if line]
+        findings += [warn(line) for line in misfits(start.config, start.data.order, start.world_size)]
+        lanes = few_steps_for_lanes(start.data.order)
+        findings += [note(lanes)] if lanes else []
+        findings += check_end(start) + compiled_code(start.config)
         findings += check_samples(start.data.store) + check_loader(start.config, start.data)
     return findings
 

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from caco_scale.config import Config
 from caco_scale.distributed.blocks import find_blocks
 from caco_scale.method.bank_compute import BLOCK_BYTES_GPU, LEAST_QUERIES, TILE_BYTES_GPU
-from caco_scale.training.assemble import build_encoder
+from caco_scale.method.encoders import skeleton
+from caco_scale.training.assemble import encoder_around
 
 OPTIMIZER_SLOTS = {"lars": 1, "sgd": 1, "adamw": 2}  # tensors of a parameter's size
 PARTITIONED = {  # what each strategy divides by R
@@ -48,11 +49,11 @@ class Estimate:
 def estimate_memory(
     config: Config, strategy: str, world_size: int, micro_batch_size: int, offloaded: bool = False
 ) -> Estimate:
-    """The :class:`Estimate` of a resolved config under a strategy. Allocates the weights of one encoder, once.
+    """The :class:`Estimate` of a resolved config under a strategy. Of nearly all encoders nothing is allocated.
 
     ``offloaded``: DeepSpeed's ``offload_optimizer``, with which masters and optimizer state are in the host's memory.
     """
-    encoder = build_encoder(config)
+    encoder = _encoder(config)
     counted = max(micro_batch_size, 2)  # BatchNorm refuses a single image; several ranks together have more
     with FakeTensorMode():
         _forget_values(encoder)
@@ -82,6 +83,22 @@ def estimate_memory(
         bank=_bank_bytes(config, world_size, size),
         activations=saved * size // 4,
     )
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Bytes of one checkpoint: both encoders, the optimizer's tensors, the bank's rows and their velocity."""
+    parameters = sum(p.numel() for p in _encoder(config).parameters())
+    rows = 2 * config.bank.size * config.model.embedding_dim
+    size = 8 if config.precision.compute == "fp64" else 4
+    return size * (parameters * (2 + OPTIMIZER_SLOTS[config.optim.name]) + rows)
+
+
+def _encoder(config):
+    """As training builds it, of tensors without memory where that can be."""
+    model = config.model
+    backbone, num_features = skeleton(model.arch, model.stem, model.options, config.data.channels)
+    with torch.device("meta"):
+        return encoder_around(config, backbone, num_features)
 
 
 def largest_micro_batch(

@@ -8,6 +8,7 @@ checkpoints/  tensorboard/  DONE | INTERRUPTED
 the checkpoint of s is complete, and a start that goes on from it drops what stands after it.
 """
 
+import errno
 import functools
 import json
 import os
@@ -56,11 +57,24 @@ def check_place(path: str | Path) -> str:
     """
     path = Path(path).absolute()
     existing = next(p for p in (path, *path.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK) or not _takes_files(existing):
         raise UserError(
             f"run.dir {path} cannot be written ({existing}): correct its rights, or give another --run.dir"
         )
     return f"run.dir {path}, {shutil.disk_usage(existing).free / 1e9:,.0f} GB free"
+
+
+def _takes_files(folder):
+    """Whether a file can be made there, by one without a name: root may write by the rights what is read-only."""
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))
+    except OSError as error:
+        return error.errno in (
+            errno.EOPNOTSUPP,
+            errno.EISDIR,
+            errno.EINVAL,
+        )  # no such files here: nothing is known
+    return True
 
 
 def _on_disk(method: Method) -> Method:

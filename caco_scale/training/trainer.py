@@ -13,7 +13,7 @@ from caco_scale.config import Config
 from caco_scale.config.fit import auto_fields
 from caco_scale.data.fork_server import start_fork_server
 from caco_scale.distributed.collectives import assert_equal_on_all_ranks, gather_objects
-from caco_scale.distributed.compilation import code_kept_in, failures_explained
+from caco_scale.distributed.compilation import KEPT_IN, code_kept_in, failures_explained
 from caco_scale.distributed.environment import share_of_node
 from caco_scale.distributed.launch import launched_strategy, start_processes
 from caco_scale.errors import UserError
@@ -125,7 +125,7 @@ def _run(config, signals, on_metrics, beginning):
         with contextlib.ExitStack() as training:
             if is_compiled(config):
                 training.enter_context(failures_explained())
-                accelerator.print(training.enter_context(code_kept_in(directory.path / "compile_cache")))
+                accelerator.print(training.enter_context(code_kept_in(directory.path / KEPT_IN)))
             strategy, weights_sha256 = _build(config, name, accelerator, start, directory, resumed)
             loop = Loop(
                 config,
