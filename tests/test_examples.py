@@ -2,13 +2,12 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from wheel import PIP, build_wheel
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(
@@ -31,20 +30,9 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 def installed(tmp_path_factory):
     """A folder with the package as a wheel installs it, without its dependencies."""
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
-    tracked = ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "--"]
-    tracked += ["caco_scale", "data_prep", "ds_configs", "slurm", "pyproject.toml", "README.md", "LICENSE"]
-    for name in subprocess.run(tracked, capture_output=True, text=True, check=True).stdout.splitlines():
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, source / name)
-    (source / "slurm" / "site.sh").write_text("# of the cluster of who builds\n")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    build = [] if find_spec("setuptools") is None else ["--no-build-isolation"]  # nothing to be fetched
-    subprocess.run([*pip, "wheel", "--no-deps", *build, "-w", folder, source], check=True)
-    (wheel,) = folder.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", folder / "packages", wheel], check=True)
+    subprocess.run(
+        [*PIP, "install", "--no-deps", "--target", folder / "packages", build_wheel(folder)], check=True
+    )
     return folder / "packages"
 
 
