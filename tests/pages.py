@@ -13,10 +13,9 @@ PAGES = [
 ]
 # Pages without commands of their own, whose links and words are looked at, too.
 OTHERS = ["CHANGELOG.md", *(f"tests/benchmarks/{name}.md" for name in ("RECORDS", "STUDIES", "TRIED"))]
-PROGRAMS = (
-    r"caco caco-shards python python3 accelerate pip pytest pre-commit bash cp srun sbatch torchrun slurm/\S+"
-)
-SHELL = re.compile(rf"(?:\w+=\S+ )*(?:{'|'.join(PROGRAMS.split())})\s")
+PYTHON = "caco caco-shards python python3 accelerate torchrun pip pytest pre-commit jupyter"
+PROGRAMS = rf"{PYTHON} bash cp docker apptainer enroot srun sbatch slurm/\S+".split()
+SHELL = re.compile(rf"(?:\w+=\S+ )*(?:{'|'.join(PROGRAMS)})\s")
 MARK = re.compile(r"<!-- (.*) -->")
 
 
