@@ -22,7 +22,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
 
     from caco_scale.config import parse
 
-    config = parse(sys.argv[1:] if arguments is None else arguments, prog)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config = parse(arguments, prog)
+
+    from caco_scale.run.command import started_as
+
+    command = started_as(prog, arguments)  # now: the launcher may be gone at the end
 
     from caco_scale.training.places import look_early
 
@@ -31,7 +36,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
 
     from caco_scale.training.trainer import run
 
-    run(config, signals)
+    outcome = run(config, signals)
+
+    from caco_scale.api.finish import finish
+
+    finish(outcome, command, signals)
     signals.retire()
 
 

@@ -35,6 +35,7 @@ SMALL = {
     "eval.baselines": False,
     "run.log_every": 1,
     "run.save_every": 0,
+    "run.finish": "none",
     "run.max_steps": 15,
     "precision.compute": "fp64",
 }

@@ -96,11 +96,13 @@ def pretrain(
     """
     config = configuration.parse([os.fspath(recipe), *_as_flags(flags)], prog="caco_scale.pretrain")
 
+    from caco_scale.api.finish import finish
     from caco_scale.run.signals import Signals
     from caco_scale.training.trainer import run
 
     with Signals() as signals:
         outcome = run(config, signals, on_metrics)
+        finish(outcome, signals=signals)
     return Run(Path(outcome.directory), outcome.config, outcome.step, outcome.stopped_by)
 
 

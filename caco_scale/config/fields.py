@@ -16,6 +16,7 @@ from caco_scale.flags.choices import (
     BankKernel,
     BankRule,
     Compute,
+    Finish,
     KernelInputs,
     Optimizer,
     Predictor,
@@ -73,6 +74,8 @@ class Run:
     """Seconds to wait for a process in one exchange, a batch, or the disk of run.dir; then the run ends as hung."""
     trackers: Free[Words] = ()
     """Trackers of accelerate's beside TensorBoard: wandb, mlflow, comet_ml (offline by default), ...; none = none."""
+    finish: Free[Finish] = "all"
+    """Written into run.dir at the end: all, export (backbone.safetensors, model card), report (report.html), none."""
     profile_steps: Free[Count] = 0
     """Steps to measure after the first few: a trace and a table of their parts in run.dir/profile; 0 = none."""
     resume: Free[Place] = "auto"

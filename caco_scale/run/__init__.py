@@ -6,6 +6,7 @@
     telemetry.py    metrics and what is shown of them (meter.py: throughput; display.py: bar or lines)
     trackers.py     W&B, MLflow and others, by accelerate's classes
     signals.py      SIGTERM and the like -> a flag   stopping.py   the files STOP and SAVE, the end of a SLURM job
+    progress.py     lines about long work            command.py     what its user typed, with other flags
     diagnostics.py  signs of collapse (alarm.py: which of them are too low)
     profiling.py  where a step goes
     scores.py       the scores that a directory holds

@@ -209,22 +209,22 @@ def follow_launcher() -> None:
     Only a launcher: a trainer that a shell started outlives the shell under ``nohup``.
     """
     parent = os.getppid()
-    if not sys.platform.startswith("linux") or not _is_launcher(parent):
+    if not sys.platform.startswith("linux") or not launcher_words(parent):
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
     if os.getppid() != parent:  # it died in between
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _is_launcher(pid):
+def launcher_words(pid: int) -> list[str]:
+    """The command line of a process that is a launcher; empty for another one, and where that cannot be known."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as stream:
-            words = stream.read().decode(errors="replace").split("\0")
+            words = stream.read().decode(errors="surrogateescape").split("\0")[:-1]
     except OSError:
-        return False
-    return any(
-        LAUNCHER.fullmatch(word) for word in words[:4]
-    )  # its own first words, not the script's arguments
+        return []
+    is_launcher = any(map(LAUNCHER.fullmatch, words[:4]))  # its own first words, not the script's arguments
+    return words if is_launcher else []
 
 
 @contextlib.contextmanager

@@ -122,7 +122,9 @@ def read_study(path: str | Path) -> Study:
             )
     if not isinstance(parts.get("recipe"), str):
         raise UserError(f"{path} names no recipe: give one, as in recipe: demo")
-    base = configuration.load_recipe(parts["recipe"])
+    base = configuration.replace(
+        configuration.load_recipe(parts["recipe"]), run__finish="none"
+    )  # a table is asked for
     base = _with_flags(base, _mapping(parts.get("flags"), f"{path}: flags"), str(path))
     variants = _variants(parts, path)
     seeds = _seeds(parts.get("seeds", ["0"]), path)

@@ -181,7 +181,7 @@ class Loop:
             return stop
         self.directory.mark_done(self.step)
         scores, seconds = self.evaluations.summary(self.step), time.monotonic() - started
-        rows = summary(self.config, self.step, self.schedule.total_steps, seconds, scores)
+        rows = summary(self.config, self.step, seconds, scores)
         self.records.telemetry.summary(f"{self.config.recipe}: done", rows)
         return None
 

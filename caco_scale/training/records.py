@@ -112,25 +112,14 @@ class Records:
 
 
 def summary(
-    config: configuration.Config, step: int, total_steps: int, seconds: float, scores: list[tuple[str, str]]
+    config: configuration.Config, step: int, seconds: float, scores: list[tuple[str, str]]
 ) -> list[tuple[str, str]]:
-    """Rows for the table at a run's end: what was done, its ``scores``, and the commands that go on from it."""
-    folder, launch = config.run.dir, "accelerate launch -m caco_scale.pretrain"
-    longer = f"--optim.epochs {2 * config.optim.epochs}"
-    if step < total_steps:
-        longer = f"--run.max_steps {2 * step}"
-    rows = [
+    """Rows for the table at a run's end: what was done, its ``scores``, and where it is."""
+    folder = config.run.dir
+    return [
         ("steps", f"{step:,}"),
         ("minutes of this start", f"{seconds / 60:.1f}"),
         *scores,
         ("checkpoint", str(latest(Path(folder, "checkpoints")))),
         ("curves", f"tensorboard --logdir {quoted(f'{folder}/tensorboard')}"),
-        (
-            "export",
-            f"python -m caco_scale.export {quoted(folder)} --to backbone.safetensors --format safetensors",
-        ),
-        ("train on", f"{launch} {quoted(f'{folder}/config.yaml')} {longer}"),
     ]
-    if config.recipe == "demo" and config.bank.rule == "caco":
-        rows.append(("compare with MoCo", f"{launch} demo --bank.rule moco --run.dir runs/moco"))
-    return rows

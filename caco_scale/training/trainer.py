@@ -37,13 +37,16 @@ from caco_scale.training.loop import Loop
 class Outcome:
     """How a run ended: finished steps in all; what stopped it (SIGTERM, STOP, ...), None at its end; its directory.
 
-    ``config``: with everything settled that was auto.
+    ``config``: with everything settled that was auto. ``total_steps``: of its whole schedule. ``trained``: this start
+    did; False where the run had finished before.
     """
 
     step: int
     stopped_by: str | None
     directory: Path
     config: Config = field(default_factory=Config, compare=False)
+    total_steps: int = field(default=0, compare=False)
+    trained: bool = field(default=True, compare=False)
 
 
 def run(
@@ -121,7 +124,7 @@ def _run(config, signals, on_metrics, beginning):
                 f"{config.run.dir} has finished its {end:,} steps: a larger --optim.epochs or --run.max_steps "
                 "continues it"
             )
-            return Outcome(step, None, directory.path, config)
+            return Outcome(step, None, directory.path, config, schedule.total_steps, trained=False)
         with contextlib.ExitStack() as training:
             if is_compiled(config):
                 training.enter_context(failures_explained())
@@ -143,7 +146,7 @@ def _run(config, signals, on_metrics, beginning):
             training.enter_context(loop)
             beginning.close()
             stopped_by = loop.train()
-        return Outcome(loop.step, stopped_by, directory.path, config)
+        return Outcome(loop.step, stopped_by, directory.path, config, schedule.total_steps)
 
 
 def _build(config, name, accelerator, start, directory, resumed):
