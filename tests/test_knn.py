@@ -13,8 +13,10 @@ from torch import nn
 from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.store import open_store
 from caco_scale.errors import UserError
+from caco_scale.evaluate import pixel_knn
 from caco_scale.evaluate.features import extract_features, pixels
-from caco_scale.evaluate.knn import best_columns, evaluate_knn, knn_accuracy, on_grid
+from caco_scale.evaluate.knn import best_columns, evaluate_knn, knn_accuracy, measure_knn, on_grid
+from caco_scale.evaluate.pixel_knn import measure_pixels, too_large
 
 NUM_CLASSES = 10
 KS, TEMPERATURES = [1, 10, 20, 200], [0.07, 0.1, 0.2]
@@ -338,6 +340,53 @@ def test_shard_sets_on_several_ranks_give_the_brute_force_figure(tmp_path):
         arrays += [features.numpy(), labels.numpy()]
     expected = {(k, 0.2): pytest.approx(brute_force(*arrays, k, 0.2), abs=1e-12) for k in (1, 5)}
     assert run_ranks(pixel_knn_of_rank, 2, *sets) == [expected, expected]
+
+
+def streamed_and_whole_of_rank(rank, world_size, train, val, k):
+    """(streamed, of all features at once): right images by class for each k, images by class, undecodable names."""
+    how = {"size": 16, "k": k, "temperature": [0.07, 0.2], "rank": rank, "world_size": world_size}
+    stores = open_store(train), open_store(val)
+    blocks, plain = [], pixel_knn.on_grid
+    pixel_knn.on_grid = lambda features: blocks.append(len(features)) or plain(features)
+    try:
+        streamed = measure_pixels(*stores, batch_size=7, say=str, **how, **NORMALISATION)
+    finally:
+        pixel_knn.on_grid = plain
+    assert max(blocks) <= 7  # rows that are numbers at once
+    found = []
+    for measured in (streamed, measure_knn(pixels, *stores, batch_size=7, **how, **NORMALISATION)):
+        counts = measured.counts["features"]
+        right = {pair: values.tolist() for pair, values in counts.right.items()}
+        names = {which: [image.name for image in images] for which, images in measured.undecodable.items()}
+        found.append((right, counts.images.tolist(), names))
+    return found
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_streamed_pixels_give_the_counts_of_all_at_once(num_ranks, tmp_path):
+    train = make_shard_set(tmp_path / "train", num_images=61, size=16, seed=0, corrupt=(5,))
+    val = make_shard_set(tmp_path / "val", num_images=30, size=16, seed=1, corrupt=(3, 29))
+    for streamed, whole in run_ranks(streamed_and_whole_of_rank, num_ranks, train, val, [1, 5, 60]):
+        assert streamed == whole
+        assert sum(streamed[1]) == 30
+        assert [len(names) for names in streamed[2].values()] == [1, 2]
+
+
+def test_streamed_pixels_refuse_what_the_others_refuse(tmp_path):
+    train = make_shard_set(tmp_path / "train", num_images=16, size=16, classes=4)
+    with pytest.raises(UserError, match="kNN with k = 17 needs as many training images, but there are 16"):
+        streamed_and_whole_of_rank(0, 1, train, train, [17])
+
+
+def test_pixels_of_large_sets_are_left_out_with_a_line(tmp_path, monkeypatch):
+    store = open_store(make_shard_set(tmp_path / "set", num_images=16, size=16))
+    assert too_large(store, store, 160, "cpu") is None
+    monkeypatch.setitem(pixel_knn.MOST_PRODUCTS, "cpu", 10**6)
+    line = too_large(store, store, 160, torch.device("cpu"), world_size=2)
+    assert line == (
+        "kNN of raw pixels left out: 16 x 16 images of 76,800 values are 9.8e+06 products for each process, more than "
+        "1e+06"
+    )
 
 
 def test_sets_of_other_classes_are_one_line(tmp_path):

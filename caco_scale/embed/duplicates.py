@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from caco_scale.data.shards import MANIFEST_NAME
 from caco_scale.embed.files import FeatureFile, open_features
-from caco_scale.embed.progress import now_and_then
 from caco_scale.embed.show import (
     MOST_PICTURES,
     MOST_ROWS,
@@ -38,6 +37,7 @@ from caco_scale.embed.show import (
 )
 from caco_scale.errors import UserError, quoted
 from caco_scale.evaluate.knn import on_grid
+from caco_scale.run.progress import now_and_then
 
 BLOCK_ROWS = 2048
 

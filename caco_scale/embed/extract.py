@@ -19,7 +19,6 @@ from caco_scale.data.store.listed import ListedStore
 from caco_scale.distributed.collectives import gather_objects
 from caco_scale.embed.files import NAMES, kind_of, open_features, write_features
 from caco_scale.embed.parts import Parts, part_path, part_ranges, write_part
-from caco_scale.embed.progress import now_and_then
 from caco_scale.errors import UserError, with_article
 from caco_scale.evaluate.features import feature_batches
 from caco_scale.evaluate.listed import originals_of
@@ -34,6 +33,7 @@ from caco_scale.evaluate.task import (
 )
 from caco_scale.method.patches import has_patch_tokens, patch_tokens
 from caco_scale.run.files import check_target, remove_leftovers
+from caco_scale.run.progress import now_and_then
 from caco_scale.weights.build import digest
 from caco_scale.weights.load import Weights
 

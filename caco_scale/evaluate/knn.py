@@ -65,7 +65,7 @@ class Candidates:
 
 def on_grid(features: Tensor) -> Tensor:
     """Unit-norm rows in fp64, rounded to the grid on which cosine similarities are exact."""
-    return (F.normalize(features.double(), dim=1) * GRID).round_().div_(GRID)
+    return F.normalize(features.double(), dim=1).mul_(GRID).round_().div_(GRID)
 
 
 def best_columns(similarities: Tensor, k: int) -> Tensor:
@@ -93,12 +93,17 @@ def nearest(
         chunk_features = on_grid(train_features[part].to(device)).T
         chunk_labels, chunk_ids = train_labels[part].to(device), train_ids[part].to(device)
         for number, block in enumerate(queries.split(QUERY_ROWS)):
-            similarities = on_grid(block) @ chunk_features
-            columns = best_columns(similarities, min(k, similarities.shape[1]))
-            found = Candidates(similarities.gather(1, columns), chunk_ids[columns], chunk_labels[columns])
+            found = best_of(on_grid(block), chunk_features, chunk_labels, chunk_ids, k)
             blocks[number] = blocks[number].merged(found, k)
     columns = zip(*(block.packed() for block in blocks), strict=True)
     return Candidates(*(torch.cat(column) for column in columns))
+
+
+def best_of(queries: Tensor, train: Tensor, labels: Tensor, ids: Tensor, k: int) -> Candidates:
+    """Candidates (b, k or fewer) for queries (b, F) among training features (F, n), both of :func:`on_grid`."""
+    similarities = queries @ train
+    columns = best_columns(similarities, min(k, similarities.shape[1]))
+    return Candidates(similarities.gather(1, columns), ids[columns], labels[columns])
 
 
 def gather_candidates(
@@ -145,7 +150,7 @@ def _unique(values):
     return list(dict.fromkeys(values)) if isinstance(values, (list, tuple)) else [values]
 
 
-def _check(sizes, ks, temperatures):
+def check_sizes(sizes: Sequence[dict[str, int]], ks: Sequence[int], temperatures: Sequence[float]) -> None:
     """Refuse what cannot be evaluated; ``sizes``: of all ranks, so that every rank raises the same line."""
     total = {name: sum(part[name] for part in sizes) for name in sizes[0]}
     widths = {part["train_width"] for part in sizes if part["train"]}
@@ -265,22 +270,44 @@ def knn_counts(
     sizes = collectives.gather_objects(
         _sizes(train_features, train_labels, features, labels, missed, num_classes), group
     )
-    _check(sizes, ks, temperatures)
+    check_sizes(sizes, ks, temperatures)
     if train_ids is None:
         first = sum(part["train"] for part in sizes[: collectives.rank(group)])
         train_ids = torch.arange(first, first + len(train_features))
     train = _ascending(train_features, train_labels, train_ids)
-    counts = torch.zeros(1 + len(temperatures) * len(ks), num_classes, dtype=torch.int64, device=device)
-    counts[0] = torch.cat([labels.cpu(), missed.cpu()]).bincount(minlength=num_classes)
-    correct = counts[1:].view(len(temperatures), len(ks), num_classes)
+    mine = []
     for owner, part in enumerate(sizes):
         if part["val"] == 0:
             continue
         queries = _broadcast_features(features, (part["val"], part["val_width"]), owner, device, group)
         found = gather_candidates(nearest(queries, *train, max(ks), chunk), max(ks), owner, group)
         if found is not None:
-            for row, t in enumerate(temperatures):
-                correct[row] = correct_votes(found, labels.to(device), ks, t, num_classes)
+            mine.append((found, labels.to(device)))
+    truth = torch.cat([labels.cpu(), missed.cpu()])
+    return tally(mine, truth, ks, temperatures, num_classes, device, group)
+
+
+def tally(
+    found: Sequence[tuple[Candidates, Tensor]],
+    truth: Tensor,
+    ks: list[int],
+    temperatures: Sequence[float],
+    num_classes: int,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+) -> Counts:
+    """The votes of this rank's images, added up over all ranks.
+
+    Args:
+        found: candidates of some images, and these images' labels.
+        truth: labels of all images of this rank, those without features included, (m,).
+    """
+    counts = torch.zeros(1 + len(temperatures) * len(ks), num_classes, dtype=torch.int64, device=device)
+    counts[0] = truth.cpu().bincount(minlength=num_classes)
+    correct = counts[1:].view(len(temperatures), len(ks), num_classes)
+    for candidates, labels in found:
+        for row, t in enumerate(temperatures):
+            correct[row] += correct_votes(candidates, labels, ks, t, num_classes)
     images, *right = collectives.all_reduce_(counts, group=group).cpu()
     by_pair = dict(zip(itertools.product(temperatures, ks), right, strict=True))
     return Counts({(k, t): by_pair[t, k] for k in ks for t in temperatures}, images)

@@ -3,14 +3,15 @@
 import contextlib
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from caco_scale.config import Config, with_absolute_places
 from caco_scale.data.labels import lacking_classes, with_classes_of
 from caco_scale.data.views import describe_crop
 from caco_scale.distributed.collectives import gather_objects
 from caco_scale.distributed.strategies.base import Strategy
-from caco_scale.evaluate.features import pixels
 from caco_scale.evaluate.knn import Measured, measure_knn
+from caco_scale.evaluate.pixel_knn import measure_pixels, too_large
 from caco_scale.evaluate.results import same_set, undecodable_line
 from caco_scale.run.directory import RunDirectory
 from caco_scale.run.scores import logged_scores
@@ -133,14 +134,15 @@ class Evaluations:
         """Raw pixels and the untrained encoder, what any later figure is to be compared with."""
         if not self._config.eval.baselines or not self._data.val_store:
             return
-        measured = self._knn(pixels, None)
-        raw, untrained = self._top1(measured), self._top1(self._encoder_knn())
-        figures = {"knn_top1": untrained, "knn_top1_raw_pixels": raw}
+        raw, measured = self._pixels_knn(), self._encoder_knn()
+        untrained = self._top1(measured)
+        figures = {"knn_top1": untrained} | ({} if raw is None else {"knn_top1_raw_pixels": raw})
         self._telemetry.log_event(0, {**figures, **self._undecodable(measured)})
+        words = "" if raw is None else f"raw pixels {raw:.2f}%, "
         self._telemetry.note(
-            f"kNN top-1 before training: raw pixels {raw:.2f}%, {self._untrained()} encoder {untrained:.2f}%"
+            f"kNN top-1 before training: {words}{self._untrained()} encoder {untrained:.2f}%"
         )
-        self.knn |= {"pixels": raw, 0: untrained}
+        self.knn |= ({} if raw is None else {"pixels": raw}) | {0: untrained}
 
     def summary(self, step: int) -> list[tuple[str, str]]:
         """Rows for the table at a run's end, beside one another what was measured before and after."""
@@ -156,34 +158,50 @@ class Evaluations:
     def _untrained(self):
         return "starting" if self._config.model.weights else "untrained"
 
-    def _encoder_knn(self):
-        with self._strategy.evaluation_encoder() as encoder:
-            return self._knn(encoder.features, encoder)
-
-    def _knn(self, encode, module) -> Measured:
-        """kNN of what ``encode``, of ``module``, makes of images, the same on every rank."""
-        config, strategy = self._config, self._strategy
+    def _encoder_knn(self) -> Measured:
+        """kNN of the query encoder's features, the same on every rank."""
         assert self._data.val_store is not None, "no evaluation is due without a set for it"
-        with self._telemetry.meter.paused(), self._under_way():
+        with (
+            self._strategy.evaluation_encoder() as encoder,
+            self._telemetry.meter.paused(),
+            self._under_way(),
+        ):
             return measure_knn(
-                encode,
+                encoder.features,
                 self._data.store,
                 self._data.val_store,
-                module=module,
-                autocast_dtype=strategy.module.autocast_dtype,
-                channels_last=config.precision.channels_last,
-                rank=strategy.rank,
-                world_size=strategy.world_size,
-                size=config.views.size,
-                resize=config.eval.resize,
-                mean=config.views.mean,
-                std=config.views.std,
-                k=[config.eval.knn_k],
-                temperature=[config.eval.knn_temperature],
-                device=strategy.device,
-                dtype=parameter_dtype(config),
-                workers=config.data.workers,
+                module=encoder,
+                autocast_dtype=self._strategy.module.autocast_dtype,
+                **self._how(),
             )
+
+    def _pixels_knn(self) -> float | None:
+        """Of the images themselves, in percent; None where that would take too long, which is said."""
+        train, val, how = self._data.store, self._data.val_store, self._how()
+        assert val is not None, "no evaluation is due without a set for it"
+        if line := too_large(train, val, how["size"], how["device"], how["world_size"]):
+            self._telemetry.note(line)
+            return None
+        with self._telemetry.meter.paused(), self._under_way():
+            return self._top1(measure_pixels(train, val, say=self._telemetry.note, **how))
+
+    def _how(self) -> dict[str, Any]:
+        """What every kNN of this run is measured with."""
+        config, strategy = self._config, self._strategy
+        return {
+            "channels_last": config.precision.channels_last,
+            "rank": strategy.rank,
+            "world_size": strategy.world_size,
+            "size": config.views.size,
+            "resize": config.eval.resize,
+            "mean": config.views.mean,
+            "std": config.views.std,
+            "k": [config.eval.knn_k],
+            "temperature": [config.eval.knn_temperature],
+            "device": strategy.device,
+            "dtype": parameter_dtype(config),
+            "workers": config.data.workers,
+        }
 
     @contextlib.contextmanager
     def _under_way(self):
