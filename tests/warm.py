@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTED_WITH = ("PYTHON", "OMP_", "MKL_", "TORCH", "CUDA_", "LD_", "MALLOC_", "TMPDIR", "HOME")
+IMPORTED_WITH = ("PYTHON", "OMP_", "MKL_", "TORCH", "CUDA_", "LD_", "MALLOC_", "TMPDIR", "HOME", "HF_")
 ROOM = " " * 16000  # in the server's command line, for those of its children
 _servers = {}  # by the process of the tests: a fork of it (xdist's, a fork server's) has its own
 

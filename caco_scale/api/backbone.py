@@ -78,8 +78,8 @@ def load_backbone(
 
     Args:
         run_or_weights: a run directory, one of its checkpoints, an export of this program, or a checkpoint of CaCo's
-            authors, MoCo, DINO, torchvision or timm, or a Hugging Face directory in timm's layout. Nothing in it is
-            run.
+            authors, MoCo, DINO, torchvision or timm, or a Hugging Face directory in timm's layout, also on the hub
+            (``hf://USER/NAME[@REVISION]``, fetched into the cache of ``huggingface_hub``). Nothing in it is run.
         which: ``query`` or ``key``, of a source with both; None: the query encoder, of DINO the teacher.
         step: which checkpoint of the run; None: the newest.
         arch: the architecture in a file, None: found out; of a run whose backbone is a function of your own that

@@ -44,6 +44,7 @@ from caco_scale.flags.rules import (
     Seed,
     Share,
     Size,
+    Source,
     Words,
     Workers,
     at_most,
@@ -160,8 +161,9 @@ class Model:
     """Backbone: a torchvision classification model's name, timm/NAME, package.module:callable of yours, or tiny."""
     options: Options = ()
     """Keyword arguments of the backbone: NAME=VALUE ... (in a recipe also a section)."""
-    weights: Place = ""
-    """What both encoders' backbones start from: a run, a checkpoint, a file or directory of weights; empty = random."""
+    weights: Source = ""
+    """What both encoders' backbones start from: a run, a checkpoint, a file or directory of weights, or
+    hf://USER/NAME[@REVISION] of the Hugging Face hub; empty = random."""
     checkpoint_activations: Free[bool] = False
     """Compute the blocks of the query encoder twice instead of keeping their activations: less memory, more time."""
     stem: Stem = "imagenet"

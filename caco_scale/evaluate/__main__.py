@@ -1,9 +1,9 @@
 """How good is a backbone? ``python -m caco_scale.evaluate {knn,linear,finetune} RUN_OR_WEIGHTS [--flags]``.
 
 RUN_OR_WEIGHTS is a run directory, one of its checkpoints, or a file: an export of this program, or a checkpoint of
-CaCo's authors, MoCo, DINO, torchvision or timm; or a Hugging Face directory in timm's layout. --data and --val are
-shard sets or folders of class folders, so that transfer to another data set is the same command. One label an image:
-multi-label sets (PASCAL VOC07) are out of scope.
+CaCo's authors, MoCo, DINO, torchvision or timm; or a Hugging Face directory in timm's layout, also on the
+hub (hf://USER/NAME[@REVISION]). --data and --val are shard sets or folders of class folders, so that transfer to
+another data set is the same command. One label an image: multi-label sets (PASCAL VOC07) are out of scope.
 Several processes:
 accelerate launch --config_file "$(caco path ds_configs/ddp.yaml)" --num_processes N -m caco_scale.evaluate ...
 """

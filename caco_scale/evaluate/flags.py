@@ -27,7 +27,8 @@ class EncoderFlags:
     """An encoder, and the images that it is given."""
 
     weights: Positional[Annotated[str, shown("RUN_OR_WEIGHTS")]]
-    """Run directory, checkpoint directory, file of weights, or Hugging Face directory in timm's layout."""
+    """Run directory, checkpoint directory, file of weights, Hugging Face directory in timm's layout, or one on the hub:
+    hf://USER/NAME[@REVISION]."""
     which: Annotated[Encoder | None, shown("{query,key}")] = None
     """Encoder, where there are two (default: query; of DINO key, its teacher)."""
     step: Annotated[int | None, FROM_0, shown("N")] = None

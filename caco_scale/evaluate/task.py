@@ -28,6 +28,7 @@ from caco_scale.evaluate.results import INTERVAL_WORDS, ResultFolder, same_set
 from caco_scale.run.environment import describe_environment
 from caco_scale.shipped import spelled
 from caco_scale.weights.build import gist
+from caco_scale.weights.fetch import settled
 from caco_scale.weights.load import Weights, describe, load_weights
 
 if TYPE_CHECKING:
@@ -253,8 +254,8 @@ def processes_of(flags: Any) -> "Accelerator":
 
 
 def weights_of(flags: Any) -> Weights:
-    """The encoder that the flags of a command name."""
-    return load_weights(flags.weights, flags.which, flags.step, flags.arch, flags.stem)
+    """The encoder that the flags of a command name. Collective."""
+    return load_weights(settled(flags.weights), flags.which, flags.step, flags.arch, flags.stem)
 
 
 def _sources(flags):

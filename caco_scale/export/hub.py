@@ -13,6 +13,7 @@ import torch
 from caco_scale.errors import UserError, one_line
 from caco_scale.export.library_names import timm_name
 from caco_scale.method.encoders import read_options
+from caco_scale.weights.address import HubAddress
 from caco_scale.weights.hub import CONFIG, FILES
 from caco_scale.weights.load import Weights
 
@@ -20,12 +21,16 @@ FILE, CARD = FILES[0], "README.md"
 HEADER = "---\nlibrary_name: timm\ntags:\n- image-feature-extraction\n- timm\n---\n\n"  # a licence is its publisher's
 
 
-def check_directory(to: Path, stem: str, arch: str, force: bool) -> None:
-    """UserError where no such directory can be written, or what is there is another one."""
+def check_stem(stem: str, arch: str) -> None:
+    """UserError where timm has no such model."""
     if stem == "cifar":
         raise UserError(
             f"timm builds no {arch} with the stem cifar by a config.json: use --format timm, whose card has the lines"
         )
+
+
+def check_directory(to: Path, force: bool) -> None:
+    """UserError where no such directory can be written, or what is there is another one."""
     if os.path.lexists(to):
         ours = to.is_dir() and {entry.name for entry in to.iterdir()} <= {CONFIG, FILE, CARD}
         if not ours:
@@ -75,9 +80,10 @@ def load_back(folder: Path) -> torch.nn.Module:
         raise UserError(f"timm {timm.__version__} does not load it back: {one_line(error)[:400]}") from None
 
 
-def loading_lines(name: str) -> str:
-    """Python lines with which a user builds the model; ``name``: of the directory."""
-    return f'import timm\n\nmodel = timm.create_model("local-dir:{name}", pretrained=True, num_classes=0)'
+def loading_lines(place: str | HubAddress) -> str:
+    """Python lines with which a user builds the model; ``place``: the directory's name, or its address on the hub."""
+    name = f"hf-hub:{str(place)[len('hf://') :]}" if isinstance(place, HubAddress) else f"local-dir:{place}"
+    return f'import timm\n\nmodel = timm.create_model("{name}", pretrained=True, num_classes=0)'
 
 
 def put_in_place(temporary: Path, to: Path) -> None:

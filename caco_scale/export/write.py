@@ -1,14 +1,15 @@
 """Export a backbone for use without this program: of a run, of one checkpoint, or of a file of weights.
 
     python -m caco_scale.export RUN_OR_WEIGHTS --to FILE [--format {safetensors,torchvision,timm,huggingface}]
-                                [--which query|key] [--step N] [--arch ARCH] [--force]
+                                [--which query|key] [--step N] [--arch ARCH] [--force] [--private]
 
 ``torchvision`` is a ``torch.save`` of a state dict for ``torchvision.models.<arch>()``; ``safetensors`` holds the
 same names; ``timm`` is what ``timm.create_model(..., checkpoint_path=FILE)`` reads, as safetensors if FILE ends so;
-``huggingface`` a directory that ``timm.create_model("local-dir:DIR", pretrained=True)`` and the hub read. In
-its metadata a file says whose encoder it is, of which run, and what images it wants. The projector stays behind. A
-model card, FILE.md, says what it is and how to load it. One process on the CPU is enough, whatever trained; the file is
-loaded back into the library's own model and its features are compared with the trained backbone's before it appears.
+``huggingface`` a directory that ``timm.create_model("local-dir:DIR", pretrained=True)`` and the hub read; with ``--to
+hf://USER/NAME[@BRANCH]`` it goes to the hub as one commit. In its metadata a file says whose encoder it is, of which
+run, and what images it wants. The projector stays behind. A model card, FILE.md, says what it is and how to load it.
+One process on the CPU is enough, whatever trained; the file is loaded back into the library's own model and its
+features are compared with the trained backbone's before it appears.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import copy
 import json
 import os
 import shutil
+import tempfile
 from importlib import metadata as distributions
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from caco_scale.export.hub import (
     FILE,
     HEADER,
     check_directory,
+    check_stem,
     config_text,
     load_back,
     loading_lines,
@@ -41,11 +44,13 @@ from caco_scale.export.hub import (
 )
 from caco_scale.export.library_names import library_model, library_of, loading_code, timm_name, to_timm
 from caco_scale.export.model_card import write_card
+from caco_scale.export.publish import check_hub, page_of, upload
 from caco_scale.flags.choices import EXPORT_FORMATS
 from caco_scale.method.encoders import USUAL_SIZES, takes
 from caco_scale.run.files import check_target
 from caco_scale.run.scores import evaluation_scores, logged_scores
 from caco_scale.training.assemble import build_schedule
+from caco_scale.weights.address import hub_address
 from caco_scale.weights.build import gist
 from caco_scale.weights.files import read_tensors, with_metadata
 from caco_scale.weights.hub import CONFIG
@@ -63,17 +68,27 @@ def export(
     step: int | None = None,
     force: bool = False,
     arch: str | None = None,
+    private: bool = False,
 ) -> dict[str, str]:
     """Write the backbone of ``run`` (a run's or a checkpoint's directory, or weights) to the file ``to`` -> metadata,
-    ``format``, ``compared`` (how the file was checked), ``unused`` (names in a file of weights that went nowhere).
+    ``format``, ``compared`` (how the file was checked), ``unused`` (names in a file of weights that went nowhere),
+    ``to`` (what was written; on the hub with its commit, and its ``page``), ``bytes`` (of the tensors' file).
 
     ``file_format``: None: by the name ``to``, see :func:`format_of`; ``which``: the query or the key (momentum)
     encoder, None: as :func:`~caco_scale.weights.load.load_weights` has it;
     ``step``: which checkpoint of the run, default the newest; ``arch``: as ``load_weights`` has it, too. The model
-    card goes to ``<to>.md``. Raises UserError: no run, no such checkpoint, damaged, not finite, unknown format, a
-    library without the model, no or an existing target without ``force``, and where the file read back does not give
-    the trained backbone's features.
+    card goes to ``<to>.md``. ``private``: of an address on the hub (``hf://USER/NAME``): whom a new repository shows
+    itself to. Raises UserError: no run, no such checkpoint, damaged, not finite, unknown format, a
+    library without the model, no or an existing target without ``force``, what the hub refuses, and where the file read
+    back does not give the trained backbone's features.
     """
+    if address := hub_address(to):
+        if file_format not in (None, "huggingface"):
+            raise UserError(f"--to {address} is of format huggingface: drop --format {file_format}")
+        target = check_hub(address, (CONFIG, FILE, CARD), private, force)
+        return _export_to_hub(load_weights(run, which, step, arch), target)
+    if private:
+        raise UserError(f"--private is for the hub: give --to hf://USER/{Path(to).name}, or drop it")
     named, file_format = file_format, file_format or format_of(to)
     is_directory = file_format == "huggingface"
     check_target(to, is_folder=is_directory)
@@ -86,7 +101,8 @@ def export(
     library = library_of(weights.arch, file_format)
     said = {"format": file_format, "unused": gist(weights.unmatched)}
     if is_directory:
-        check_directory(to, weights.stem, weights.arch, force)
+        check_stem(weights.stem, weights.arch)
+        check_directory(to, force)
     metadata = file_metadata(weights)
     state = weights.backbone.state_dict()
     temporary = to.with_name(f"{to.name}.tmp{os.getpid()}")
@@ -95,7 +111,7 @@ def export(
         if is_directory:
             compared = _write_directory(temporary, weights, stored, metadata, to.name)
             put_in_place(temporary, to)
-            return {**metadata, "compared": compared, **said}
+            return {**metadata, "compared": compared, **said, **_written(to, to / FILE)}
         _write(temporary, stored, metadata, _container(to, file_format))
         compared, options = _compare(temporary, weights, library)
         channels = weights.pixels.channels
@@ -109,7 +125,35 @@ def export(
         shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return {**metadata, "compared": compared, **said}
+    return {**metadata, "compared": compared, **said, **_written(to, to)}
+
+
+def _export_to_hub(weights, target):
+    """As :func:`export`, to a repository that was asked for; nothing of it stays on this machine."""
+    check_stem(weights.stem, weights.arch)
+    library_of(weights.arch, "huggingface")
+    metadata, stored = file_metadata(weights), to_timm(weights.backbone.state_dict(), weights.arch)
+    try:
+        with tempfile.TemporaryDirectory(prefix="caco-export-") as folder:
+            model = Path(folder, "model")
+            compared = _write_directory(model, weights, stored, metadata, target.address)
+            source = metadata["recipe"] or weights.kind
+            of_step = f", step {metadata['step']}" if metadata["step"] else ""
+            address = upload(
+                model, target, f"{weights.arch}, {metadata['encoder']} encoder of {source}{of_step}"
+            )
+            written = _written(address, model / FILE)
+    except OSError as error:
+        raise UserError(
+            f"the directory could not be written below {tempfile.gettempdir()}: {error.strerror or error}; TMPDIR "
+            "names another place"
+        ) from error
+    said = {"format": "huggingface", "unused": gist(weights.unmatched)}
+    return {**metadata, "compared": compared, **said, **written, "page": page_of(address)}
+
+
+def _written(to, file):
+    return {"to": str(to), "bytes": str(file.stat().st_size)}
 
 
 def format_of(to: str | Path) -> str:
@@ -176,8 +220,9 @@ def _check_target(to, card, file_format, force):
             raise UserError(f"{file} exists: give another name, or --force to replace it")
 
 
-def _write_directory(folder, weights, state, metadata, name):
-    """All of a Hugging Face directory, by timm's own names -> how it was compared, in words."""
+def _write_directory(folder, weights, state, metadata, place):
+    """All of a Hugging Face directory, by timm's own names -> how it was compared, in words. ``place``: as in
+    :func:`~caco_scale.export.hub.loading_lines`."""
     folder.mkdir()
     channels = weights.pixels.channels
     model, options = library_model(
@@ -189,7 +234,7 @@ def _write_directory(folder, weights, state, metadata, name):
     stated = {**metadata, "arch": f"timm/{timm_name(weights.arch)}", "options": json.dumps(own)}
     _write(folder / FILE, state, stated, "safetensors")
     compared = _compared(load_back(folder), weights, "timm")
-    text = _card(weights, FILE, (folder / FILE).read_bytes(), loading_lines(name), metadata, compared)
+    text = _card(weights, FILE, (folder / FILE).read_bytes(), loading_lines(place), metadata, compared)
     (folder / CARD).write_text(HEADER + text)
     return compared
 
@@ -232,7 +277,8 @@ def _card(weights, name, data, code, metadata, compared):
             config = {}
     facts: dict[str, Any] = {"config": config, "warmup_steps": warmup_steps}
     facts |= {"environment": _environment(weights), "logged": logged, "evaluated": evaluated}
-    source = "" if run else f"{weights.kind}, `{Path(weights.path).name}`"
+    place = weights.path if hub_address(weights.path) else Path(weights.path).name
+    source = "" if run else f"{weights.kind}, `{place}`"
     facts |= {"source": source, "unused": gist(weights.unmatched), "assumed": _assumed(weights)}
     return write_card(name, data, code, metadata, values, compared=compared, **facts)
 

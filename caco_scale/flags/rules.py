@@ -66,6 +66,10 @@ ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 NAME = Rule(
     lambda x: _is_name(x), "no file can have this name: give names of at most 255 bytes, 4,095 in all"
 )
+PATH_OR_HUB = Rule(
+    lambda x: not ADDRESS.match(x) or x.startswith("hf:/"),
+    "give a path, or hf://USER/NAME of the Hugging Face hub; of an object store copy it first",
+)
 NO_ADDRESS = Rule(
     lambda x: not ADDRESS.match(x),
     "give a path: of an object store only data.shards and data.val_shards are read",
@@ -84,6 +88,7 @@ Pixels = Annotated[int, ABOVE_0, at_most(8192)]
 Workers = Annotated[int, FROM_0, at_most(1024)]
 Seconds = Annotated[float, ABOVE_0, at_most(10**7)]
 Place = Annotated[str, NO_ADDRESS, NAME]
+Source = Annotated[str, PATH_OR_HUB, NAME]
 Seed = Annotated[int, SEED]
 Amount = Annotated[float, FROM_0, at_most(10**9)]
 PositiveFloat = Annotated[float, ABOVE_0, at_most(10**9)]

@@ -57,6 +57,7 @@ class Start:
         weights: of :func:`check_weights`: what a fresh start begins with; None: random weights, or a run that goes on.
         micro_batch_size: b, of :func:`check_batch`; 0 before.
         data: of :func:`check_data`; None before, or where the demo's is not built yet.
+        asked_weights: ``model.weights`` as the user gave it, which on the hub may be a branch.
         listings: of the run's sets, where it keeps them; None: nowhere.
         share_of_node: which of the processes of this node this is, and of how many: they share out the shards' files.
         resumed: of :func:`check_resume`: the checkpoint that the run goes on from; None: a fresh start.
@@ -69,6 +70,7 @@ class Start:
     device: torch.device
     newest: Path | None = None
     weights: StartingWeights | None = None
+    asked_weights: str = ""
     micro_batch_size: int = 0
     data: TrainingData | None = None
     listings: Listings | None = None

@@ -31,6 +31,7 @@ from caco_scale.training.checks import BEFORE_DATA, OF_DATA, OF_RUN, Start, refu
 from caco_scale.training.evaluations import owes_evaluation
 from caco_scale.training.fit import fit_to_set, list_sets, listings_of
 from caco_scale.training.loop import Loop
+from caco_scale.weights.start import pin_weights
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ def _run(config, signals, on_metrics, beginning):
     start.listings = listings
     start.share_of_node = share_of_node(os.environ, accelerator.num_processes)
     assert_equal_on_all_ranks(configuration.same_on_all_ranks(config), "start")
+    start.asked_weights = config.model.weights
+    config, line = pin_weights(config)
+    start.config = config
+    if line:
+        accelerator.print(line)
     refuse_to_start(start, BEFORE_DATA)
     make_data(config, accelerator)
     if config.data.workers:
@@ -162,5 +168,5 @@ def _build(config, name, accelerator, start, directory, resumed):
         )
     for line in weights.lines(config.views.mean, config.views.std):
         accelerator.print(line)
-    directory.write_weights(weights.facts())
+    directory.write_weights(weights.facts(start.asked_weights))
     return build_strategy(config, name, accelerator, weights), sha256

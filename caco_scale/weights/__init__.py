@@ -9,6 +9,7 @@ MoCo v3                             ``state_dict`` of ``module.base_encoder.*`` 
 DINO                                ``student`` and ``teacher`` with ``backbone.*``, or the backbone alone
 torchvision, timm                   a state dict, alone or under ``state_dict`` or ``model``; timm's ViT is renamed
 Hugging Face, timm's layout         a directory: ``config.json``, ``model.safetensors`` or ``pytorch_model.bin``
+hf://USER/NAME[@REVISION]           the same on the hub, fetched
 
 A file holds tensors and plain values, no more than its size, or is refused: nothing in it is run. The architecture
 follows from names and shapes, all of them (a directory of Hugging Face says it): a parameter that is missing and a
@@ -17,7 +18,7 @@ What images the weights want is read, or said to be assumed.
 
 ``place.py`` looks, without torch; ``load.py`` is the way in, ``start.py`` that of a training (``model.weights``);
 ``claims.py`` checks a file and ``files.py`` reads it, ``hub.py`` a directory of Hugging Face; ``recognise.py`` finds
-out what was read, ``build.py`` makes the modules.
-Of other rooms this one knows ``checkpoint`` (to read), ``method`` (to build), ``config.yaml_file``, ``data.augment``
-(ImageNet's mean) and ``errors``.
+out what was read, ``build.py`` makes the modules; ``address.py`` reads an address on the hub, ``fetch.py`` asks it.
+Of other rooms this one knows ``checkpoint`` (to read), ``method`` (to build), ``config``, ``data.augment``
+(ImageNet's mean), ``distributed`` (one process of a node fetches) and ``errors``.
 """

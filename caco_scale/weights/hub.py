@@ -24,31 +24,33 @@ def weights_file(path: Path) -> Path:
     raise UserError(f"{path} has a {CONFIG} and no weights beside it: fetch {' or '.join(FILES)}, too")
 
 
-def hub_metadata(path: Path) -> dict[str, str]:
+def hub_metadata(path: Path, name: str = "") -> dict[str, str]:
     """What ``config.json`` says, in the words of our exports' metadata: arch, options, and of the images what it knows.
+
+    ``name``: of the directory in an error, where that is not its path.
 
     Raises:
         UserError: damaged, or of another library than timm.
     """
+    name = name or str(path)
     content = _read(path / CONFIG)
     arch, images = content.get("architecture"), content.get("pretrained_cfg")
     if not isinstance(arch, str):
         whose = content.get("architectures") or content.get("model_type") or "no architecture"
         raise UserError(
-            f"{path} is in the layout of another library than timm ({printable(str(whose))[:100]}): load it there, and "
+            f"{name} is in the layout of another library than timm ({printable(str(whose))[:100]}): load it there, and "
             "save its backbone's state_dict() as a file"
         )
     import timm
 
     if not timm.is_model(arch.partition(".")[0]):
-        name = printable(arch)[:100]
-        raise UserError(
-            f"{path / CONFIG}: timm {timm.__version__} has no model {name!r}{did_you_mean(name, timm.list_models())}"
-        )
+        wanted = printable(arch)[:100]
+        near = did_you_mean(wanted, timm.list_models())
+        raise UserError(f"{name}/{CONFIG}: timm {timm.__version__} has no model {wanted!r}{near}")
     images = images if isinstance(images, dict) else content
     arguments = content.get("model_args") or {}
     if not isinstance(arguments, dict):
-        raise UserError(f"{path / CONFIG} is damaged: its model_args are no names with values")
+        raise UserError(f"{name}/{CONFIG} is damaged: its model_args are no names with values")
     # Of a backbone without classes; all else that builds the model counts.
     fixed = images.get("fixed_input_size") and not {"dynamic_img_size", "strict_img_size"} & set(arguments)
     if fixed and _side(images):  # another size than the architecture's own changes a parameter's shape

@@ -1,4 +1,4 @@
-"""RUN_OR_WEIGHTS to an encoder: of a run, of one of its checkpoints, of a file, or of a Hugging Face directory."""
+"""RUN_OR_WEIGHTS to an encoder: of a run, a checkpoint, a file, a Hugging Face directory, also on the hub."""
 
 import json
 import math
@@ -16,7 +16,9 @@ from caco_scale.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from caco_scale.data.pixels import BITS, MOST_CHANNELS, RGB8, Pixels
 from caco_scale.errors import UserError, one_line, quoted, with_article
 from caco_scale.flags.choices import ENCODERS
+from caco_scale.weights.address import HubAddress
 from caco_scale.weights.build import digest, expected_shapes, fill_backbone, fill_projector
+from caco_scale.weights.fetch import commit_of, fetch
 from caco_scale.weights.files import read_tensors
 from caco_scale.weights.hub import HUB, hub_metadata, weights_file
 from caco_scale.weights.place import place_of
@@ -47,9 +49,10 @@ class Wanted(NamedTuple):
 class Weights:
     """An encoder out of a run or a file, on the CPU in fp32, in eval mode.
 
-    ``projector`` is None where the source has none that fits. ``kind``: what the source was taken for. ``encoder``:
-    query or key, or ``single``: the only one of a file that does not say which. ``size`` (pixels), ``mean``, ``std``:
-    of the images that it was trained on; ``assumed``: those of the three that the source does not say and that are
+    ``path``: its place, of the hub the address with the commit. ``projector`` is None where the source has none that
+    fits. ``kind``: what the source was taken for. ``encoder``: query or key, or ``single``: the only one of a file that
+    does not say which. ``size`` (pixels), ``mean``, ``std``: of the images that it was trained on; ``assumed``: those
+    of the three that the source does not say and that are
     guesses (224 pixels, 32 for the stem ``cifar``; ImageNet's colours, 0.5 of other than three channels). ``resize``:
     the shorter side before the centre crop of its evaluations (0: :func:`~caco_scale.data.views.usual_resize`).
     ``pixels``: channels and bits of its images; ``says_bits``: whether the source says the bits, 8 stand there where it
@@ -103,12 +106,17 @@ def load_weights(
         UserError: no such place, damaged, more than tensors in it, no encoder that fits (the keys are named), values
             that are not finite.
     """
-    kind, path = place_of(path, step)
+    kind, place = place_of(path, step)
+    if isinstance(place, HubAddress):
+        pinned = commit_of(place)
+        folder = fetch(pinned)
+        about = hub_metadata(folder, str(pinned))
+        return _load_file(pinned, weights_file(folder), about, which, arch, stem, wanted)
     if kind == "run":
-        return _load_run(path, which or "query", arch, stem, wanted)
+        return _load_run(place, which or "query", arch, stem, wanted)
     if kind == "hub":
-        return _load_file(path, weights_file(path), hub_metadata(path), which, arch, stem, wanted)
-    return _load_file(path, path, {}, which, arch, stem, wanted)
+        return _load_file(place, weights_file(place), hub_metadata(place), which, arch, stem, wanted)
+    return _load_file(place, place, {}, which, arch, stem, wanted)
 
 
 def _load_run(path, which, arch, stem, wanted):

@@ -6,6 +6,7 @@ from typing import Literal
 
 from caco_scale.checkpoint.folder import checkpoint_of
 from caco_scale.errors import UserError
+from caco_scale.weights.address import FORM, HubAddress, hub_address
 
 CONFIG = "config.json"
 
@@ -15,15 +16,22 @@ def is_hub_directory(path: Path) -> bool:
     return path.is_dir() and (path / CONFIG).is_file()
 
 
-def place_of(path: str | Path, step: int | None = None) -> tuple[Literal["run", "hub", "file"], Path]:
+def place_of(
+    path: str | Path, step: int | None = None
+) -> tuple[Literal["run", "hub", "file"], Path] | tuple[Literal["address"], HubAddress]:
     """The kind of source that a user means, and its place: of a run a checkpoint's directory.
 
-    ``step``: of a run's checkpoints, None: the newest. Raises UserError: nothing there, no such checkpoint.
+    ``step``: of a run's checkpoints, None: the newest. Of an address on the hub only its form is looked at. Raises
+    UserError: nothing there, no such checkpoint, no such form.
     """
+    if address := hub_address(path):
+        if step is not None:
+            raise UserError(f"--step chooses one of a run's checkpoints, but {address} is none: drop it")
+        return "address", address
     path = Path(path)
     if not os.path.exists(path):  # pathlib raises for a name that no file can have
         raise UserError(
-            f"{path} does not exist: give a run directory, one of its checkpoints, or a file of weights"
+            f"{path} does not exist: give a run directory, one of its checkpoints, a file of weights, or {FORM}"
         )
     is_hub = is_hub_directory(path)
     if path.is_dir() and not is_hub:

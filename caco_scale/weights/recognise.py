@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Container, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -51,11 +50,11 @@ SINGLE = "single"  # the encoder of a file that holds one and does not say which
 
 
 def choose_encoder(
-    path: Path, content: Mapping[str, Any], which: str | None, said: str | None = None
+    path: object, content: Mapping[str, Any], which: str | None, said: str | None = None
 ) -> tuple[str, str, dict[str, Tensor], list[str]]:
     """(what the file is taken for, query or key or :data:`SINGLE`, its state dict, the names of all the rest).
 
-    ``said``: the encoder that the metadata of an export of ours name.
+    ``path``: of the file, for the errors. ``said``: the encoder that the metadata of an export of ours name.
     """
     outer = [name for name in content if isinstance(content[name], dict)]
     if "teacher" in outer or "student" in outer:
@@ -185,7 +184,7 @@ def split_heads(
     return {name: tensor for name, tensor in state.items() if name not in heads}, heads
 
 
-def check_stated_name(path: Path, content: Mapping[str, Any], arch: str | None) -> None:
+def check_stated_name(path: object, content: Mapping[str, Any], arch: str | None) -> None:
     """Refuse (UserError) a checkpoint that names a model of :data:`SAME_NAMES`, unless the user says what it is."""
     arguments = content.get("args")
     for name in (content.get("arch"), *(getattr(arguments, key, None) for key in ("arch", "model"))):
@@ -198,7 +197,7 @@ def check_stated_name(path: Path, content: Mapping[str, Any], arch: str | None) 
 
 
 def find_architecture(
-    path: Path,
+    path: object,
     state: Mapping[str, Tensor],
     arch: str | None,
     stem: str | None,

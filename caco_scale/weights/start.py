@@ -1,5 +1,6 @@
 """``model.weights``: the backbone that a training starts from, and what became of every key of its source."""
 
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -9,10 +10,15 @@ from typing import Any
 from timm.models import adapt_input_conv
 from torch import nn
 
+from caco_scale import config as configuration
 from caco_scale.checkpoint.folder import read_values
+from caco_scale.checkpoint.resume import goes_on_from
 from caco_scale.checkpoint.sums import file_sha256
+from caco_scale.distributed.collectives import from_rank_0
 from caco_scale.errors import UserError, quoted, with_article
+from caco_scale.weights.address import hub_address
 from caco_scale.weights.build import folded, gist
+from caco_scale.weights.fetch import settled
 from caco_scale.weights.load import Wanted, Weights, load_weights
 from caco_scale.weights.recognise import HEADS
 
@@ -75,11 +81,12 @@ class StartingWeights:
             lines.append(f"  left out: {_short(gist(names))}: {why}")
         return [*lines, *filter(None, [self.other_images(mean, std)])]
 
-    def facts(self) -> dict[str, Any]:
-        """For the run directory: plain values, every name in full."""
-        weights = self.weights
+    def facts(self, asked: str = "") -> dict[str, Any]:
+        """For the run directory: plain values, every name in full. ``asked``: what ``model.weights`` was."""
+        weights, on_hub = self.weights, hub_address(self.weights.path) is not None
         return {
-            "path": str(Path(weights.path).absolute()),
+            **({"asked": str(hub_address(asked))} if on_hub else {}),
+            "path": weights.path if on_hub else str(Path(weights.path).absolute()),
             "sha256": self.sha256,
             "kind": weights.kind,
             "encoder": weights.encoder,
@@ -108,6 +115,41 @@ class StartingWeights:
     def _loaded(self):
         missing = set(self.weights.missing)
         return [name for name in self.weights.backbone.state_dict() if name not in missing]
+
+
+def pin_weights(config: configuration.Config) -> tuple[configuration.Config, str]:
+    """A config's ``model.weights``, where that is on the hub, as one commit -> the config, a line about it. Collective.
+
+    A run goes on with the commit that it began with, whatever the branch is now, and asks no network for it; so does a
+    start in a run directory whose first one was ended before it had saved. The commit of a fresh start is fetched.
+
+    Raises:
+        UserError: on every rank, as :func:`~caco_scale.weights.fetch.settled`.
+    """
+    asked = hub_address(config.model.weights)
+    if asked is None:
+        return config, ""
+    recorded, resumes = from_rank_0(lambda: _recorded(config, asked))
+    pinned = recorded if resumes else settled(recorded or str(asked))
+    if not pinned or pinned == str(asked):  # a resume from another address is refused where all such are
+        return config, ""
+    why = "as in this run's first start" if recorded else "which this run keeps"
+    line = f"model.weights: {asked} is commit {pinned.rpartition('@')[2][:12]}, {why}"
+    return configuration.replace(config, model__weights=pinned), line
+
+
+def _recorded(config, asked):
+    """(the address with the commit that a run directory has for ``asked``, or ""; whether a checkpoint goes on)."""
+    checkpoint = goes_on_from(config)
+    run = checkpoint.parent.parent if checkpoint else Path(config.run.dir)
+    if checkpoint is None and config.run.resume == "never":
+        return "", False
+    try:
+        facts = json.loads((run / "weights.json").read_text())
+        recorded = facts["path"] if facts.get("asked") == str(asked) else ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        recorded = ""
+    return recorded, checkpoint is not None
 
 
 def load_start(place: str, wanted: Wanted) -> StartingWeights:
