@@ -36,11 +36,20 @@ def as_a_wheel(tmp_path, monkeypatch):
 def test_every_file_that_git_has_is_named_and_there():
     names = shipped.names()
     tracked = subprocess.run(
-        ["git", "-C", ROOT, "ls-files", "ds_configs", "slurm", "caco_scale/recipes"],
+        [
+            "git",
+            "-C",
+            ROOT,
+            "ls-files",
+            "ds_configs",
+            "slurm",
+            "caco_scale/recipes",
+            "caco_scale/examples/*.ipynb",
+        ],
         capture_output=True,
         text=True,
         check=True,
-    ).stdout.replace("caco_scale/recipes", "recipes")
+    ).stdout.replace("caco_scale/", "")
     assert sorted(names) == sorted(tracked.split())
     assert all(place(name).is_file() for name in names)
     assert place("ds_configs") == place("ds_configs/") == ROOT / "ds_configs"
