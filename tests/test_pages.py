@@ -176,10 +176,10 @@ def first_home(tmp_path_factory):
     (home / "beans").mkdir()
     table = pa.table({"image": images, "labels": [len(path.parent.name) % 3 for path in files]})
     pq.write_table(table, home / "beans/train-00000-of-00001.parquet")
-    (home / "scans").mkdir()
+    (home / "scans/plate").mkdir(parents=True)
     for number in range(32):
         scan = np.random.default_rng(number).integers(0, 2**16, (40, 40), np.uint16)
-        Image.fromarray(scan).save(home / f"scans/{number:02d}.png")
+        Image.fromarray(scan).save(home / f"scans/plate/{number:02d}.png")
     (home / "ds_configs").symlink_to(ROOT / "ds_configs")
     say(["-m", "data_prep", "build", "pictures", "data/mine", "--samples-per-shard", "20"], home)
     for name, recipe in (("demo", "demo"), ("resnet", "own_images_small")):
