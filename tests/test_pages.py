@@ -39,6 +39,7 @@ SMALL = {
     "eval.baselines": False,
     "run.max_steps": 3,
     "run.log_every": 1,
+    "run.finish": "none",
 }
 SETS = {"data.shards": "data/mine/train", "data.val_shards": "data/mine/val"}  # the demo's, smaller
 
