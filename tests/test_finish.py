@@ -167,7 +167,7 @@ def test_a_run_that_was_stopped_or_is_another_ranks_ends_with_nothing(tmp_path, 
 def test_one_command_on_a_folder_ends_with_a_backbone_its_card_and_a_report(tmp_path):
     photos = make_photos(tmp_path / "my photos")
     words = [sys.executable, "-m", "caco_scale.pretrain", "own_images_small", "--data.shards", photos.name]
-    words += ["--views.size=16", "--model.stem=cifar", "--optim.epochs=1", "--run.max_steps=12"]
+    words += ["--views.size=16", "--model.stem=cifar", "--optim.epochs=4", "--run.max_steps=13"]
     done = finished(words, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs/own_images_small"
@@ -182,7 +182,7 @@ def test_one_command_on_a_folder_ends_with_a_backbone_its_card_and_a_report(tmp_
         assert torch.allclose(model.eval()(images), load_backbone(run).eval()(images), atol=1e-5)
     (run / REPORT).unlink()
     again = finished(words, tmp_path)
-    assert "has finished its 12 steps" in again.stdout
+    assert "has finished its 13 steps" in again.stdout
     assert (run / REPORT).exists()
     assert "writing the backbone" not in again.stdout
     assert "next:" not in finished(words, tmp_path).stdout

@@ -39,7 +39,8 @@ def channel_stats(
         resize=resize,
         undecodable=lost,
     )
-    images, pixels, sums, squares = 0, 0, 0.0, 0.0
+    images, pixels = 0, 0
+    sums, squares = np.zeros(store.pixels.channels), np.zeros(store.pixels.channels)
     for _, crops, _ in batches:
         values = crops.numpy().reshape(-1, store.pixels.channels).astype(np.float64)
         values /= np.iinfo(store.pixels.dtype).max

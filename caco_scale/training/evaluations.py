@@ -160,19 +160,17 @@ class Evaluations:
 
     def _encoder_knn(self) -> Measured:
         """kNN of the query encoder's features, the same on every rank."""
-        assert self._data.val_store is not None, "no evaluation is due without a set for it"
-        with (
-            self._strategy.evaluation_encoder() as encoder,
-            self._telemetry.meter.paused(),
-            self._under_way(),
-        ):
+        with self._strategy.evaluation_encoder() as encoder:
+            return self._knn(encoder.features, encoder)
+
+    def _knn(self, encode, module) -> Measured:
+        """kNN of what ``encode``, of ``module``, makes of images, the same on every rank."""
+        train, val = self._data.store, self._data.val_store
+        assert val is not None, "no evaluation is due without a set for it"
+        autocast_dtype = self._strategy.module.autocast_dtype
+        with self._telemetry.meter.paused(), self._under_way():
             return measure_knn(
-                encoder.features,
-                self._data.store,
-                self._data.val_store,
-                module=encoder,
-                autocast_dtype=self._strategy.module.autocast_dtype,
-                **self._how(),
+                encode, train, val, module=module, autocast_dtype=autocast_dtype, **self._how()
             )
 
     def _pixels_knn(self) -> float | None:
