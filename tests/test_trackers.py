@@ -158,8 +158,10 @@ def test_every_start_of_a_tracker_without_memory_is_whole(tmp_path, fake):
     telemetry = start(tmp_path, ["fake", "none", "tensorboard", "fake"])
     train(telemetry, 1, 7)
     killed(telemetry)
-    with closing(start(tmp_path, ["fake"], kept_step=5)) as telemetry:
+    stream = io.StringIO()
+    with closing(start(tmp_path, ["fake"], kept_step=5, stream=stream)) as telemetry:
         train(telemetry, 6, 9)
+    assert "tracker fake: a new run, whole: it cannot go on in that of before\n" in stream.getvalue()
     first, second = fake.starts
     assert (first.ended, second.ended) == (False, True)
     assert (second.project, second.folder) == ("caco_scale", str(tmp_path))
@@ -397,7 +399,37 @@ def test_comet_is_offline_and_its_archive_is_written_again(tmp_path, monkeypatch
     assert first == second
     assert (second["online"], second["mode"]) == (False, "create")
     assert second["experiment_config"]["offline_directory"] == str(tmp_path / "comet")
+    assert second["experiment_config"]["auto_metric_logging"] is False  # of TensorBoard, all again
     assert [step for name, step, _ in found if name == "loss"] == [1, 2, 3, 4]
+
+
+def test_clearml_does_not_take_tensorboards_figures_too(tmp_path, monkeypatch):
+    """It would hold all twice; and every start is a new task there, whole, which is said."""
+    module, tasks = types.ModuleType("clearml"), []
+
+    class Task:
+        current_task = staticmethod(lambda: None)
+
+        @staticmethod
+        def init(**options):
+            rows = []
+            report = lambda title, series, value, iteration: rows.append((title, iteration, value))
+            logger = types.SimpleNamespace(report_scalar=report)
+            tasks.append((options, rows))
+            return types.SimpleNamespace(
+                get_logger=lambda: logger, connect_configuration=lambda values: None, close=lambda: None
+            )
+
+    module.Task = Task
+    monkeypatch.setitem(sys.modules, "clearml", module)
+    stream = io.StringIO()
+    for kept_step, last in ((None, 3), (2, 4)):
+        with closing(start(tmp_path, ["clearml"], kept_step, stream=stream)) as telemetry:
+            train(telemetry, (kept_step or 0) + 1, last)
+    (_, _), (options, rows) = tasks
+    assert options["auto_connect_frameworks"] == {"tensorboard": False}
+    assert [step for title, step, _ in rows if title == "loss"] == [1, 2, 3, 4]
+    assert "tracker clearml: a new run, whole: it cannot go on in that of before\n" in stream.getvalue()
 
 
 # ---- W&B

@@ -184,20 +184,26 @@ class _MLflow(_Tracker):
 
 class _Comet(_Tracker):
     def options(self):
-        if os.environ.get("COMET_START_ONLINE"):
-            return {}
-        self.identity = self.identity or uuid4().hex
         config = import_module("comet_ml").ExperimentConfig
-        folder = config(offline_directory=str(self.run / "comet"), name=self.title, display_summary_level=0)
+        once: dict[str, Any] = {"auto_metric_logging": False}  # else it takes TensorBoard's figures, too
+        if os.environ.get("COMET_START_ONLINE"):
+            return {"experiment_config": config(**once)}
+        self.identity = self.identity or uuid4().hex
+        once |= {"offline_directory": str(self.run / "comet"), "name": self.title, "display_summary_level": 0}
         return {
             "online": False,
             "experiment_key": self.identity,
             "mode": "create",
-            "experiment_config": folder,
+            "experiment_config": config(**once),
         }
 
     def project(self):
         return os.environ.get("COMET_PROJECT_NAME", PROJECT)
+
+
+class _ClearML(_Tracker):
+    def options(self):
+        return {"auto_connect_frameworks": {"tensorboard": False}}  # else it has all figures twice
 
 
 class _Trackio(_Tracker):
@@ -219,6 +225,7 @@ KINDS: dict[str, type[_Tracker]] = {
     "wandb": _Wandb,
     "mlflow": _MLflow,
     "comet_ml": _Comet,
+    "clearml": _ClearML,
     "trackio": _Trackio,
 }
 
@@ -325,9 +332,10 @@ class Trackers:
             for step, numbers in records:
                 self._all([one], lambda one, at=step, of=numbers: one.log(at, of))
             self._all([one], lambda one: one.kind.whole())
-            self.notes.append(
-                ", ".join(filter(None, (f"tracker {name}: run {one.kind.identity}", one.kind.where())))
-            )
+            which = f"run {one.kind.identity}" if one.kind.identity else "a new run"
+            if not one.kind.identity and kept_step is not None:
+                which += ", whole: it cannot go on in that of before"
+            self.notes.append(", ".join(filter(None, (f"tracker {name}: {which}", one.kind.where()))))
 
     def _left(self, kept_step):
         """What earlier starts have left: the run's ids, and the (step, figures) of metrics.jsonl up to a step."""
