@@ -103,6 +103,7 @@ def test_an_address(text, repository, revision):
     ("text", "says"),
     [
         ("hf://waves", "hf://waves has no user: give hf://USER/waves"),
+        ("https://huggingface.co/ada/waves/tree/main", "is a page for a browser: give hf://ada/waves$"),
         ("hf://", "is no address of a model: give hf://USER/NAME"),
         ("hf://ada/waves/model.safetensors", "is no address of a model: give hf://USER/NAME"),
         ("hf://ada/wa ves", "no model on the hub can have this name"),

@@ -9,6 +9,7 @@ PREFIX = re.compile(r"hf:/+")  # pathlib makes one slash of two
 WORD = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_][\w.-]*(?<![.-])", re.ASCII)
 REVISION = re.compile(r"(?!.*\.\.)[\w][\w./+-]*", re.ASCII)  # of a branch, a tag, a commit
 COMMIT = re.compile(r"[0-9a-f]{40}")
+PAGE = re.compile(r"https?:/+(?:huggingface\.co|hf\.co)/+(?:models/)?([\w.-]+/[\w.-]+)", re.ASCII)
 FORM = "hf://USER/NAME[@REVISION]"
 
 
@@ -31,9 +32,11 @@ def hub_address(place: object) -> HubAddress | None:
     """The address that a place is; None for a path.
 
     Raises:
-        UserError: it begins as one and is none.
+        UserError: it begins as one and is none, or it is the page of a model.
     """
     text = str(place)
+    if page := PAGE.match(text):
+        raise UserError(f"{text} is a page for a browser: give hf://{page[1]}")
     if not (start := PREFIX.match(text)):
         return None
     repository, at, revision = text[start.end() :].partition("@")

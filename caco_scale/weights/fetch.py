@@ -50,11 +50,10 @@ def commit_of(address: HubAddress) -> HubAddress:
     """
     if address.is_pinned:
         return address
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub import HfApi, constants, hf_hub_download
 
     with asking(address):
-        here = is_offline_mode()
+        here = constants.HF_HUB_OFFLINE
         try:
             if not here:
                 HfApi().model_info(address.repository, revision=address.revision or None)
@@ -149,9 +148,9 @@ def asking(address: HubAddress) -> Generator[None]:
 
 
 def _not_in_cache(address, error):
-    from huggingface_hub.constants import HF_HUB_CACHE, is_offline_mode
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
-    if is_offline_mode():
+    if HF_HUB_OFFLINE:
         fix = "fetch it where there is a network"
         return f"{address} is not in the cache {HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: {fix}"
     reason = f" ({one_line(error.__cause__)[:160]})" if error.__cause__ else ""
