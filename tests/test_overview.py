@@ -180,7 +180,7 @@ def test_csv_and_page(tmp_path, capsys):
     assert "1 finished" in page
     assert "1 stopped" in page
     assert "http" not in page.split("<body>")[1]
-    assert to_page([Row("a", "failed")], "t").count("—") == 9
+    assert to_page([Row("a", "failed")], "t").decode().count("—") == 9
 
 
 @pytest.mark.parametrize(

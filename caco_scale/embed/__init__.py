@@ -5,5 +5,5 @@
 and look at a file block by block; ``show.py`` makes their tables and pages of pictures, ``run.progress`` says how far
 what takes long is.
 Of other rooms it knows ``evaluate`` (encoders, features, exact cosines), ``weights``, ``method`` (a ViT's patches),
-``data``, ``distributed`` (collectives), ``run`` (signals) and ``errors``; of ``report`` the style of a page.
+``data``, ``distributed`` (collectives), ``run`` (signals) and ``errors``; of ``report`` the frame of a page.
 """

@@ -4,14 +4,11 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 
-from caco_scale import __version__
 from caco_scale.atomic import write_atomically
 from caco_scale.data.loader import evaluation_batches
 from caco_scale.data.pixels import picture_note
@@ -19,51 +16,11 @@ from caco_scale.data.store import open_store
 from caco_scale.data.thumbnails import data_uri
 from caco_scale.embed.files import FeatureFile
 from caco_scale.errors import UserError, quoted
+from caco_scale.report.templates import render
 from caco_scale.run.files import cannot_write, check_target
 
 KINDS = (".csv", ".html")
 MOST_ROWS, MOST_PICTURES = 200, 24  # of a page, and of a row of it
-
-PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{{ title }} · caco_scale</title>
-<link rel="icon" href="data:,">
-<style>{{ style|safe }}
-main { padding-top: 8px; }
-.rows { grid-template-columns: 1fr; } .thumbs { grid-template-columns: repeat(auto-fill, minmax(78px, 1fr)); }
-.first img { outline: 2px solid var(--accent); }
-</style>
-</head>
-<body>
-<header>
-<p class="overline">caco_scale · features</p>
-<h1>{{ title }}</h1>
-{% for line in lines %}<p class="muted">{{ line }}</p>
-{% endfor %}
-</header>
-<main>
-<div class="rows">
-{% for row in rows %}
-<div class="row"><p><b>{{ row.title }}</b> <span class="muted">{{ row.note }}</span></p><div class="thumbs">
-{% for p in row.pictures %}
-<figure class="thumb{% if loop.first %} first{% endif %}{% if p.other %} other{% endif %}" title="{{ p.name }}">
-{% if p.uri %}<img src="{{ p.uri }}" alt="{{ p.name }}">{% endif %}
-<figcaption>{{ p.caption }}</figcaption></figure>
-{% endfor %}
-</div></div>
-{% endfor %}
-</div>
-</main>
-<footer>caco_scale {{ version }} · python -m caco_scale.embed · this page loads nothing from anywhere</footer>
-</body>
-</html>
-"""
 
 
 class Picture(NamedTuple):
@@ -126,12 +83,7 @@ def write_table(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def write_page(path: str, title: str, lines: Sequence[str], rows: Sequence[Row]) -> None:
     """An HTML page that needs nothing but itself."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    style = (resources.files("caco_scale.report") / "page.css").read_text()
-    page = environment.from_string(PAGE).render(
-        title=title, lines=lines, rows=rows, style=style, version=__version__
-    )
-    write(path, page.encode())
+    write(path, render("embed/show.html", title=title, lines=lines, rows=rows))
 
 
 def pictures_of(

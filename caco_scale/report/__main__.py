@@ -55,7 +55,7 @@ def write_report(
         print(f"{run.name}: pictures of {run.checkpoint or 'no checkpoint'}", file=sys.stderr, flush=True)
         pictures.append(draw_pictures(run, images, arch))
     try:
-        write_atomically(target, build_page(runs, pictures).encode())
+        write_atomically(target, build_page(runs, pictures))
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
     for run, drawn in zip(runs, pictures, strict=True):

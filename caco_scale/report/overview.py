@@ -246,21 +246,16 @@ def to_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def to_page(rows: Sequence[Row], title: str) -> str:
+def to_page(rows: Sequence[Row], title: str) -> bytes:
     """The table as one HTML page in the report's style, which needs no network and is sorted by a click."""
-    from importlib import resources
+    from caco_scale.report.templates import render
 
-    import jinja2
-
-    files = resources.files("caco_scale.report")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string((files / "overview.html").read_text()).render(
-        style=(files / "page.css").read_text(),
+    return render(
+        "report/overview.html",
         title=title,
         counts=[(state, sum(row.state == state for row in rows)) for state in STATES],
         columns=[(name, is_figure) for name, is_figure, _ in COLUMNS],
         rows=[(row.state, [text(row) for _, _, text in COLUMNS]) for row in rows],
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
@@ -291,10 +286,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> None:
     rows = in_order([read_row(path, name) for path, name in zip(found, names, strict=True)], flags.sort)
     title = f"{len(rows):,} run{'s' * (len(rows) != 1)} in {folder}"
     print_table(rows, title)
-    for file, text in ((flags.csv, to_csv(rows)), (flags.page, to_page(rows, title) if flags.page else "")):
+    csv_file = lambda: to_csv(rows).encode("utf-8", "replace")
+    for file, make in ((flags.csv, csv_file), (flags.page, lambda: to_page(rows, title))):
         if file is not None:
             try:
-                write_atomically(Path(file), text.encode())
+                write_atomically(Path(file), make())
             except OSError as error:
                 raise UserError(f"{file} cannot be written: {error.strerror or error}") from None
             print(f"wrote {file}")

@@ -1,17 +1,14 @@
-"""The page: one HTML file that needs nothing but itself. Jinja escapes the text; style sheet and script are ours."""
+"""The report's page: one HTML file that needs nothing but itself; what of the runs it shows, and in which words."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib import resources
 
-import jinja2
 import numpy as np
 
-from caco_scale import __version__
 from caco_scale import config as configuration
 from caco_scale.report.curves import HEALTH, TRAINING, draw_panels, further_panels, write_number
 from caco_scale.report.pictures import Pictures
 from caco_scale.report.runs import Run, incidents
+from caco_scale.report.templates import render, words
 from caco_scale.run.scores import evaluation_scores
 
 KINDS = {  # of incidents, in words
@@ -25,11 +22,8 @@ KINDS = {  # of incidents, in words
 }
 
 
-def build_page(runs: Sequence[Run], pictures: Sequence[Pictures]) -> str:
-    """The HTML text about some runs. ``pictures``: of each run, by :func:`~.pictures.draw_pictures`."""
-    files = resources.files("caco_scale.report")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["words"] = _words
+def build_page(runs: Sequence[Run], pictures: Sequence[Pictures]) -> bytes:
+    """The HTML file about some runs. ``pictures``: of each run, by :func:`~.pictures.draw_pictures`."""
     found = [incidents(run) for run in runs]
     resumes = [
         [run.epoch(i.step) for i in listed if i.kind == "resume"]
@@ -40,12 +34,9 @@ def build_page(runs: Sequence[Run], pictures: Sequence[Pictures]) -> str:
         ("The bank and the embeddings", "bank", draw_panels(HEALTH, runs, resumes)),
         ("Further figures", "further", draw_panels(further_panels(runs), runs, resumes)),
     ]
-    return environment.from_string((files / "page.html").read_text()).render(
-        style=(files / "page.css").read_text(),
-        script=(files / "page.js").read_text(),
+    return render(
+        "report/page.html",
         title=" and ".join(run.name for run in runs),
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        version=__version__,
         runs=[_heading(run) for run in runs],
         facts=_facts(runs, found),
         sections=[(title, anchor, charts) for title, anchor, charts in sections if charts],
@@ -58,17 +49,6 @@ def build_page(runs: Sequence[Run], pictures: Sequence[Pictures]) -> str:
         configuration=_configuration(runs),
         environment=_environment(runs),
     )
-
-
-def _words(value):
-    """A value of a config or an environment as text."""
-    if value in (None, "", (), [], {}):
-        return "—"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, (list, tuple)):
-        return " ".join(_words(item) for item in value)
-    return str(value)
 
 
 def _heading(run):
@@ -217,8 +197,8 @@ def _environment(runs):
 def _short(value):
     """A value in words; of a list with one entry a rank, equal ones once, with their number."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_words(item)}" for name, item in value.items())
+        return ", ".join(f"{name} {words(item)}" for name, item in value.items())
     if isinstance(value, list) and len(value) > 1 and not any(str(item).startswith("-") for item in value):
         counts = {str(item): [str(other) for other in value].count(str(item)) for item in value}
         return ", ".join(f"{count} × {item}" if count > 1 else item for item, count in counts.items())
-    return _words(value)
+    return words(value)
