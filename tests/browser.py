@@ -119,6 +119,38 @@ class Browser:
         """Move the pointer to a place in the window."""
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
+    def press(self, key, text="", commands=()):
+        """Press a key and let it go; ``commands``: what the editor does then, such as ``paste``."""
+        codes = {"Enter": 13, "Tab": 9, "v": 86}
+        event = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key], "commands": list(commands)}
+        self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **event)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **event)
+
+    def pasted(self):
+        """What the clipboard holds, as a text field of the page gets it."""
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)
+        self.evaluate(
+            "(() => { const t = document.createElement('textarea'); t.id = 'paste'; document.body.append(t);"
+            " t.focus(); })()"
+        )
+        self.press("v", commands=["paste"])
+        return self.evaluate(
+            "(() => { const t = document.querySelector('#paste'); t.remove(); return t.value; })()"
+        )
+
+    def print_media(self, width):
+        """Show the page as paper of that many CSS pixels shows it, for a reader whose screen is dark."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=1000, deviceScaleFactor=1, mobile=False
+        )
+        dark = {"name": "prefers-color-scheme", "value": "dark"}
+        self.call("Emulation.setEmulatedMedia", media="print", features=[dark])
+        self.evaluate("dispatchEvent(new Event('beforeprint'))")
+
+    def pdf(self):
+        """The page printed, as bytes."""
+        return base64.b64decode(self.call("Page.printToPDF", preferCSSPageSize=True)["data"])
+
     @property
     def errors(self):
         """Exceptions, console errors and warnings, and log entries of the page."""

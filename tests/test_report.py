@@ -1,10 +1,13 @@
 """The report: one page that shows what a run's files say, whole or half, and opens in a real browser."""
 
 import fcntl
+import html
 import html.parser
+import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -141,12 +144,15 @@ def test_the_page_says_how_the_run_stands_and_what_it_was(page):
     ):
         assert words in page.text
     assert "start 2 resumed from the checkpoint of step 16" in page.text
-    assert "2 process(es) after 1" in page.text
+    assert "2 processes after 1" in page.text
 
 
 def test_the_page_loads_nothing(page_path, page):
     text = page_path.read_text()
-    assert "default-src 'none'" in text
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1].replace("&#39;", "'")
+    assert policy.startswith(
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-"
+    )
     assert all(image["src"].startswith("data:image/") for image in page.images)
     for word in ("http://", "https://", 'src="/', "@import", "url(http"):
         assert word not in text.replace("http://www.w3.org", ""), word
@@ -184,7 +190,7 @@ def test_a_long_run_is_drawn_by_means_with_a_band(tmp_path):
     assert drawn["v"][5] == pytest.approx(losses[15:18].mean(), rel=1e-6)
     assert drawn["v"][-1] == pytest.approx(losses[3 * (MAX_POINTS - 1) :].mean(), rel=1e-6)
     assert drawn["s"][-1] == steps
-    assert "means of 3 lines" in page.text
+    assert "means of up to 3 lines" in page.text
 
 
 def test_a_gap_is_a_gap_and_a_figure_of_tomorrow_has_a_chart(tmp_path):
@@ -212,6 +218,85 @@ def test_several_runs_stand_side_by_side(tmp_path, shards):
     for words in ("2 runs side by side", "a/run", "b/run", "bank of 12 rows", "bank of 64 rows"):
         assert words in page.text
     assert not (second / "report.html").exists()
+
+
+def rows_of(page, section):
+    """The cells of the first table of a section of a page, row by row."""
+    table = page.read_text().split(f'<section id="{section}">')[1].split("<tbody>")[1].split("</tbody>")[0]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr")[1:]]
+    return [[html.unescape(cell) for cell in row] for row in rows]
+
+
+def test_what_differs_between_the_configurations_of_runs_is_a_table(tmp_path):
+    changes = [{}, {"bank__rule": "moco", "optim__lr": 0.03}, {"views__scale": (0.1, 1.0), "optim__lr": 0.03}]
+    for number, change in enumerate(changes):
+        write_records(tmp_path / f"run{number}", make_config(run__dir=f"runs/{number}", **change))
+    runs = [tmp_path / f"run{number}" for number in range(3)]
+    assert rows_of(write_report(runs, images=0), "differences") == [
+        ["views.scale", "0.2 1", "0.2 1", "0.1 1"],
+        ["bank.rule", "caco", "moco", "caco"],
+        ["optim.lr", "0.3", "0.03", "0.03"],
+    ]
+    write_records(tmp_path / "same", make_config())
+    text = Page(write_report([runs[0], tmp_path / "same"], tmp_path / "page.html", images=0)).text
+    assert "None: all values are the same, but for the runs' folders" in text
+    assert "Differences" not in Page(write_report(runs[:1], images=0)).text
+
+
+def test_a_knn_names_its_step(tmp_path):
+    write_records(tmp_path / "run", make_config())
+    write_records(
+        tmp_path / "young", make_config(), [{"step": 0, "knn_top1": 20.0}, {"step": 2, "loss": 3.0}]
+    )
+    text = Page(write_report([tmp_path / "run", tmp_path / "young"], images=0)).text
+    assert "66% at step 32" in text
+    assert "20% before training" in text
+
+
+def test_runs_that_do_not_say_their_epochs_are_drawn_over_steps(tmp_path):
+    without = [{name: value for name, value in line.items() if name != "epoch"} for line in metrics_lines()]
+    write_records(tmp_path / "a", make_config(), without)
+    write_records(tmp_path / "b", make_config())
+    page = Page(write_report([tmp_path / "a", tmp_path / "b"], images=0))
+    assert "Over steps" in page.text
+    assert [line["e"][-1] for line in page.charts["Loss"]["lines"]] == [40, 40]
+    alone = Page(write_report([tmp_path / "a"], images=0)).text
+    assert "steps 40 main schedule 20 epochs" in alone
+
+
+def test_figures_of_the_bank_that_0_1_wrote_before_it_had_any_are_left_out(tmp_path):
+    lines = list(metrics_lines())
+    for line in lines:
+        if line["step"] <= 16 and "loss" in line:
+            line.update(bank_rows_used=0.0, bank_assignment_entropy=0.0)
+    write_records(tmp_path / "run", make_config(), lines)
+    charts = Page(write_report([tmp_path / "run"], images=0)).charts
+    for title in ("Rows used", "Assignment entropy"):
+        assert charts[title]["lines"][0]["s"] == list(range(18, 41, 2))
+    assert charts["Row norm"]["lines"][0]["s"] == list(range(2, 41, 2))
+    write_records(tmp_path / "young", make_config(), lines[:6])
+    young = Page(write_report([tmp_path / "young"], images=0))
+    assert "Rows used" not in young.charts
+    assert "bank rows used" not in young.text
+
+
+def test_a_folder_whose_name_is_not_utf8_has_a_page(tmp_path):
+    run = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xff"))
+    write_records(run, make_config())
+    assert "r?" in Page(write_report([run], tmp_path / "page.html", images=0)).text
+
+
+@pytest.mark.long
+def test_200_000_lines_become_curves_of_at_most_so_many_points(tmp_path):
+    lines = ({"step": n, "epoch": n / 1000, "loss": 1 / n} for n in range(1, 200_001))
+    write_records(tmp_path / "run", make_config(), lines)
+    page = write_report([tmp_path / "run"], images=0)
+    (drawn,) = Page(page).charts["Loss"]["lines"]
+    assert len(drawn["v"]) == MAX_POINTS
+    assert drawn["s"][-1] == 200_000
+    assert drawn["greatest"][0] == 1
+    assert drawn["least"][-1] == pytest.approx(1 / 200_000)
+    assert page.stat().st_size < 500_000
 
 
 def test_what_was_evaluated_afterwards_is_shown(tmp_path):
@@ -317,6 +402,11 @@ def crops_of(shards):
     return torch.cat([crops for _, crops, _ in batches])
 
 
+def shards_of(run):
+    data = configuration.load_recipe(run / "config.yaml").data
+    return data.shards, data.val_shards
+
+
 def features_of(encode, crops):
     """Unit-norm rows of ``encode``, by hand."""
     views = configuration.Views()
@@ -385,20 +475,66 @@ def test_images_of_any_size_become_small_pictures():
     assert len(large) < 4000
 
 
-@pytest.mark.parametrize("without", [("umap",), ("umap", "sklearn.manifold")])
-def test_the_map_needs_its_extra_and_says_so(run, monkeypatch, without):
-    for name in without:
-        monkeypatch.setitem(sys.modules, name, None)
-    if len(without) == 1:
-        pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+def test_the_map_is_by_the_best_method_that_is_installed_and_needs_none(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    if importlib.util.find_spec("sklearn"):
+        assert pictures.draw_pictures(read_run(run)).map["method"] == "t-SNE"
+        monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     drawn = pictures.draw_pictures(read_run(run))
-    if len(without) == 1:
-        assert drawn.map["method"] == "t-SNE"
-        assert drawn.map["svg"].count("h0") == 32
-        assert [name for _, name in drawn.map["classes"]] == ["class0", "class1", "class2", "class3"]
-    else:
-        assert drawn.map is None
-        assert "pip install scikit-learn" in drawn.notes[0]
+    assert drawn.notes == []
+    assert drawn.map["method"] == "PCA"
+    assert drawn.map["svg"].count("h0") == 32
+    assert [name for _, name in drawn.map["classes"]] == ["class0", "class1", "class2", "class3"]
+
+
+@pytest.mark.parametrize("shape", [(40, 6), (6, 40)], ids=["tall", "wide"])
+def test_principal_components_are_those_of_a_singular_value_decomposition(shape):
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * torch.linspace(3, 1, shape[1])
+    centred = (rows - rows.mean(dim=0)).double().numpy()
+    _, spread, directions = np.linalg.svd(centred, full_matrices=False)
+    wanted = directions[:2] * np.sign([row[np.abs(row).argmax()] for row in directions[:2]])[:, None]
+    places, shares = pictures.principal_components(rows)
+    assert places == pytest.approx(centred @ wanted.T, abs=1e-5)
+    assert shares == pytest.approx(spread[:2] ** 2 / (spread**2).sum(), rel=1e-5)
+    turned, _ = pictures.principal_components(
+        torch.cat([rows[1:], rows[:1]])
+    )  # the same rows in another order
+    assert turned[-1] == pytest.approx(places[0], abs=1e-5)
+
+
+def test_equal_features_have_a_map_of_one_point():
+    places, shares = pictures.principal_components(torch.ones(20, 3))
+    assert np.abs(places).max() == 0
+    assert shares.tolist() == [0, 0]
+
+
+def test_the_map_says_how_much_of_the_variance_its_axes_hold(run, tmp_path):
+    main([str(run), "--to", str(tmp_path / "p.html"), "--map", "pca"])
+    page = Page(tmp_path / "p.html")
+    features = features_of(trained_model("tiny", "cifar").query.backbone.eval(), crops_of(shards_of(run)[1]))
+    _, spread, _ = torch.linalg.svd(features - features.mean(dim=0), full_matrices=False)
+    shares = (spread**2 / (spread**2).sum()).tolist()
+    for name, share in zip(("first", "second"), shares, strict=False):
+        assert f"{name} component: {share:.1%} of the variance" in page.text
+    assert "Both axes have one scale" in page.text
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "package"), [("tsne", "sklearn", "scikit-learn"), ("umap", "umap", "umap-learn")]
+)
+def test_a_map_that_is_asked_for_and_wants_a_package_says_which(
+    run, tmp_path, monkeypatch, capsys, method, module, package
+):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == module else found(name, *more)
+    )
+    with pytest.raises(SystemExit) as caught:
+        main([str(run), "--to", str(tmp_path / "p.html"), "--map", method])
+    assert caught.value.code == 2
+    line = f"error: --map {method} needs {package}: pip install {package}, or give --map pca\n"
+    assert capsys.readouterr().err == line
+    assert not (tmp_path / "p.html").exists()
 
 
 def no_checkpoint(run):
@@ -502,6 +638,15 @@ def test_relative_shards_count_from_where_the_run_was_started(run, shards, tmp_p
             + b"}\n",
         ),
         ("metrics.jsonl", b'{"step": 0, "loss": 1.0, "epoch": 0}\n'),
+        (
+            "metrics.jsonl",
+            b'{"step": 0, "knn_top1": NaN}\n{"step": 5, "loss": 1, "embedding_std": 0.4, "rankme": "x"}\n',
+        ),
+        (
+            "metrics.jsonl",
+            b'{"step": 0, "knn_top1": null}\n{"step": 5, "loss": 1, "knn_top1": 3, "bank_rows_used": "x"}\n',
+        ),
+        ("corrupt.jsonl", b"".join(b'{"step": null, "key": %d}\n' % n for n in range(30))),
         (
             "metrics.jsonl",
             b'{"step": 4, "epoch": 0.5, "loss": 1e-300, "phase": [3]}\n{"step": 3, "loss": -1e299}\n',
@@ -701,7 +846,7 @@ def pages(page_path, run, shards, tmp_path_factory):
     long_name = folder / "a_run_whose_name_is_longer_than_any_telephone_is_wide_without_a_single_blank"
     make_run(long_name, shards, metrics=metrics_lines(steps=56), attempts=3)
     both = write_report([run, long_name], folder / "both.html", images=16)
-    return {"one run": page_path, "two runs": both}
+    return {"one run": page_path, "two runs": both, "first": run, "second": long_name}
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -761,4 +906,154 @@ def test_pointing_at_a_chart_reads_its_figures(browser, pages):
     assert write_number(12 / 40**0.2, 4) in browser.evaluate(reading)
     browser.move_to(5, 5)
     assert "last" in browser.evaluate(reading)
+    assert browser.errors == []
+
+
+# Texts whose colour is too near to what is behind them, by WCAG 2's contrast: 4.5, and 3 for large ones.
+LOW_CONTRAST = """
+(() => {
+  const parse = (text) => { const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
+  const over = (top, below) => [0, 1, 2].map((i) => top[3] * top[i] + (1 - top[3]) * below[i]);
+  const behind = (e) => {
+    if (!e) return [255, 255, 255];
+    const colour = parse(getComputedStyle(e).backgroundColor);
+    return colour[3] === 1 ? colour.slice(0, 3) : over(colour, behind(e.parentElement));
+  };
+  const light = (c) => {
+    const [r, g, b] = c.map((v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const found = new Set();
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  let texts = 0;
+  while (walker.nextNode()) {
+    const e = walker.currentNode.parentElement, style = getComputedStyle(e);
+    if (!walker.currentNode.data.trim() || !e.getClientRects().length || style.visibility === "hidden") continue;
+    if (e.closest("script, style")) continue;
+    texts += 1;
+    const colour = parse(e instanceof SVGElement ? style.fill : style.color);
+    const below = behind(e.closest("svg")?.parentElement ?? e);
+    const [a, b] = [light(over(colour, below)), light(below)];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    const isLarge = parseFloat(style.fontSize) >= 24;
+    const words = walker.currentNode.data.trim().slice(0, 30);
+    if (ratio < (isLarge ? 3 : 4.5)) found.add(`${ratio.toFixed(2)} ${e.tagName} ${e.getAttribute("class")}: ${words}`);
+  }
+  return texts > 100 ? [...found] : [`only ${texts} texts`];
+})()
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("which", ["one run", "two runs"])
+def test_texts_stand_out_from_what_is_behind_them(browser, pages, which, dark):
+    browser.open(pages[which], 1280, dark=dark)
+    browser.evaluate("dispatchEvent(new Event('beforeprint'))")  # unfolds what is folded
+    assert browser.evaluate(LOW_CONTRAST) == []
+
+
+def table(text):
+    return [line.split("\t") for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("clipboard", ["the browser's", "none, as in a page of http", "one that refuses"])
+def test_the_data_of_a_chart_is_copied_by_the_keyboard(browser, pages, clipboard):
+    browser.open(pages["two runs"], 1280)
+    browser.call("Emulation.setFocusEmulationEnabled", enabled=True)
+    instead = {
+        "none, as in a page of http": "undefined",
+        "one that refuses": "{ writeText: () => Promise.reject(new DOMException('no', 'NotAllowedError')) }",
+    }
+    if clipboard in instead:
+        value = instead[clipboard]
+        browser.evaluate(f"Object.defineProperty(navigator, 'clipboard', {{ value: {value} }}) && 0")
+    browser.evaluate("document.querySelector('nav a:last-child').focus()")
+    while browser.evaluate("document.activeElement.className") != "copy":
+        browser.press("Tab")
+        assert browser.evaluate("document.activeElement.tagName") in ("SUMMARY", "BUTTON")
+    assert browser.evaluate("document.activeElement.getAttribute('aria-label')") == "copy data of Loss"
+    assert browser.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    browser.press("Enter", text="\r")
+    said = "new Promise((done) => setTimeout(() => done(document.querySelector('.said')?.textContent), 200))"
+    assert browser.evaluate(said) == "48 lines copied"
+    assert browser.evaluate("document.querySelector('.said').getAttribute('role')") == "status"
+    assert browser.evaluate("document.activeElement.getAttribute('aria-label')") == "copy data of Loss"
+    assert browser.evaluate("document.querySelectorAll('.copying').length") == 0
+    copied = table(browser.pasted())
+    names = [run.name for run in read_runs([Path(pages["first"]), Path(pages["second"])])]
+    assert copied[0] == ["run", "epoch", "step", "loss"]
+    assert {row[0] for row in copied[1:]} == set(names)
+    losses = {line["step"]: line["loss"] for line in metrics_lines() if "loss" in line}
+    first = [row for row in copied[1:] if row[0] == names[0]]
+    assert [int(row[2]) for row in first] == list(losses)
+    assert [float(row[3]) for row in first] == pytest.approx(list(losses.values()), rel=1e-6)
+    assert [float(row[1]) for row in first] == pytest.approx([step / 8 for step in losses], rel=1e-4)
+    assert browser.errors == []
+
+
+def test_where_nothing_may_be_copied_the_data_lies_ready_to_be_copied_by_hand(browser, pages):
+    browser.open(pages["one run"], 390)
+    browser.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined }) && 0")
+    browser.evaluate("(document.execCommand = () => false, document.querySelector('.copy').click())")
+    shown = "(() => { const t = document.querySelector('.copying'); const b = t.getBoundingClientRect();"
+    shown += " return [t.selectionEnd - t.selectionStart, t.value.length, t === document.activeElement,"
+    shown += " b.left >= 0, b.right]; })()"
+    selected, length, is_active, begins, right = browser.evaluate(shown)
+    assert selected == length > 100
+    assert is_active
+    assert begins
+    assert right <= 390
+    assert browser.evaluate("document.querySelector('.said').textContent") == "press Ctrl+C to copy"
+    browser.evaluate("document.activeElement.blur()")
+    assert browser.evaluate("document.querySelectorAll('.copying, .said').length") == 0
+
+
+def test_the_data_of_the_map_is_copied_with_images_and_classes(browser, run, tmp_path):
+    path = write_report([run], tmp_path / "p.html", map_method="pca")
+    browser.open(path, 1280)
+    browser.call("Emulation.setFocusEmulationEnabled", enabled=True)
+    browser.evaluate("document.querySelector('.mapped .copy').focus()")
+    browser.press("Enter", text="\r")
+    said = "new Promise((done) => setTimeout(() => done(document.querySelector('.said')?.textContent), 200))"
+    assert browser.evaluate(said) == "32 lines copied"
+    head, *rows = table(browser.pasted())
+    assert head[:2] == ["image", "class"]
+    assert head[2].startswith("first component: ")
+    assert [row[:2] for row in rows] == [[str(n), f"class{n % 4}"] for n in range(32)]
+    places, _ = pictures.principal_components(
+        features_of(trained_model("tiny", "cifar").query.backbone.eval(), crops_of(shards_of(run)[1])).float()
+    )
+    assert [float(row[2]) for row in rows] == pytest.approx(places[:, 0].tolist(), rel=1e-2, abs=1e-4)
+
+
+A4_WIDTH, A4_HEIGHT = 703, 1016  # CSS pixels between the margins
+
+
+@pytest.mark.parametrize("which", ["one run", "two runs"])
+def test_on_paper_the_page_is_light_whole_and_without_controls(browser, pages, which):
+    browser.open(pages[which], 1280, dark=True)
+    browser.print_media(A4_WIDTH)
+    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.evaluate(LOW_CONTRAST) == []
+    assert (
+        browser.evaluate(
+            "[...document.querySelectorAll('nav, .copy, .cursor')].filter((e) => e.getClientRects().length).length"
+        )
+        == 0
+    )
+    assert browser.evaluate("document.querySelectorAll('details:not([open])').length") == 0
+    assert browser.evaluate("document.documentElement.scrollWidth") <= A4_WIDTH
+    assert browser.evaluate(CUT_OFF) == []
+    assert browser.evaluate("getComputedStyle(document.documentElement).printColorAdjust") == "exact"
+    figures = browser.evaluate(
+        "[...document.querySelectorAll('.chart, .row, .mapped, .tiles > div')].map((e) =>"
+        " [e.getBoundingClientRect().height, getComputedStyle(e).breakInside])"
+    )
+    assert len(figures) > 25
+    assert {inside for _, inside in figures} == {"avoid"}
+    assert max(height for height, _ in figures) < A4_HEIGHT / 2
+    browser.evaluate("dispatchEvent(new Event('afterprint'))")
+    sizes = set(re.findall(rb"/MediaBox\s*\[([^\]]*)\]", browser.pdf()))
+    assert len(sizes) == 1
+    assert [float(number) for number in sizes.pop().split()] == pytest.approx([0, 0, 595.3, 841.9], abs=1)
     assert browser.errors == []

@@ -17,6 +17,7 @@ Stem = Literal["imagenet", "cifar"]
 Optimizer = Literal["lars", "sgd", "adamw"]
 Compute = Literal["auto", "bf16", "fp32", "fp64"]
 Encoder = Literal["query", "key"]
+MapMethod = Literal["auto", "pca", "tsne", "umap"]
 ExportFormat = Literal["safetensors", "torchvision", "timm", "huggingface"]
 StrategyName = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 

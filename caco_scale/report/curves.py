@@ -33,7 +33,8 @@ class Panel:
     """A chart: which figure, its title, what it says, its unit and how its numbers are written.
 
     ``factor``: what a value is multiplied by. ``from_zero``: the axis begins at zero. ``reference``: function of a
-    run that gives (value, words) of a horizontal line, or None.
+    run that gives (value, words) of a horizontal line, or None. ``names_step``: its last value is of a step to be
+    named, as it is measured now and then.
     """
 
     figure: str
@@ -44,6 +45,26 @@ class Panel:
     factor: float = 1.0
     from_zero: bool = False
     reference: Callable[[Run], tuple[float, str] | None] | None = None
+    names_step: bool = False
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What charts are drawn over: ``unit`` is "epoch" (of the data), or "step" where a run does not say its epochs."""
+
+    unit: str
+    end: float
+
+    def place(self, run: Run, step: Any) -> Any:
+        """Where a step of a run is, or an array of them."""
+        return step / run.steps_per_epoch if self.unit == "epoch" else step
+
+
+def axis_of(runs: Sequence[Run]) -> Axis:
+    """One :class:`Axis` for all charts of some runs."""
+    unit = "epoch" if all(run.steps_per_epoch for run in runs) else "step"
+    end = max(Axis(unit, 0).place(run, run.last_step) for run in runs)
+    return Axis(unit, end or 1.0)
 
 
 def _raw_pixels(run):
@@ -63,7 +84,15 @@ def _low_rankme(run):
 
 TRAINING = (
     Panel("loss", "Loss", "contrastive loss of the global batch", digits=4),
-    Panel("knn_top1", "kNN top-1", "backbone features, labels used only here", "%", 4, reference=_raw_pixels),
+    Panel(
+        "knn_top1",
+        "kNN top-1",
+        "backbone features, labels used only here",
+        "%",
+        4,
+        reference=_raw_pixels,
+        names_step=True,
+    ),
     Panel("lr", "Learning rate", "of the encoder, absolute", digits=3, from_zero=True),
     Panel("bank_lr", "Bank learning rate", "of the rows, absolute", digits=3, from_zero=True),
     Panel("key_momentum", "Key momentum", "of the key encoder's average", digits=6),
@@ -117,38 +146,61 @@ def further_panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def draw_panels(
-    panels: Iterable[Panel], runs: Sequence[Run], resumes: Sequence[Sequence[float]]
+    panels: Iterable[Panel], runs: Sequence[Run], resumes: Sequence[Sequence[float]], axis: Axis
 ) -> list[dict[str, Any]]:
     """The charts that at least one run has figures for -> list of dicts for the page.
 
-    ``resumes``: for every run the epochs at which it was resumed.
+    ``resumes``: for every run the steps at which it was resumed.
     """
-    charts, end = [], max(run.epoch(run.last_step) for run in runs) or 1.0
+    charts = []
     for panel in panels:
         series = [run.series(panel.figure) for run in runs]
         if any(np.isfinite(one.value).any() for one in series):
-            charts.append(_chart(panel, runs, series, resumes, end))
+            charts.append(_chart(panel, runs, series, resumes, axis))
     return charts
 
 
-def _chart(panel, runs, series, resumes, end):
+def _chart(panel, runs, series, resumes, axis):
     lines = [_thinned(one, panel.factor) for one in series]
-    svg, frame = _draw(panel, runs, lines, resumes, end)
-    values = [one.last() for one in series]
-    last = [None if v is None else write_number(v * panel.factor, panel.digits, panel.unit) for v in values]
-    points = [
-        {"e": _plain(line["epoch"], 4), "s": _plain(line["step"], 0), "v": _plain(line["mean"], 6)}
-        for line in lines
-    ]
-    data = {"frame": frame, "lines": points, "digits": panel.digits, "unit": panel.unit}
+    for run, line in zip(runs, lines, strict=True):
+        line["place"] = axis.place(run, line["step"])
+    svg, frame = _draw(panel, runs, lines, resumes, axis)
+    data = {
+        "title": panel.title,
+        "figure": panel.figure,
+        "digits": panel.digits,
+        "unit": panel.unit,
+        "axis": axis.unit,
+    }
+    data |= {"frame": frame, "lines": [_for_script(run, line) for run, line in zip(runs, lines, strict=True)]}
     return {
         "title": panel.title,
         "explanation": panel.explanation,
         "svg": svg,
-        "last": last,
+        "last": [_last(one, panel) for one in series],
         "data": json.dumps(data, separators=(",", ":")),
         "averaged": max(line["per_point"] for line in lines),
     }
+
+
+def _last(series, panel):
+    """The last value in words, or None."""
+    value, step = series.last(), series.last_step()
+    if value is None:
+        return None
+    text = write_number(value * panel.factor, panel.digits, panel.unit)
+    if not panel.names_step:
+        return text
+    return f"{text} at step {step:,}" if step else f"{text} before training"
+
+
+def _for_script(run, line):
+    """A line for the page's script: places on the axis, steps, values, of means also the least and greatest."""
+    numbers = {"e": _plain(line["place"], 4), "s": _plain(line["step"], 0), "v": _plain(line["mean"], 6)}
+    if line["band"]:
+        least, greatest = (_plain(values, 6) for values in line["band"])
+        numbers |= {"least": least, "greatest": greatest}
+    return {"run": run.name, **numbers}
 
 
 def _plain(values, digits):
@@ -177,14 +229,13 @@ def _thinned(series, factor):
     per_point = max(1, -(-len(series.value) // MAX_POINTS))
     value = series.value * factor
     if per_point == 1:
-        return {"epoch": series.epoch, "step": series.step, "mean": value, "band": None, "per_point": 1}
+        return {"step": series.step, "mean": value, "band": None, "per_point": 1}
     starts = np.arange(0, len(value), per_point)
     groups = [value[start : start + per_point] for start in starts]
     finite = [group[np.isfinite(group)] for group in groups]
     ends = np.minimum(starts + per_point, len(value)) - 1
     reduce = lambda function: np.array([function(group) if len(group) else math.nan for group in finite])
     return {
-        "epoch": series.epoch[ends],
         "step": series.step[ends],
         "mean": reduce(np.mean),
         "band": (reduce(np.min), reduce(np.max)),
@@ -192,8 +243,8 @@ def _thinned(series, factor):
     }
 
 
-def _draw(panel, runs, lines, resumes, end):
-    """The chart as SVG text, and where its axes are: shares of width and height, and the epochs they span."""
+def _draw(panel, runs, lines, resumes, axis):
+    """The chart as SVG text, and where its axes are: shares of width and height, and the places they span."""
     style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": panel.figure,
@@ -216,33 +267,35 @@ def _draw(panel, runs, lines, resumes, end):
         axes = figure.add_axes((0.125, 0.14, 0.86, 0.81))
         axes.grid(axis="y", color="#030303", linewidth=0.8)
         axes.set_axisbelow(True)
-        for number, (run, line, epochs) in enumerate(zip(runs, lines, resumes, strict=True)):
-            _line(axes, f"#04040{number}", run, line, epochs, is_alone=len(runs) == 1)
+        for number, (run, line, steps) in enumerate(zip(runs, lines, resumes, strict=True)):
+            marks = [axis.place(run, step) for step in steps]
+            warmup = None if run.warmup_end() is None else axis.place(run, run.warmup_end())
+            _line(axes, f"#04040{number}", line, marks, warmup, is_alone=len(runs) == 1)
         _references(axes, panel, runs, lines)
         if panel.from_zero:
             axes.set_ylim(bottom=0)
-        axes.set_xlim(-0.015 * end, 1.015 * end)
+        axes.set_xlim(-0.015 * axis.end, 1.015 * axis.end)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         frame = [*(round(float(v), 5) for v in (*axes.get_position().bounds, *axes.get_xlim()))]
-    return _for_page(file.getvalue(), panel), frame
+    return _for_page(file.getvalue(), panel, axis), frame
 
 
-def _line(axes, colour, run, line, resumed_at, is_alone):
+def _line(axes, colour, line, resumed_at, warmup_end, is_alone):
     """One run's line, the end of its bank warm-up and its resumes."""
-    if run.warmup_end() is not None and is_alone:
-        axes.axvspan(0, run.warmup_end(), color=colour, alpha=0.07, linewidth=0)
-    elif run.warmup_end() is not None:  # shades of several runs would hide each other
-        axes.axvline(run.warmup_end(), color=colour, linewidth=0.9, alpha=0.45)
-    for epoch in resumed_at:
-        axes.axvline(epoch, color=colour, linewidth=1, linestyle=(0, (2, 3)), alpha=0.8)
+    if warmup_end is not None and is_alone:
+        axes.axvspan(0, warmup_end, color=colour, alpha=0.07, linewidth=0)
+    elif warmup_end is not None:  # shades of several runs would hide each other
+        axes.axvline(warmup_end, color=colour, linewidth=0.9, alpha=0.45)
+    for place in resumed_at:
+        axes.axvline(place, color=colour, linewidth=1, linestyle=(0, (2, 3)), alpha=0.8)
     if line["band"]:
-        axes.fill_between(line["epoch"], *line["band"], color=colour, alpha=0.2, linewidth=0)
+        axes.fill_between(line["place"], *line["band"], color=colour, alpha=0.2, linewidth=0)
     few = np.isfinite(line["mean"]).sum() <= 40
     axes.plot(
-        line["epoch"], line["mean"], color=colour, linewidth=1.7, marker="o" if few else None, markersize=2.8
+        line["place"], line["mean"], color=colour, linewidth=1.7, marker="o" if few else None, markersize=2.8
     )
 
 
@@ -261,14 +314,14 @@ def _references(axes, panel, runs, lines):
         )  # fmt: skip
 
 
-def _for_page(svg, panel):
+def _for_page(svg, panel, axis):
     """The SVG without its prologue, in the page's font and colours, as wide as its place."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     head, rest = svg.split(">", 1)
     box = re.findall(r'viewBox="([^"]*)"', head)[0]
     rest = re.sub(r"<style.*?</style>", "", rest, flags=re.DOTALL)  # it would hold for the whole page
-    svg = f'<svg viewBox="{box}" role="img" aria-label="{html.escape(panel.title)} over epochs">{rest}'
+    svg = f'<svg viewBox="{box}" role="img" aria-label="{html.escape(panel.title)} over {axis.unit}s">{rest}'
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
     for stand_in, variable in STAND_INS.items():

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from caco_scale import config as configuration
-from caco_scale.report.curves import HEALTH, TRAINING, draw_panels, further_panels, write_number
+from caco_scale.report.curves import HEALTH, TRAINING, axis_of, draw_panels, further_panels, write_number
 from caco_scale.report.pictures import Pictures
-from caco_scale.report.runs import Run, incidents
+from caco_scale.report.runs import Run, count, incidents, is_number
 from caco_scale.report.templates import render, words
 from caco_scale.run.scores import evaluation_scores
 
@@ -25,28 +25,31 @@ KINDS = {  # of incidents, in words
 def build_page(runs: Sequence[Run], pictures: Sequence[Pictures]) -> bytes:
     """The HTML file about some runs. ``pictures``: of each run, by :func:`~.pictures.draw_pictures`."""
     found = [incidents(run) for run in runs]
-    resumes = [
-        [run.epoch(i.step) for i in listed if i.kind == "resume"]
-        for run, listed in zip(runs, found, strict=True)
-    ]
+    resumes = [[i.step for i in listed if i.kind == "resume"] for listed in found]
+    axis = axis_of(runs)
+    draw = lambda panels: draw_panels(panels, runs, resumes, axis)
     sections = [
-        ("Training", "training", draw_panels(TRAINING, runs, resumes)),
-        ("The bank and the embeddings", "bank", draw_panels(HEALTH, runs, resumes)),
-        ("Further figures", "further", draw_panels(further_panels(runs), runs, resumes)),
+        ("Training", "training", draw(TRAINING)),
+        ("The bank and the embeddings", "bank", draw(HEALTH)),
+        ("Further figures", "further", draw(further_panels(runs))),
     ]
+    fields = _configuration(runs)
     return render(
         "report/page.html",
         title=" and ".join(run.name for run in runs),
         runs=[_heading(run) for run in runs],
         facts=_facts(runs, found),
         sections=[(title, anchor, charts) for title, anchor, charts in sections if charts],
+        axis=axis.unit,
+        averaged=max(chart["averaged"] for _, _, charts in sections for chart in charts),
         has_warmup=any(run.warmup_end() is not None for run in runs),
         has_resumes=any(resumes),
         evaluations=_evaluations(runs),
         columns=2 if len(runs) in (2, 4) else 3,
         pictures=pictures,
         incidents=[[(i.step, i.kind, KINDS[i.kind], i.text) for i in listed] for listed in found],
-        configuration=_configuration(runs),
+        configuration=fields,
+        differences=_differences(fields) if len(runs) > 1 else [],
         environment=_environment(runs),
     )
 
@@ -81,27 +84,28 @@ def _facts_of(run, listed):
     last = {name: run.series(name).last() for name in run.figures()}
     facts = {}
     if "knn_top1" in last:
-        evaluation, start = run.config.eval, run.series("knn_top1")
-        step = int(start.step[np.isfinite(start.value)][-1])
+        evaluation, knn = run.config.eval, run.series("knn_top1")
+        step = knn.last_step()
         facts["kNN top-1"] = (
             write_number(last["knn_top1"], 4, "%"),
             f"{f'step {step:,}' if step else 'before training'}, k {evaluation.knn_k}, "
             f"T {evaluation.knn_temperature:g}",
         )
-        if start.step[0] == 0:
-            facts["before training"] = (write_number(start.value[0], 4, "%"), _pixels(last))
-    total = run.config.optim.epochs
-    facts["epochs"] = (
-        write_number(run.epoch(run.last_step), 4),
-        f"{run.last_step:,} steps; main schedule {total:,}",
-    )
+        if knn.step[0] == 0 and np.isfinite(knn.value[0]):
+            facts["before training"] = (write_number(knn.value[0], 4, "%"), _pixels(last))
+    schedule = f"main schedule {words(run.config.optim.epochs)}"
+    if run.steps_per_epoch:
+        epochs = write_number(run.last_step / run.steps_per_epoch, 4)
+        facts["epochs"] = (epochs, f"{run.last_step:,} steps; {schedule}")
+    else:
+        facts["steps"] = (f"{run.last_step:,}", f"{schedule} epochs")
     facts["loss"] = (write_number(last["loss"], 4), _phase(run))
     speeds = run.series("images_per_second").value
     if np.isfinite(speeds).any():
         world = run.environment.get("world_size")
         facts["images / s"] = (
             write_number(float(np.nanmedian(speeds)), 4),
-            "median" + (f", {world} process(es)" if world else ""),
+            "median" + (f", {count(world, 'process', 'es')}" if is_number(world) else ""),
         )
     waits = run.series("data_wait").value
     if np.isfinite(waits).any():
@@ -122,7 +126,7 @@ def _facts_of(run, listed):
     skipped = int(last.get("skipped") or 0)
     facts["incidents"] = (
         f"{len(listed):,}",
-        f"{skipped:,} skipped step(s), {len(run.corrupt):,} corrupt image(s)",
+        f"{count(skipped, 'skipped step')}, {count(len(run.corrupt), 'corrupt image')}",
     )
     return facts
 
@@ -173,6 +177,20 @@ def _configuration(runs):
             (field, values, any(v != compared[-1] for v in compared))
         )
     return list(sections.items())
+
+
+def _differences(sections):
+    """What :func:`_configuration` found notable of several runs -> list of (field's whole name, [value of each run]).
+
+    Without the runs' own folders, which always differ.
+    """
+    found = []
+    for section, fields in sections:
+        for field, values, notable in fields:
+            name = field if section == "recipe" else f"{section}.{field}"
+            if notable and name != "run.dir":
+                found.append((name, values))
+    return found
 
 
 def _environment(runs):

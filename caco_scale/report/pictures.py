@@ -3,6 +3,8 @@
 Legend: n training images looked at, m validation images, F features, D embedding, K bank rows, s pixels on a side.
 """
 
+import contextlib
+import json
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from caco_scale.data.store import open_store
 from caco_scale.data.thumbnails import data_uri
 from caco_scale.errors import UserError, one_line
 from caco_scale.evaluate.features import extract_features
+from caco_scale.flags.choices import MapMethod
 from caco_scale.method.model import Encoder
 from caco_scale.report.runs import Run
 from caco_scale.weights.load import load_weights
@@ -67,11 +70,13 @@ class Pictures:
     map: dict | None = None
 
 
-def draw_pictures(run: Run, limit: int | None = None, arch: str | None = None) -> Pictures:
+def draw_pictures(
+    run: Run, limit: int | None = None, arch: str | None = None, map_method: MapMethod = "auto"
+) -> Pictures:
     """The :class:`Pictures` of a run's newest checkpoint; what is away or damaged is a note and no error.
 
     ``limit``: images looked at in each shard set, spread over it; None: as many as fit a moderate memory.
-    ``arch``: of :func:`read_encoders`.
+    ``arch``: of :func:`read_encoders`; ``map_method``: of :func:`embed_in_plane`.
     """
     if run.checkpoint is None:
         return Pictures(["No pictures: the run has no complete checkpoint yet."])
@@ -94,7 +99,7 @@ def draw_pictures(run: Run, limit: int | None = None, arch: str | None = None) -
     if val is not None:
         drawn.num_val, drawn.total_val = len(val.ids), val.total
         drawn.neighbours = neighbours(encoders, train, val)
-    drawn.map, note = feature_map(encoders, train if val is None else val)
+    drawn.map, note = feature_map(encoders, train if val is None else val, map_method)
     drawn.notes += [note] if note else []
     return drawn
 
@@ -294,54 +299,94 @@ def picture(images: Images, number: int, caption: str, same: bool | None = None)
 # The map
 
 
-def embed_in_plane(features: torch.Tensor) -> tuple[np.ndarray, str] | tuple[None, None]:
-    """(coordinates (m, 2), name of the method), by UMAP if it is installed, else t-SNE; None without either."""
+def principal_components(rows: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (m, F) on their two directions of greatest variance -> coordinates (m, 2), shares (2,) of the variance.
+
+    Exact, in float64. A direction's sign is that of its largest component, so that equal features give equal maps.
+    """
+    centred = (rows - rows.mean(dim=0)).double()
+    is_wide = centred.shape[1] > len(centred)
+    squares = centred @ centred.T if is_wide else centred.T @ centred
+    variances, directions = torch.linalg.eigh(squares)  # ascending
+    directions = directions[:, -2:].flip(1)
+    if is_wide:
+        directions = F.normalize(centred.T @ directions, dim=0)
+    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
+    shares = variances[-2:].flip(0).clamp(min=0) / variances.clamp(min=0).sum().clamp(min=1e-30)
+    return (centred @ (directions * largest.sign())).numpy(), shares.numpy()
+
+
+def embed_in_plane(features: torch.Tensor, method: MapMethod = "auto") -> tuple[np.ndarray, str, list[str]]:
+    """(coordinates (m, 2), the method in words, what the two axes are, [] where they mean nothing).
+
+    auto: UMAP if it is installed, else t-SNE if scikit-learn is, else PCA, which needs nothing.
+    """
     rows = features.numpy()
-    try:
-        from umap import UMAP  # ty: ignore[import-not-found]
+    with contextlib.suppress(ImportError):
+        if method in ("auto", "umap"):
+            from umap import UMAP  # ty: ignore[import-not-found]
 
-        return UMAP(metric="cosine", random_state=0).fit_transform(rows), "UMAP"
-    except ImportError:
-        pass
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError:
-        return None, None
-    perplexity = min(30, (len(rows) - 1) / 3)
-    return TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=0).fit_transform(
-        rows
-    ), "t-SNE"
+            return UMAP(metric="cosine", random_state=0).fit_transform(rows), "UMAP", []
+    with contextlib.suppress(ImportError):
+        if method in ("auto", "tsne"):
+            from sklearn.manifold import TSNE
+
+            perplexity = min(30, (len(rows) - 1) / 3)
+            tsne = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=0)
+            return tsne.fit_transform(rows), "t-SNE", []
+    places, shares = principal_components(features)
+    names = ("first", "second")
+    axes = [
+        f"{name} component: {share:.1%} of the variance" for name, share in zip(names, shares, strict=True)
+    ]
+    return places, "PCA", axes
 
 
-def feature_map(encoders: Encoders, images: Images) -> tuple[dict | None, str]:
+def feature_map(encoders: Encoders, images: Images, method: MapMethod = "auto") -> tuple[dict | None, str]:
     """A map of the images' features as (dict for the page or None, note or "")."""
     if len(images.ids) < 16:
         return None, f"No map of the features: {len(images.ids)} images are too few."
     keep = np.linspace(0, len(images.ids) - 1, min(MAP_IMAGES, len(images.ids))).astype(int)
-    places, method = embed_in_plane(encoders.features(images)[keep])
-    if places is None:
-        return None, "No map of the features: pip install scikit-learn, or umap-learn."
+    places, words, axes = embed_in_plane(encoders.features(images)[keep], method)
     labels = images.labels[keep].tolist()
     shown = [label for label, _ in Counter(x for x in labels if x >= 0).most_common(MAP_CLASSES)]
     shown.sort()
     names = [(f"--class{i}", images.classes[label]) for i, label in enumerate(shown)]
     colours = [f"--class{shown.index(label)}" if label in shown else "--other" for label in labels]
+    data = [["image", "class", *(axes or ("x", "y"))]]
+    for number, (x, y) in zip(keep, places, strict=True):
+        data.append([int(images.ids[number]), images.name(number), f"{x:.5g}", f"{y:.5g}"])
     return {
-        "svg": _scatter(places, colours),
-        "method": method,
+        "svg": _scatter(places, colours, axes),
+        "method": words,
+        "has_axes": bool(axes),
         "count": len(keep),
         "classes": names,
         "more_classes": len({x for x in labels if x >= 0}) > len(shown),
+        "data": json.dumps(data, separators=(",", ":")),
     }, ""
 
 
-def _scatter(places, colours):
-    """Points as SVG: one path per colour, a dot being a line of length 0 with round ends."""
+def _scatter(places, colours, axes):
+    """Points as SVG: one path per colour, a dot being a line of length 0 with round ends.
+
+    ``axes``: words of the axes; both have one scale then, for distances mean something.
+    """
     low, high = places.min(axis=0), places.max(axis=0)
-    scaled = 6 + 488 * (places - low) / np.maximum(high - low, 1e-9)
+    extent = np.maximum((high - low).max() if axes else high - low, 1e-9)
+    scaled = 250 + 488 * (places - (low + high) / 2) / extent
+    scaled[:, 1] = 500 - scaled[:, 1]  # upwards
     paths = []
     for colour in sorted(set(colours), key=lambda name: name != "--other"):
         points = scaled[[c == colour for c in colours]]
         dots = "".join(f"M{x:.0f} {y:.0f}h0" for x, y in points)
         paths.append(f'<path d="{dots}" style="stroke: var({colour})"/>')
-    return f'<svg viewBox="0 0 500 500" class="map" role="img" aria-label="map of the features">{"".join(paths)}</svg>'
+    box = "0 0 500 500"
+    if axes:
+        box = "-34 0 534 534"
+        paths.append('<path class="axes" d="M0 0V500H500"/>')
+        paths.append(f'<text x="250" y="525">{axes[0]}</text>')
+        paths.append(f'<text x="-250" y="-14" transform="rotate(-90)">{axes[1]}</text>')
+    return (
+        f'<svg viewBox="{box}" class="map" role="img" aria-label="map of the features">{"".join(paths)}</svg>'
+    )

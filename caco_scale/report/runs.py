@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,20 @@ SHOWN_CORRUPT = 20
 
 @dataclass(frozen=True)
 class Series:
-    """A figure over time: ``step`` (n,) finished steps, ``epoch`` (n,) data epochs, ``value`` (n,), NaN for a gap."""
+    """A figure over time: ``step`` (n,) finished steps, ascending, ``value`` (n,), NaN for a gap."""
 
     step: np.ndarray
-    epoch: np.ndarray
     value: np.ndarray
 
     def last(self) -> float | None:
         """The last finite value, or None."""
         finite = self.value[np.isfinite(self.value)]
         return float(finite[-1]) if len(finite) else None
+
+    def last_step(self) -> int | None:
+        """The step of the last finite value, or None."""
+        finite = self.step[np.isfinite(self.value)]
+        return int(finite[-1]) if len(finite) else None
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,11 @@ class Run:
     is_training: bool
     checkpoint: Path | None
 
-    @property
+    @cached_property
     def last_step(self) -> int:
         return max(record["step"] for record in self.metrics)
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> float | None:
         """From the last line that has both, or None."""
         for record in reversed(self.metrics):
@@ -77,26 +82,29 @@ class Run:
                 return record["step"] / record["epoch"]
         return None
 
-    def epoch(self, step: float) -> float:
-        return step / self.steps_per_epoch if self.steps_per_epoch else float(step)
+    @cached_property
+    def _series(self):
+        """Every figure's :class:`Series`, in order of appearance: one pass over lines that may be many."""
+        columns: dict[str, tuple[list, list]] = {}
+        for record in sorted(self.metrics, key=lambda record: record["step"]):
+            for name, value in record.items():
+                steps, values = columns.setdefault(name, ([], []))
+                steps.append(record["step"])
+                values.append(value if is_number(value) else math.nan)
+        return {name: Series(*(np.array(part, float) for part in parts)) for name, parts in columns.items()}
 
     def figures(self) -> list[str]:
         """Names of all numeric figures in the metrics, in order of appearance."""
-        names = dict.fromkeys(name for record in self.metrics for name in record)
         skip = ("step", "epoch", "phase")
-        return [n for n in names if n not in skip and any(is_number(r.get(n)) for r in self.metrics)]
+        return [n for n, s in self._series.items() if n not in skip and np.isfinite(s.value).any()]
 
     def series(self, name: str) -> Series:
-        """The :class:`Series` of one figure, steps ascending; empty where the run does not have it."""
-        lines = sorted((r for r in self.metrics if name in r), key=lambda record: record["step"])
-        steps = np.array([r["step"] for r in lines], dtype=float)
-        values = np.array([r[name] if is_number(r[name]) else math.nan for r in lines], dtype=float)
-        return Series(steps, np.array([self.epoch(step) for step in steps]), values)
+        """The :class:`Series` of one figure; empty where the run does not have it."""
+        return self._series.get(name) or Series(np.empty(0), np.empty(0))
 
-    def warmup_end(self) -> float | None:
-        """Epoch at which the bank warm-up was last logged, or None for a run without."""
-        steps = [r["step"] for r in self.metrics if r.get("phase") == "bank warm-up"]
-        return self.epoch(max(steps)) if steps else None
+    def warmup_end(self) -> int | None:
+        """Step at which the bank warm-up was last logged, or None for a run without."""
+        return max((r["step"] for r in self.metrics if r.get("phase") == "bank warm-up"), default=None)
 
     def status(self) -> tuple[str, str]:
         """(word, sentence): how the run stands."""
@@ -118,6 +126,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
+def count(number: float, what: str, plural: str = "s") -> str:
+    """So many of something, in words."""
+    return f"{number:,} {what}{plural * (number != 1)}"
+
+
 def _step_of(record, unknown=0, name="step"):
     """The step that a record names, or ``unknown``."""
     return int(record[name]) if is_number(record.get(name)) else unknown
@@ -137,7 +150,7 @@ def read_run(path: str | Path) -> Run:
     try:
         config = configuration.load_recipe(path / "config.yaml")
         configuration.check(config)
-        metrics = [r for r in read_json_lines(path / "metrics.jsonl") if _has_step(r)]
+        metrics = [_measured(r) for r in read_json_lines(path / "metrics.jsonl") if _has_step(r)]
         attempts = [r for r in read_json_lines(path / "attempts.jsonl") if is_number(r.get("attempt"))]
         # Each image once: before 0.2 a resumed run repeated the lines after its checkpoint.
         found = {str(r.get("key")): r for r in read_json_lines(path / "corrupt.jsonl")}
@@ -183,6 +196,12 @@ def _has_step(record):
     return is_number(record.get("step")) and record["step"] >= 0
 
 
+def _measured(record):
+    """A line without the figures of the bank that nothing had measured: 0.1 wrote zeros until then."""
+    unmeasured = ("bank_rows_used", "bank_assignment_entropy") if record.get("bank_rows_used") == 0 else ()
+    return {name: value for name, value in record.items() if name not in unmeasured} if unmeasured else record
+
+
 def _json(path):
     """A small file's JSON object, or None where there is none that can be read."""
     try:
@@ -214,7 +233,7 @@ def _resumes(run):
         resumed = is_number(attempt.get("resumed_step"))
         step = _step_of(attempt, name="resumed_step")
         if before is not None:
-            world = f"{processes} process(es)"
+            world = count(processes, "process", "es") if is_number(processes) else "processes unknown"
             if processes != before.get("world_size"):
                 world += f" after {before.get('world_size')}"
             where = f"resumed from the checkpoint of step {step:,}" if resumed else "began afresh"
@@ -239,10 +258,8 @@ def _corrupt(run):
             _step_of(entry), "corrupt", f"{key} does not decode ({error}); trained on {substitute}"
         )
     if len(run.corrupt) > SHOWN_CORRUPT:
-        last = run.corrupt[-1].get("step", 0)
-        yield Incident(
-            int(last), "corrupt", f"{len(run.corrupt):,} images in all do not decode: corrupt.jsonl"
-        )
+        text = f"{len(run.corrupt):,} images in all do not decode: corrupt.jsonl"
+        yield Incident(_step_of(run.corrupt[-1]), "corrupt", text)
 
 
 def _collapses(run):
@@ -255,13 +272,14 @@ def _collapses(run):
     )  # low: steps in a row below a drawn line, no alarm yet
     for record in [r for r in run.metrics if is_number(r.get("embedding_std"))] + [{}]:
         std, rankme = record.get("embedding_std"), record.get("rankme")
+        rankme = rankme if is_number(rankme) else None
         if record and (warning := alarm.check(std, rankme)):
             yield Incident(_step_of(record), "collapse", re.sub(r"\. Try .*", "", warning))
             low = []
         elif record and not alarm.is_raised and collapse_warning(std, width, rankme, max_rank=most):
             low.append(_step_of(record))
         elif low:
-            lines = f"{len(low)} logged line{'s' * (len(low) > 1)} below the alarm's"
+            lines = f"{count(len(low), 'logged line')} below the alarm's"
             yield Incident(
                 low[0], "low", f"{lines}, to step {low[-1]:,}: it sounds after {alarm.patience} in a row"
             )

@@ -32,8 +32,10 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    environment.globals |= {"version": __version__, "now": _now, "source": lambda name: Markup(_source(name))}
-    environment.filters |= {"words": words, "sha256": _sha256}
+    environment.globals.update(
+        {"version": __version__, "now": _now, "source": lambda name: Markup(_source(name))}
+    )
+    environment.filters.update({"words": words, "sha256": _sha256})
     return environment
 
 
