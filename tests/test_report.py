@@ -39,6 +39,8 @@ from caco_scale.errors import UserError
 from caco_scale.report import pictures
 from caco_scale.report.__main__ import main, write_report
 from caco_scale.report.curves import MAX_POINTS, write_number
+from caco_scale.report.overview import Row as OverviewRow
+from caco_scale.report.overview import to_page
 from caco_scale.report.runs import incidents, read_run, read_runs
 
 ROOT = Path(__file__).parent.parent
@@ -906,6 +908,30 @@ def test_pointing_at_a_chart_reads_its_figures(browser, pages):
     assert write_number(12 / 40**0.2, 4) in browser.evaluate(reading)
     browser.move_to(5, 5)
     assert "last" in browser.evaluate(reading)
+    assert browser.errors == []
+
+
+def test_the_page_of_runs_is_sorted_by_the_keyboard(browser, tmp_path):
+    rows = [
+        OverviewRow("a", "failed", best_knn=50.0),
+        OverviewRow("b", "finished"),
+        OverviewRow("c" * 200, "running", best_knn=70.0),
+    ]
+    (tmp_path / "runs.html").write_bytes(to_page(rows, "3 runs"))
+    browser.open(tmp_path / "runs.html", 1280)
+    browser.call("Emulation.setFocusEmulationEnabled", enabled=True)
+    names = "[...document.querySelectorAll('tbody tr')].map((row) => row.cells[0].textContent[0]).join('')"
+    while browser.evaluate("document.activeElement.textContent") != "best kNN":
+        browser.press("Tab")
+        assert browser.evaluate("document.activeElement.tagName") in ("BUTTON", "DIV")
+    for order, wanted in (("descending", "cab"), ("ascending", "acb")):
+        browser.press("Enter", text="\r")
+        assert browser.evaluate(names) == wanted
+        assert browser.evaluate("document.querySelector('[aria-sort]').ariaSort") == order
+    assert browser.evaluate("document.querySelectorAll('[aria-sort]').length") == 1
+    for width in (1280, 390):
+        browser.open(tmp_path / "runs.html", width, dark=True)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
     assert browser.errors == []
 
 

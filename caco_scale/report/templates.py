@@ -21,7 +21,8 @@ def render(name: str, **values: Any) -> bytes:
 
     Characters that no text can have (of file names that are not UTF-8) become question marks.
     """
-    return _environment().get_template(name).render(**values).encode("utf-8", "replace")
+    common = {"version": __version__, "now": _now, "source": lambda file: Markup(_source(file))}
+    return _environment().get_template(name).render(**common, **values).encode("utf-8", "replace")
 
 
 @functools.cache
@@ -31,9 +32,6 @@ def _environment() -> jinja2.Environment:
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
-    )
-    environment.globals.update(
-        {"version": __version__, "now": _now, "source": lambda name: Markup(_source(name))}
     )
     environment.filters.update({"words": words, "sha256": _sha256})
     return environment
