@@ -5,9 +5,11 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from launch import SMALL, by, finished, launch
+from PIL import Image
 from shard_sets import make_shard_set
 
 from caco_scale.config import load_recipe, replace
@@ -39,6 +41,13 @@ def sets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets")
     make_shard_set(folder / "train", num_images=96)
     make_shard_set(folder / "few", num_images=6)
+    for number in range(4):
+        (folder / f"grey pictures/class{number}").mkdir(parents=True)
+        picture = Image.fromarray(np.full((32, 32), number, np.uint8))
+        picture.save(folder / f"grey pictures/class{number}/a.png")
+    words = ["build", folder / "grey pictures", folder / "grey", "--channels", "1"]
+    build = finished([sys.executable, "-m", "data_prep", *words])
+    assert build.returncode == 0, build.stderr
     make_shard_set(folder / "damaged", num_images=96)
     shard = folder / "damaged/000002.tar"
     shard.write_bytes(shard.read_bytes()[:2000])
@@ -95,6 +104,11 @@ MISTAKES = {
     "no such validation set": (
         {"data.val_shards": "vall", "eval.knn_every": 1},
         "data.val_shards vall does not exist",
+        False,
+    ),
+    "a validation set of other channels": (
+        {"data.val_shards": "grey", "eval.knn_every": 1},
+        "grey have 1 channel of 8 bits, not 3 channels of 8 bits",
         False,
     ),
     "too few neighbours": (

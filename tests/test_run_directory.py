@@ -5,6 +5,8 @@ import json
 import math
 import os
 import re
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +232,28 @@ def test_two_runs_in_one_directory_are_an_error(tmp_path, monkeypatch):
         RunDirectory(tmp_path, is_main=True)
     first.close()
     RunDirectory(tmp_path, is_main=True).close()
+
+
+def test_a_fork_of_a_run_does_not_hold_its_directory(tmp_path, monkeypatch):
+    """As one that a tracker makes, and that outlives the run for a while."""
+    monkeypatch.setattr(lock, "LOCK_SECONDS", 0.1)
+    run = RunDirectory(tmp_path, is_main=True)
+    child = os.fork()
+    if not child:
+        signal.pause()
+        os._exit(0)
+    try:
+        with pytest.raises(UserError, match="in use by another running process"):  # by the run itself
+            RunDirectory(tmp_path, is_main=True)
+        run.close()
+        deadline = time.monotonic() + 60
+        while lock.is_held(tmp_path / ".lock"):  # until the child has come so far
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        RunDirectory(tmp_path, is_main=True).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_place_for_a_file_is_judged_before_work(tmp_path):

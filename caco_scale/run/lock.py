@@ -4,11 +4,13 @@ import contextlib
 import fcntl
 import os
 import time
+import weakref
 from typing import IO
 
 from caco_scale.errors import UserError
 
 LOCK_SECONDS = 10
+_held: weakref.WeakSet[IO] = weakref.WeakSet()
 
 
 def be_alone(lock: IO, complaint: str) -> None:
@@ -19,7 +21,8 @@ def be_alone(lock: IO, complaint: str) -> None:
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _held.add(lock)
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise UserError(complaint) from None
@@ -36,3 +39,12 @@ def is_held(path: str | os.PathLike) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def _let_go():
+    """In a fork of this process: it may outlive it (ClearML's does), and would hold the lock as long."""
+    for lock in list(_held):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
