@@ -12,7 +12,7 @@ from caco_scale.errors import UserError, did_you_mean
 PACKAGE = Path(__file__).parent
 FOLDERS = {  # folder -> which of its files; pyproject.toml says the same to the build
     "ds_configs": ("*.yaml", "*.json", "README.md"),
-    "slurm": ("*.sh", "*.example", "Dockerfile", "README.md"),
+    "slurm": ("*.sh", "*.py", "*.example", "Dockerfile", "README.md"),
     "recipes": ("*.yaml", "README.md"),
     "examples": ("*.ipynb",),
 }

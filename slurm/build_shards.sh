@@ -8,7 +8,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.out
-# Images to shards: the tasks of the array share one source, each builds every so-manieth shard on all its CPUs, and the
+# Images to shards: the tasks of the array share one source, task I of N builds every N-th shard on all its CPUs, and the
 # one that ends last checks them all and writes the manifest. Killed or requeued, a task goes on where it was.
 #   sbatch [--array=1-16] slurm/build_shards.sh ILSVRC2012_img_train.tar s3://bucket/imagenet/train [data_prep's flags]
 # shellcheck source=slurm/lib.sh

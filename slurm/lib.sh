@@ -1,17 +1,12 @@
 # shellcheck shell=bash
-# What the job scripts share: sourced by them, never run. The order of a start is `train`, at the end of this file.
-#
-# No `set -e`: whatever fails, the end must be reached, where it is decided whether the job comes back.
+# What the job scripts share: sourced by them, never run. It reads the site file and checks the names; then job.py goes on.
 set -uo pipefail
 ROOT=${CACO_ROOT:-$SLURM_SUBMIT_DIR}
 JOB=${SLURM_JOB_ID:-} # empty in submit.sh, which uses the first part of this file
 # The number of an array's last task is that of the whole array: scontrol and squeue would speak of all tasks.
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 RESTART=${SLURM_RESTART_COUNT:-0}
-ASKED=     # the signal that reached this shell, if any
-STEP_PID=  # of the srun that runs now
-BAD_NODES= # that the preflight found, with commas
-MISTAKE=2 NO_PROGRESS=42 LEFT_TO_SLURM=143 # exit codes
+MISTAKE=2 # exit code
 
 say() { printf '%s%s\n' "${JOB:+$(date '+%F %T') [$JOB.$RESTART] }" "$*"; }
 
@@ -44,8 +39,6 @@ load_site() {
   local name
   for name in MIN_FREE_GB MAX_FAILURES MAX_STARTS_PER_STEP MAX_STARTS; do whole_number "$name" "correct $site"; done
   [[ $SHM_GB =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "SHM_GB is '$SHM_GB', which is no number: correct $site"
-  CACHE=()
-  [ -z "$CACHE_DIR" ] || CACHE=(--data.cache_dir "$CACHE_DIR")
   local module
   for module in "${MODULES[@]}"; do module load "$module" || die "module load $module fails: correct MODULES in $site"; done
   if [ -n "${VENV:-}" ]; then
@@ -84,41 +77,6 @@ name_run() {
   [[ $RUN_DIR != *%* ]] || die "RUN_DIR is $RUN_DIR: SLURM puts other words for a % in file names, give a place without"
 }
 
-# The files of this start.
-make_places() {
-  LEDGER=$RUN_DIR/slurm/ledger.tsv
-  LOGS=$RUN_DIR/slurm/$JOB.$RESTART
-  # The jobs that carry one submission on share a count of failures; a submission by hand begins a new one.
-  CHAIN=${CACO_CHAIN:-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
-  { mkdir -p "$LOGS" && date > "$LOGS/started"; } 2> /dev/null
-  [ -s "$LOGS/started" ] || die "cannot write $LOGS: fix its rights or free its disk, or give another RUNS or RUN_DIR"
-  ln -sfn "$(basename "$LOGS")" "$RUN_DIR/slurm/latest"
-}
-
-# How the processes find each other, and what they are told of the job.
-describe_job() {
-  GPUS=${SLURM_GPUS_ON_NODE:-0}
-  NODES=$SLURM_NNODES
-  [ "$GPUS" != 0 ] || [ -n "${PROCESSES_PER_NODE:-}" ] ||
-    die "the job has no GPUs: give sbatch --gpus-per-node=N, or PROCESSES_PER_NODE=1 to train on CPUs"
-  : "${PROCESSES_PER_NODE:=$GPUS}"
-  whole_number PROCESSES_PER_NODE
-  PROCESSES=$((NODES * PROCESSES_PER_NODE))
-  [ "$GPUS" != 0 ] || export CUDA_VISIBLE_DEVICES= # said aloud: the CPU is meant
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  # Below the ephemeral range, and new on every start; the one after it is for training.
-  MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + RESTART) * 2 % 10000))
-  SLURM_JOB_END_TIME=$(job_end)
-  export MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
-  export SLURM_EXPORT_ENV=ALL # to srun's tasks, also where sbatch was told to hand nothing on
-  # The launcher kills trainers so many seconds after a SIGTERM; its default of 30 is less than a save may take.
-  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
-  # On a NCCL time-out every rank leaves its last collectives here (torch's flight recorder).
-  export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_BUFFER_SIZE=2000 TORCH_FR_DUMP_TEMP_FILE=$LOGS/flight_
-  STEP=(--nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}"
-    --kill-on-bad-exit=1 --wait=300 "${SRUN_OPTIONS[@]}")
-}
-
 # patiently TRIES COMMAND: what it prints when it succeeds. SLURM's controller may be restarting: ten seconds apart.
 patiently() {
   local tries=$1 output
@@ -130,308 +88,35 @@ patiently() {
   printf '%s\n' "$output"
 }
 
-# job_field NAME [TRIES]: one field of what SLURM says of this job; nothing where it does not answer for two minutes,
-# which says nothing of the job.
-job_field() { patiently "${2:-13}" scontrol show job -o "$JOB" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
-
-# Seconds since 1970 at which the job ends, nothing where it has no end. SLURM 22.05 does not say so itself.
-job_end() {
-  local end
-  end=$(job_field EndTime)
-  [ -z "$end" ] || [ "$end" = Unknown ] || date -d "$end" +%s
-}
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The ledger: a line per start and per end, so that a job that cannot progress stops instead of looping
+# From here on job.py, in this very process, which SLURM sends its signals to
 
-# time, chain, job.restart, event, step of the newest checkpoint, detail
-note() { printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$(date -Is)" "$CHAIN" "$JOB.$RESTART" "$1" "$(newest_step)" "$2" >> "$LEDGER"; }
+# train [--flag value ...]: the life of one start. RECIPE is set; the flags are the trainer's.
+train() { go_on_as train "$@"; }
 
-# The step of the newest complete checkpoint, 0 without one.
-newest_step() {
-  find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*' ! -name '*.tmp' 2> /dev/null |
-    sed 's/.*step_0*//' | sort -n | tail -n 1 | sed 's/^$/0/' | grep . || echo 0
-}
+# evaluate RUN_OR_WEIGHTS [--flag value ...]
+evaluate() { go_on_as evaluate "$@"; }
 
-# Failures in a row at this step, starts in a row at this step, starts in all, how the last start ended. A start that
-# ended because somebody asked is no failure; one that left no end (its node was lost) is.
-history_of_chain() {
-  awk -F '\t' -v chain="$CHAIN" -v now="$(newest_step)" '
-    $2 != chain { next }
-    $4 == "start" { if ($5 != step) failures = starts = 0; step = $5; failures++; starts++; all++ }
-    $4 == "stopped" || $4 == "terminated" || $4 == "bad-nodes" { if (open) failures-- }
-    { open = $4 == "start"; last = $4 }
-    END { if (now != step) failures = starts = 0; print failures + 0, starts + 0, all + 0, last == "" ? "none" : last }
-  ' "$LEDGER" 2> /dev/null || echo 0 0 0 none
-}
-
-# Ends the job where starting again has not helped.
-refuse_to_loop() {
-  local failures starts why=
-  read -r failures starts STARTS LAST_END < <(history_of_chain)
-  ((failures < MAX_FAILURES)) || why="$failures starts in a row failed"
-  ((starts < MAX_STARTS_PER_STEP)) || why="$starts starts in a row brought no step"
-  ((STARTS < MAX_STARTS)) || why="this is start $((STARTS + 1)), more than MAX_STARTS"
-  [ -n "$why" ] || return 0
-  note "gave-up" "$why"
-  say "error: $why at step $(newest_step): see $RUN_DIR/slurm/*/node*.log, fix it and submit again" >&2
-  exit $NO_PROGRESS
-}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Before a start: everything that can be known before many GPUs are in use
-
-# Nothing to do, or not wanted: exit 0, so that the later links of a chain cost nothing.
-leave_if_over() {
-  local marker
-  if [ -e "$RUN_DIR/DONE" ] && [ -z "${EXTEND:-}" ]; then
-    say "$RUN_DIR is DONE: nothing to do (EXTEND=yes trains on, with a larger --optim.epochs or --run.max_steps)"
-    exit 0
-  fi
-  marker=$RUN_DIR/STOP
-  [ ! -e "$marker" ] || { say "$marker is there: remove it to train on"; exit 0; }
-}
-
-# Two jobs in one run directory would undo each other's work.
-refuse_company() {
-  local file=$RUN_DIR/slurm/owner other
-  other=$(cat "$file" 2> /dev/null)
-  if [ -n "$other" ] && [ "$other" != "$JOB" ] && [ "$(squeue -h -j "$other" -t RUNNING -o %A 2> /dev/null)" ]; then
-    die "job $other trains in $RUN_DIR: end it (scancel $other), or give this one another RUN_NAME"
-  fi
-  echo "$JOB" > "$file"
-}
-
-# Seconds on one CPU: space, programs, strategy, then the doctor: recipe, flags, shards, batch arithmetic, memory.
-check_before_start() {
-  local free config=$ROOT/ds_configs/$STRATEGY.yaml line flag
-  [ -f "$config" ] || die "STRATEGY=$STRATEGY has no $config: give one of $(strategies)"
-  for flag in "${FLAGS[@]}"; do
-    case $flag in --run.dir* | --run-dir*) die "$flag: name the run by RUN_NAME, RUNS or RUN_DIR" ;; esac
-  done
-  free=$(($(df -Pk "$RUN_DIR" | awk 'NR == 2 { print $4 }') / 1000000))
-  ((free >= MIN_FREE_GB)) ||
-    refuse_start "$free GB free at $RUN_DIR, less than MIN_FREE_GB=$MIN_FREE_GB: free some, or give another RUNS"
-  if [ "$LAST_END" = stopped ] && ((RESTART > 0)); then return; fi # it trained a moment ago, as it is
-  on_one_node python -m caco_scale.doctor "$RECIPE" "${CACHE[@]}" "${FLAGS[@]}" --run.dir "$RUN_DIR" \
-    --processes "$PROCESSES" --strategy "$STRATEGY" > "$LOGS/doctor.log" 2>&1 && return
-  if tail -n 1 "$LOGS/doctor.log" | grep -q ': it would train, with '; then # whoever submits may know better
-    sed -n 's/^warn /warning: /p' "$LOGS/doctor.log"
-    return
-  fi
-  line=$(grep -m 1 -E '^(FAIL|error:)' "$LOGS/doctor.log" || tail -n 1 "$LOGS/doctor.log")
-  refuse_start "${line#error: } (all in $LOGS/doctor.log)"
-}
-
-# A mistake at the first start of a submission. Later its storage may only be away for a while: a failed start like
-# any other.
-refuse_start() {
-  ((STARTS > 0)) || die "$1"
-  say "error: $1" >&2
-  note start "$SLURM_JOB_NODELIST"
-  RC=$MISTAKE
-  conclude
-}
-
-strategies() { (cd "$ROOT/ds_configs" && echo ./*.yaml | sed 's|\./||g; s|\.yaml||g'); }
-
-# A command in the project's environment, here; where that is an image for srun's own containers, in a step.
-on_one_node() {
-  case "${SRUN_OPTIONS[*]} " in
-    *--container-image*) srun --nodes=1 --ntasks=1 "${SRUN_OPTIONS[@]}" "${CONTAINER[@]}" "$@" ;;
-    *) "${CONTAINER[@]}" "$@" ;;
-  esac
-}
-
-# What was started first, to be read years later; a later start from other code says so.
-snapshot() {
-  local folder=$RUN_DIR/slurm/snapshot code first
-  code=$(code_of_start)
-  if [ -d "$folder" ]; then
-    first=$(cat "$folder/commit")
-    [ "$first" = "$code" ] || say "warning: the run began with $first, this start has $code"
-    return
-  fi
-  mkdir -p "$folder"
-  echo "$code" > "$folder/commit"
-  ! in_checkout || git -C "$ROOT" diff HEAD > "$folder/changes.diff" 2> /dev/null
-  printf '%q ' "RECIPE=$RECIPE" "STRATEGY=$STRATEGY" "RUN_DIR=$RUN_DIR" "$0" "${FLAGS[@]}" > "$folder/command"
-  cp "$0" "$folder/job.sh"
-  cp "$ROOT/ds_configs/$STRATEGY".* "${SITE:-$ROOT/slurm/site.sh}" "$folder" 2> /dev/null
-  # shellcheck disable=SC2016
-  cp "$RECIPE" "$folder/recipe.yaml" 2> /dev/null || cp "$ROOT/caco_scale/recipes/$RECIPE.yaml" "$folder/recipe.yaml" 2> /dev/null ||
-    on_one_node bash -c 'cat "$(python -m caco_scale path "recipes/$1.yaml")"' recipe "$RECIPE" > "$folder/recipe.yaml"
-}
-
-# Is ROOT the code itself, or a folder that `caco slurm init` has filled, beside an installed package?
-in_checkout() { [ -e "$ROOT/caco_scale/__init__.py" ]; }
-
-# A checkout's commit, or the installed version.
-code_of_start() {
-  if in_checkout; then
-    git -C "$ROOT" rev-parse HEAD
-  else
-    on_one_node python -c 'import caco_scale; print("caco_scale", caco_scale.__version__)'
-  fi 2> /dev/null || echo unknown
-}
-
-# Every node looks at itself and at the others; bad ones are left out, and the job comes back without them.
-preflight() {
-  [ "$PREFLIGHT" = yes ] || return 0
-  local log=$LOGS/preflight.log names bad
-  names=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -s -d ,) # there is no scontrol in a container
-  run_step "$log" "${CONTAINER[@]}" python -m caco_scale.doctor.preflight --gpus "$GPUS" --shm-gb "$SHM_GB" --hosts "$names"
-  [ "$RC" != 0 ] || return 0
-  bad=$(sed -n 's/^bad node \([^:]*\):.*/\1/p' "$log" | sort -u)
-  grep '^bad node' "$log" || grep -m 1 -E '^(no node|error:)' "$log"
-  if ((NODES > 1 && $(wc -w <<< "$bad") == NODES)); then
-    say "error: no node passes the preflight, so none is left out: fix what it says of them, or SHM_GB" >&2
-  else
-    BAD_NODES=$(paste -s -d , <<< "$bad")
-  fi
-  conclude
-}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Running, and being told to stop
-
-# SLURM warns of the time limit or a preemption (--signal), or somebody said scancel --batch --signal=USR1.
-on_warning() {
-  ASKED=${ASKED:-$1}
-  say "SIG$1: asking the trainer for its last checkpoint"
-}
-
-# SLURM ends the job: scancel, a requeue, the time limit. The steps have their SIGTERM already.
-on_term() {
-  [ "$ASKED" = TERM ] || [ -z "${LEDGER:-}" ] || note terminated "SIGTERM"
-  ASKED=TERM
-  say "SIGTERM"
-}
-
-# The trainer of this start has stopped in good order.
-marked_interrupted() { [ "$RUN_DIR/INTERRUPTED" -nt "$LOGS/started" ]; }
-
-# run_step LOG COMMAND: one process per node; returns when it has ended, its exit code in RC. A start that is asked to
-# stop before it trains does not begin to.
-run_step() {
-  local log=$1
-  shift
-  [ -z "$ASKED" ] || return
-  # srun's tasks ignore what is meant for the trainer, whose own handlers come with Python.
-  srun "${STEP[@]}" --output="$log" bash -c 'trap "" USR1 USR2; exec "$@"' step "$@" &
-  STEP_PID=$!
-  local told=0
-  while kill -0 $STEP_PID 2> /dev/null; do
-    sleep 2 &
-    wait $! # a signal ends it at once
-    if [ -n "$ASKED" ]; then
-      # Again and again until it has saved: the first may come before there is a trainer to hear it.
-      marked_interrupted || ((told++ % 5)) || kill -USR1 $STEP_PID 2> /dev/null
-      [ "$ASKED" != TERM ] || [ "$(job_field Reason 1)" != TimeLimit ] || break # nothing will be heard of it
-    fi
-  done
-  if kill -0 $STEP_PID 2> /dev/null; then RC=$LEFT_TO_SLURM; else wait $STEP_PID; RC=$?; fi
-}
-
-# The trainer on all nodes, one launcher on each.
-launch() {
-  local config=$ROOT/ds_configs/$STRATEGY.yaml launcher
-  # shellcheck disable=SC2016
-  launcher='exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' # its own on every node
-  say "step $(newest_step) on $SLURM_JOB_NODELIST: $RECIPE, $STRATEGY, $PROCESSES process(es); logs in $LOGS"
-  run_step "$LOGS/node%n.log" "${CONTAINER[@]}" bash -c "$launcher" launcher \
-    --config_file "$config" --num_machines "$NODES" --num_processes "$PROCESSES" \
-    --main_process_ip "$MASTER_ADDR" --main_process_port $((MASTER_PORT + 1)) \
-    -m caco_scale.pretrain "$RECIPE" --run.dir "$RUN_DIR" --run.world_size "$PROCESSES" "${CACHE[@]}" "${FLAGS[@]}"
-}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# After the end of the step: done, or again, or SLURM's affair
-
-# The trainer has saved; or it was asked to stop and had nothing to save yet, or no time to.
-stopped_in_order() {
-  marked_interrupted || { [ -n "$ASKED" ] && { ((RC == 0 || RC > 128)) || taken_away; }; }
-}
-
-conclude() {
-  local how=failed
-  ! stopped_in_order || how=stopped
-  [ -z "$BAD_NODES" ] || how='bad-nodes'
-  # Of this start, not of the end that EXTEND goes beyond; a trainer that finds nothing to do leaves it as it was.
-  if [ "$RUN_DIR/DONE" -nt "$LOGS/started" ] || { [ -e "$RUN_DIR/DONE" ] && [ "$how$RC" = failed0 ]; }; then
-    note "done" ""
-    say "DONE at step $(newest_step)"
-    exit 0
-  fi
-  note $how "rc=$RC asked=${ASKED:-no} $BAD_NODES"
-  say "$how at step $(newest_step)"
-  [ "$RC" = 0 ] || grep -h -m 1 -E '^(\[rank[0-9]+\]: )?error:' "$LOGS"/node*.log 2> /dev/null | sort -u
-  if [ -e "$RUN_DIR/STOP" ]; then
-    say "$RUN_DIR/STOP is there: remove it and submit again"
-    exit 0
-  fi
-  come_back $how
-}
-
-# SLURM has taken the job away (scancel, an admin's requeue, a node lost): it knows what comes next.
-taken_away() {
-  local state
-  state=$(job_field JobState)
-  [ -n "$state" ] && [ "$state" != RUNNING ] && [ "$(job_field Reason)" != TimeLimit ]
-}
-
-# Once more where it fails: after the controller answers again.
-requeue() { scontrol requeue "$JOB" || { job_field JobState > /dev/null && scontrol requeue "$JOB"; }; }
-
-come_back() {
-  if taken_away; then
-    say "ended by SLURM, which decides what comes next"
-    exit $LEFT_TO_SLURM
-  fi
-  if [ "$REQUEUE" = no ] || [ "$(job_field Requeue)" = 0 ]; then
-    [ -z "$BAD_NODES" ] || leave_out "$BAD_NODES"
-    say "no requeue here: the next link of the chain, or the same sbatch, goes on"
-    [ "$1" = stopped ]
-    exit
-  fi
-  trap '' TERM # SLURM's, for a requeued job
-  requeue || { say "error: scontrol requeue fails: submit again, it resumes" >&2; exit 1; }
-  # It is pending now, and this shell has the time until SLURM kills it.
-  [ -z "$BAD_NODES" ] || leave_out "$BAD_NODES" "$JOB"
-  exit 0
-}
-
-# leave_out NODES [JOB]: the job, and what is pending of its chain, will not run there.
-leave_out() {
-  local job before
-  for job in ${2:-} $(squeue -h -u "$(id -un)" -n "$SLURM_JOB_NAME" -t PENDING -o %A | grep -vx "$JOB"); do
-    before=$(scontrol show job -o "$job" | sed -n 's/.* ExcNodeList=\([^ (]\+\).*/\1/p' | head -n 1)
-    scontrol update JobId="$job" ExcNodeList="${before:+$before,}$1" && say "job $job leaves out $1"
-  done
-}
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-# train [--flag value ...]: the life of one start. RECIPE and STRATEGY are set; the flags are the trainer's.
-train() {
-  trap 'on_warning USR1' USR1
-  trap 'on_warning USR2' USR2
-  trap on_term TERM
-  FLAGS=("$@")
-  : "${STRATEGY:=zero2}"
-  RC=0
+go_on_as() {
+  export CACO_ASKED='' CACO_SCRIPT=$0 CACO_ROOT=$ROOT # the first signal before job.py can hear one
+  trap 'CACO_ASKED=${CACO_ASKED:-USR1}' USR1
+  trap 'CACO_ASKED=${CACO_ASKED:-USR2}' USR2
+  trap 'CACO_ASKED=TERM' TERM
+  : "${STRATEGY:=zero2}" "${EXTEND:=}"
   load_site
   cd "$ROOT" || die "no folder $ROOT: submit from where slurm/ is, or set CACO_ROOT"
-  name_run
-  make_places
-  leave_if_over
-  describe_job
-  refuse_to_loop
-  refuse_company
-  check_before_start
-  snapshot
-  note start "$SLURM_JOB_NODELIST"
-  preflight
-  launch
-  conclude
+  if [ "$1" = train ]; then
+    name_run
+    export RECIPE STRATEGY RUN_NAME RUN_DIR EXTEND
+  else
+    (($# > 1)) || die "give a run or a file of weights: sbatch slurm/linear.sh RUN_OR_WEIGHTS --data TRAIN --val VAL"
+    EVALUATION=${EVALUATION:-linear}
+    one_of EVALUATION linear knn finetune
+    export EVALUATION
+  fi
+  export RUNS REQUEUE PREFLIGHT SHM_GB MIN_FREE_GB MAX_FAILURES MAX_STARTS_PER_STEP MAX_STARTS CACHE_DIR
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 6))' 2> /dev/null ||
+    die "no python3 of 3.6 or later on $(hostname), which runs slurm/job.py: load it by MODULES, or set VENV"
+  trap '' USR1 USR2 TERM # until job.py holds them back
+  exec python3 "$ROOT/slurm/job.py" "$1" "${#CONTAINER[@]}" "${CONTAINER[@]}" "${#SRUN_OPTIONS[@]}" "${SRUN_OPTIONS[@]}" "${@:2}"
 }

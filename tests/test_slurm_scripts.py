@@ -118,8 +118,7 @@ def test_a_number_of_the_environment_runs_nothing(run, value):
         "SLURM_JOB_NODELIST": "n1",
         "SLURM_SUBMIT_DIR": str(ROOT),
     }
-    words = ("-c", f"source {ROOT}/slurm/lib.sh; load_site; describe_job")
-    done = run(*words, **job, PROCESSES_PER_NODE=value)
+    done = run("slurm/200ep.sh", **job, PROCESSES_PER_NODE=value)
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
     assert not (ROOT / "ran").exists()
