@@ -54,6 +54,11 @@ def why_give_up(history: History, most_failures: int, most_starts_per_step: int,
     return ""
 
 
+def is_worth_staying(history: History, most_failures: int) -> bool:
+    """After a failed start: once more on the same nodes? A second failure in a row asks the queue for others."""
+    return history.failures < min(2, most_failures)
+
+
 def newest_step(names: Iterable[str]) -> int:
     """The step of the newest complete checkpoint among a folder's ``names``, 0 without one."""
     found = (re.match(r"step_(\d+)$", name) for name in names)
@@ -96,6 +101,16 @@ def first_complaint(log: str) -> str:
     found = [line for line in lines if line.startswith(("FAIL", "error:"))]
     line = (found or lines[-1:] or ["it said nothing"])[0]
     return line[len("error:") :].strip() if line.startswith("error:") else line
+
+
+def would_train(log: str) -> bool:
+    """The doctor has warnings alone."""
+    return ": it would train, with " in (log.rstrip().splitlines() or [""])[-1]
+
+
+def warnings_of(log: str) -> List[str]:
+    """What the doctor warns of."""
+    return re.findall(r"^warn +(.*)", log, re.M)
 
 
 def bad_nodes(log: str) -> List[str]:

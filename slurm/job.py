@@ -29,11 +29,14 @@ from decisions import (
     ended,
     errors_of,
     first_complaint,
+    is_worth_staying,
     job_fields,
     newest_step,
     read_history,
     rendezvous_port,
+    warnings_of,
     why_give_up,
+    would_train,
 )
 from host import (
     LEFT_TO_SLURM,
@@ -65,6 +68,7 @@ class Job:
         self.restart = int(env.get("SLURM_RESTART_COUNT") or 0)
         self.requeues = env["REQUEUE"] == "yes"
         self.asked = env.get("CACO_ASKED", "")  # the signal that reached this job, if any
+        self.again = 0  # starts of this job that came after a failure, without a requeue
         self.bad_nodes = []  # type: List[str]
         self.label = host.label = f"{self.job}.{self.restart}"
 
@@ -84,14 +88,18 @@ class Job:
         self.hosts = (patiently(1, ["scontrol", "show", "hostnames", self.nodelist]) or "").split()
         if not self.hosts:
             die(f"scontrol show hostnames {self.nodelist} fails: no node is known")
-        self.port = rendezvous_port(int(env["SLURM_JOB_ID"]), self.restart)
-        env["MASTER_ADDR"], env["MASTER_PORT"] = self.hosts[0], str(self.port)
+        env["MASTER_ADDR"] = self.hosts[0]
+        self.choose_port()
         env["SLURM_JOB_END_TIME"] = self._end()
         if self.gpus == "0":
             env["CUDA_VISIBLE_DEVICES"] = ""  # said aloud: the CPU is meant
         env["SLURM_EXPORT_ENV"] = "ALL"  # to srun's tasks, also where sbatch was told to hand nothing on
         # The launcher kills trainers so many seconds after a SIGTERM; its default of 30 is less than a save may take.
         env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+
+    def choose_port(self) -> None:
+        self.port = rendezvous_port(int(os.environ["SLURM_JOB_ID"]), self.restart + 1000 * self.again)
+        os.environ["MASTER_PORT"] = str(self.port)
 
     def field(self, name: str, tries: int = 13) -> str:
         """Of what SLURM says of this job; nothing where it does not answer for two minutes, which says nothing."""
@@ -198,39 +206,53 @@ class Training(Job):
 
     def train(self) -> None:
         """The life of one start."""
-        self.make_places()
+        try:
+            self.make_places()
+        except OSError:
+            die(f"cannot write {self.logs}: fix its rights or free its disk, or give another RUNS or RUN_DIR")
         self.leave_if_over()
         self.describe()
-        # On a NCCL time-out every rank leaves its last collectives here (torch's flight recorder).
-        os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"], os.environ["TORCH_FR_BUFFER_SIZE"] = "1", "2000"
-        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = os.path.join(self.logs, "flight_")
         self.refuse_to_loop()
         self.refuse_company()
         self.check_before_start()
-        self.note("start", self.nodelist)
+        while True:  # again on the same nodes, or this process ends
+            self.note("start", self.nodelist)
+            # Whatever fails, the end is reached, where it is decided what comes next.
+            try:
+                self.snapshot()
+                self.preflight()
+                self.launch()
+            except Exception:
+                traceback.print_exc()
+                self.exit_code = 1
+            self.conclude(may_stay=True)
+            self.begin_again()
+
+    def begin_again(self) -> None:
+        """The next start is in this job, with logs and ports of its own."""
+        self.again += 1
+        self.label = host.label = f"{self.job}.{self.restart}.{self.again}"
+        self.logs = os.path.join(self.run_dir, "slurm", self.label)
+        self.exit_code = 0
         try:
-            self.snapshot()
-            self.preflight()
-            self.launch()
-        except (
-            Exception
-        ):  # whatever fails, the end is reached, where it is decided whether the job comes back
-            traceback.print_exc()
-            self.exit_code = 1
-        self.conclude()
+            self.make_places()
+        except OSError as error:
+            say(f"cannot write {self.logs} ({error.strerror})")
+            self.come_back("failed")
+        self.choose_port()
 
     def make_places(self) -> None:
-        """The folder of this start, and when it began."""
-        try:
-            os.makedirs(self.logs, exist_ok=True)
-            write(os.path.join(self.logs, "started"), time.strftime("%F %T\n"))
-            latest = os.path.join(self.run_dir, "slurm", "latest")
-            if os.path.islink(latest):
-                os.unlink(latest)
-            os.symlink(os.path.basename(self.logs), latest)
-        except OSError:
-            die(f"cannot write {self.logs}: fix its rights or free its disk, or give another RUNS or RUN_DIR")
+        """The folder of this start, and when it began. OSError where it cannot be written."""
+        os.makedirs(self.logs, exist_ok=True)
+        write(os.path.join(self.logs, "started"), time.strftime("%F %T\n"))
+        latest = os.path.join(self.run_dir, "slurm", "latest")
+        if os.path.islink(latest):
+            os.unlink(latest)
+        os.symlink(os.path.basename(self.logs), latest)
         self.can_note = True
+        # On a NCCL time-out every rank leaves its last collectives here (torch's flight recorder).
+        os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"], os.environ["TORCH_FR_BUFFER_SIZE"] = "1", "2000"
+        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = os.path.join(self.logs, "flight_")
 
     # The ledger: a line per start and per end, so that a job that cannot progress stops instead of looping
 
@@ -314,10 +336,15 @@ class Training(Job):
             self.run_dir,
         ]
         words += ["--processes", str(self.processes), "--strategy", self.strategy]
-        with open(place, "w") as log:
-            is_fine = self.on_one_node(words, stdout=log, stderr=subprocess.STDOUT).returncode == 0
-        if not is_fine:
-            self.refuse_start(f"{first_complaint(read(place))} (all in {place})")
+        with open(place, "w") as stream:
+            is_fine = self.on_one_node(words, stdout=stream, stderr=subprocess.STDOUT).returncode == 0
+        log = read(place)
+        if is_fine:
+            return
+        if not would_train(log):
+            self.refuse_start(f"{first_complaint(log)} (all in {place})")
+        for line in warnings_of(log):  # whoever submits may know better
+            say("warning: " + line)
 
     def refuse_start(self, why: str) -> None:
         """A mistake at the first start of a submission. Later its storage may only be away: a failed start."""
@@ -466,8 +493,8 @@ class Training(Job):
         words += ["--run.world_size", str(self.processes), *self.cache, *self.flags]
         self.run_step(os.path.join(self.logs, "node%n.log"), words)
 
-    def conclude(self) -> None:
-        """After the end of the step: done, or again, or SLURM's affair."""
+    def conclude(self, may_stay: bool = False) -> None:
+        """After the end of the step: done, or again, or SLURM's affair. Returns where this job starts once more."""
         self.hear()
         has_saved = self.has_saved()
         taken = bool(self.asked) and not has_saved and self.taken_away()
@@ -488,7 +515,17 @@ class Training(Job):
         if self.is_told_to_stop():
             say(f"{self.run_dir}/STOP is there: remove it and submit again")
             sys.exit(0)
+        if may_stay and how == "failed" and not self.asked and self.stays():
+            say("once more on the same nodes")
+            return
         self.come_back(how)
+
+    def stays(self) -> bool:
+        """Is the allocation whole, and the next start worth a try in it, before SLURM's queue is asked again?"""
+        history = read_history(read(self.ledger).splitlines(), self.chain, self.newest_step())
+        return (
+            is_worth_staying(history, int(os.environ["MAX_FAILURES"])) and self.field("JobState") == "RUNNING"
+        )
 
 
 class Evaluation(Job):

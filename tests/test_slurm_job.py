@@ -60,6 +60,15 @@ def test_a_job_gives_up_at_the_first_limit_that_is_reached(decisions):
     assert decisions.why_give_up(history, 3, 5, 9) == "this is start 10, more than MAX_STARTS"
 
 
+def test_one_failure_in_a_row_is_tried_again_in_place(decisions):
+    worth = [decisions.is_worth_staying(decisions.History(failures=failures), 3) for failures in range(4)]
+    assert worth == [True, True, False, False]
+    assert [decisions.is_worth_staying(decisions.History(failures=1), most) for most in (1, 2)] == [
+        False,
+        True,
+    ]
+
+
 @pytest.mark.parametrize(
     ("exit_code", "asked", "has_saved", "taken_away", "how"),
     [
@@ -95,6 +104,11 @@ def test_the_lines_that_say_why(decisions):
     assert decisions.first_complaint("x\nerror: no recipe\n") == "no recipe"
     assert decisions.first_complaint("Traceback\nValueError: y\n\n") == "ValueError: y"
     assert decisions.first_complaint("") == "it said nothing"
+    warned = "ok    a\nwarn  few images\nwarn  few steps\nx: it would train, with 2 warning(s)\n"
+    assert decisions.would_train(warned)
+    assert decisions.warnings_of(warned) == ["few images", "few steps"]
+    assert not decisions.would_train(doctor)
+    assert not decisions.would_train("")
     log = "bad node n2: clock\nbad node n1: /dev/shm\nbad node n2: GPUs\nok n3\n"
     assert decisions.bad_nodes(log) == ["n1", "n2"]
     logs = ["x\n[rank1]: error: a\nerror: b\n", "error: b\n", "", "error: b\nerror: c\n"]
@@ -212,7 +226,7 @@ def until(there):
         ("USR1", True, 0, ["stopped"]),
         ("USR2", True, 0, ["stopped"]),
         ("TERM", True, 0, ["terminated", "stopped"]),
-        ("USR1", False, 1, ["failed"]),  # it could not save
+        ("USR1", False, 1, ["failed"]),  # it could not save, and the job is to end: no start here
     ],
 )
 def test_a_signal_reaches_the_trainer_and_the_job_comes_back(start, name, saves, code, how):
@@ -250,7 +264,42 @@ def test_a_fault_of_the_job_itself_is_a_failed_start(start):
     assert "warning: no snapshot of what is started" in said
     assert "srun" in said
     assert process.returncode == 0, said
-    assert events(start.run) == ["start", "failed"]
+    assert events(start.run) == ["start", "failed"] * 2
+    assert (start.folder / "requeued").exists()
+
+
+COUNTS = """
+import os, pathlib, sys
+folder = pathlib.Path(os.environ["STUBS"])
+with open(folder / "ports", "a") as file: print(os.environ["MASTER_PORT"], file=file)
+number = len((folder / "ports").read_text().split())
+if number == 1: (folder / "runs/r/checkpoints/step_000000005").mkdir(parents=True)
+if number == DONE_AT: (folder / "runs/r/DONE").write_text("{}")
+sys.exit(0 if number == DONE_AT else 1)
+"""
+
+
+def test_a_crash_is_started_again_without_a_requeue(start):
+    process = start(COUNTS.replace("DONE_AT", "3"))
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, said
+    # The first crash left a checkpoint, so that the second is the first of its kind there.
+    assert events(start.run) == ["start", "failed", "start", "failed", "start", "done"]
+    assert not (start.folder / "requeued").exists()
+    folders = {path.name for path in (start.run / "slurm").iterdir() if path.is_dir()}
+    assert folders >= {"7.0", "7.0.1", "7.0.2"}
+    assert os.readlink(start.run / "slurm/latest") == "7.0.2"
+    assert len(set((start.folder / "ports").read_text().split())) == 3
+
+
+@pytest.mark.parametrize(("most", "starts"), [("3", 2), ("1", 1)])
+def test_a_second_crash_at_one_checkpoint_asks_the_queue(start, most, starts):
+    with (start.folder / "site.sh").open("a") as site:
+        site.write(f"MAX_FAILURES={most}\n")
+    process = start("raise SystemExit(1)")
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, said
+    assert events(start.run) == ["start", "failed"] * starts
     assert (start.folder / "requeued").exists()
 
 
