@@ -38,6 +38,7 @@ from caco_scale.checkpoint.state import State
 from caco_scale.checkpoint.write import Checkpointer
 from caco_scale.data.pixels import RGB8
 from caco_scale.errors import UserError
+from caco_scale.export import model_card
 from caco_scale.export import write as export
 from caco_scale.export.__main__ import main
 from caco_scale.export.library_names import library_of, to_timm
@@ -643,3 +644,20 @@ def test_a_hugging_face_directory_is_timms_own_model_and_transform(tmp_path, mon
     with pytest.raises(UserError, match=r"with the stem cifar by a config.json: use --format timm"):
         export.export("small", "x", "huggingface")
     assert not [name for name in os.listdir() if ".tmp" in name or ".old" in name]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["/home/ada/venv/bin/caco", "pretrain", "demo"], "caco pretrain demo"),
+        (
+            ["/x/caco_scale/pretrain.py", "--data.shards", "my set"],
+            "python -m caco_scale.pretrain --data.shards 'my set'",
+        ),
+        (["/x/caco_scale/__main__.py", "pretrain"], "python -m caco_scale pretrain"),
+        (["/home/ada/train.py", "7"], "train.py 7"),
+    ],
+)
+def test_a_card_names_the_command_as_it_is_typed(words, line):
+    """Not where the program lies on its user's machine."""
+    assert model_card._command(words) == line

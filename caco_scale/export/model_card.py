@@ -56,7 +56,7 @@ def write_card(
         ("data", _data(config, values)),
         ("input", _input({**assumed, **metadata}, assumed)),
         ("crop", _crop({**assumed, **metadata})),
-        ("command", f"`{shlex.join(map(str, command))}`" if isinstance(command, list) else "unknown"),
+        ("command", f"`{_command(command)}`" if isinstance(command, list) and command else "unknown"),
         ("commit", metadata["git_commit"] or "unknown"),
         ("hardware", _hardware(environment)),
         (
@@ -82,6 +82,15 @@ def _title(config, source):
     return (
         f", pre-trained without labels ({config['bank.rule']})" if config else ", pre-trained without labels"
     )
+
+
+def _command(words):
+    """As it is typed: the program without the place where it is installed, which is nobody else's affair."""
+    program = Path(str(words[0]))
+    started = [program.name]
+    if program.suffix == ".py" and program.parent.name == "caco_scale":
+        started = ["python", "-m", "caco_scale" + ("" if program.stem == "__main__" else f".{program.stem}")]
+    return shlex.join([*started, *map(str, words[1:])])
 
 
 def _whose(encoder):
