@@ -84,7 +84,7 @@ MISTAKES = {
     ),
     "few steps an epoch": (
         {"data.global_batch_size": 48, "data.lanes": 16},
-        "48 is more than a tenth of the 96 images: an epoch has 2 .* give --data.global_batch_size 32",
+        "48 is more than a tenth of the 96 images: an epoch has 2 .* give --data.global_batch_size 8",
         False,
     ),
     "a learning rate that only rises": (
