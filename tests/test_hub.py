@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import huggingface_hub.constants as settings
+import huggingface_hub.file_download as file_download
 import pytest
 import timm
 import torch
@@ -59,7 +60,9 @@ def use(url, folder, monkeypatch, offline=False):
     """Have ``huggingface_hub``, which reads the environment at its import, ask this server."""
     monkeypatch.setattr(settings, "ENDPOINT", url)
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(settings, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in (settings, file_download):  # which before 1.0 has it by value
+        if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(settings, "HF_HUB_CACHE", str(folder / "cache"))
     monkeypatch.setattr(settings, "HF_TOKEN_PATH", str(folder / "token"))
     monkeypatch.setattr(settings, "HF_HUB_DISABLE_XET", True)

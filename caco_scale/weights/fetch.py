@@ -96,7 +96,7 @@ def fetch(pinned: HubAddress) -> Path:
 def is_lost_network(error: BaseException) -> bool:
     """Whether an exception of ``huggingface_hub`` says that nothing answered: its client's are not built-in ones."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    return not hasattr(error, "response") and bool(
+    return getattr(error, "response", None) is None and bool(
         names & {"TransportError", "ConnectionError", "Timeout", "ConnectTimeout", "OfflineModeIsEnabled"}
     )
 
@@ -142,6 +142,8 @@ def asking(address: HubAddress) -> Generator[None]:
             raise UserError(
                 f"{address}: the hub does not answer ({one_line(error)[:160]}): check the network"
             ) from None
+        if getattr(error, "response", None) is not None:
+            raise UserError(_refused(address, error)) from None
         raise UserError(
             f"{address}: {type(error).__name__} of huggingface_hub: {one_line(error)[:300]}"
         ) from error
