@@ -37,7 +37,7 @@ def venv(cluster):
 
 
 def test_from_a_wheel_to_a_job_that_is_done(cluster, shards, venv):
-    home = cluster.folder / "empty"
+    home = cluster.folder / "first_job"
     home.mkdir()
     caco = {"PYTHONPATH": "", "PATH": f"{venv}/bin:/usr/bin:/bin:/usr/sbin:/sbin"}
     said = cluster.run(["caco", "slurm", "init"], cwd=home, **caco).stdout
