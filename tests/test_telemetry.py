@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
@@ -217,6 +218,8 @@ def test_a_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path):
     with closing(telemetry_of(tmp_path)) as telemetry:
         for step in (10, 20, 30):
             telemetry.log(step, {"loss": float(step)})
+    # TensorBoard reads its files by name: second, host, process, number there. In one second 10 comes before 9.
+    time.sleep(1 - time.time() % 1)
     run = RunDirectory(tmp_path, is_main=True)
     run.start_attempt(world_size=1, resumed_step=20)
     options = {"total_steps": 100, "steps_per_epoch": 32, "images_per_step": 128, "stream": io.StringIO()}
