@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -97,14 +97,14 @@ def small_shared_memory(batch_bytes: int, workers: int) -> str | None:
     )
 
 
-def cores_here() -> tuple[int, int]:
+def cores_here(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """The cores that this process may use, and how many of the launch's processes share the machine."""
-    return len(os.sched_getaffinity(0)), processes_of_node()
+    return len(os.sched_getaffinity(0)), processes_of_node(environment)
 
 
-def bearable_workers() -> int:
+def bearable_workers(environment: Mapping[str, str] = os.environ) -> int:
     """Workers that a process can have on this machine: its share of the cores but one, its own; one at least."""
-    cores, processes = cores_here()
+    cores, processes = cores_here(environment)
     return max(1, cores // processes - 1)
 
 

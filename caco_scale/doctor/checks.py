@@ -209,15 +209,15 @@ def check_loader(
     config: Config, data: "TrainingData", environment: Mapping[str, str] = os.environ
 ) -> list[Finding]:
     """How many workers feed a process, by the rate that one has here -> findings. Reads 128 images, caches none."""
-    from caco_scale.distributed.environment import processes_of_node
+    from caco_scale.data.workers import bearable_workers, cores_here
 
     corrupt: dict[str, str] = {}
     try:
         rate = worker_rate(config, data.store.manifest, corrupt)
     except UserError as error:
         return [fail(one_line(error))]
-    cores, processes = len(os.sched_getaffinity(0)), processes_of_node(environment)
-    workers, most = config.data.workers, max(1, cores // processes - 1)
+    cores, processes = cores_here(environment)
+    workers, most = config.data.workers, bearable_workers(environment)
     text = (
         f"a loader worker prepares {rate:,.0f} images/s on a core (measured): data.workers {workers} can feed "
         f"{max(workers, 1) * rate:,.0f} images/s to a process; to train X images/s it takes X / {rate:,.0f}"
