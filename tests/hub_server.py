@@ -140,6 +140,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return repository
         return None
 
+    def _commit(self, name, revision):
+        """The repository and its commit of a revision; else two None, and it was refused as the hub does."""
+        repository = self._repository(name)
+        commit = repository.find(revision) if repository else None
+        if repository and commit is None:
+            self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return (repository, commit) if commit else (None, None)
+
     def _owns(self, name):
         _, account = self._account()
         return account and name.split("/")[0] in (account["name"], *(o["name"] for o in account["orgs"]))
@@ -180,12 +188,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._say(200, {"url": f"{self.hub.url}/{name}", "name": name, "id": name})
 
     def info(self, name, revision="main"):
-        repository = self._repository(name)
-        if repository is None:
-            return None
-        commit = repository.find(revision)
+        repository, commit = self._commit(name, revision)
         if commit is None:
-            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
         files = [{"rfilename": path} for path in repository.commits[commit]]
         facts = {"id": name, "modelId": name, "sha": commit, "private": repository.private}
         return self._say(200, {**facts, "siblings": files, "tags": [], "downloads": 0, "likes": 0})
@@ -250,12 +255,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._say(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
 
     def resolve(self, name, revision, path):
-        repository = self._repository(name)
-        if repository is None:
-            return None
-        commit = repository.find(revision)
+        repository, commit = self._commit(name, revision)
         if commit is None:
-            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
         content = repository.commits[commit].get(path)
         known = {"X_Repo_Commit": commit}
         if content is None:
